@@ -1,0 +1,8 @@
+"""The one exception for mistakes a user can mend."""
+
+
+class AHNError(ValueError):
+    """Bad input. The message is one line: the file, the value, and the fix.
+
+    The command line prints it and exits with code 2.
+    """
