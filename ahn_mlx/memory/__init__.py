@@ -1,0 +1,12 @@
+"""The memories: each turns evicted tokens into a state, and a state into an output."""
+
+from .deltanet import DeltaNet
+from .gated_deltanet import GatedDeltaNet
+from .mamba2 import Mamba2
+from .router import Router
+
+Memory = GatedDeltaNet | DeltaNet | Mamba2
+
+MEMORIES = {"gated_deltanet": GatedDeltaNet, "deltanet": DeltaNet, "mamba2": Mamba2}
+
+__all__ = ["MEMORIES", "DeltaNet", "GatedDeltaNet", "Mamba2", "Memory", "Router"]

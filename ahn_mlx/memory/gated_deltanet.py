@@ -1,0 +1,52 @@
+"""Gated DeltaNet as memory: a delta rule that also forgets (paper, equation 6)."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from .layers import GateProjection, HeadProjection, Scale, decay_init
+
+
+class GatedDeltaNet(nn.Module):
+    """Gates from the evicted token, output norm and gate from the reading one.
+
+    hidden: C; heads: H query heads; head_dim: D; query_projection: read with a
+    projection of the raw queries.
+    """
+
+    gate_count = 2  # write strength and log decay
+
+    def __init__(self, hidden: int, heads: int, head_dim: int, query_projection: bool = False):
+        super().__init__()
+        self.A_log, self.dt_bias = decay_init(heads)
+        self.a_proj = GateProjection(hidden, heads)
+        self.b_proj = GateProjection(hidden, heads)
+        self.g_proj = GateProjection(hidden, heads)
+        self.o_norm = Scale(head_dim)
+        self.o_proj = HeadProjection(heads, head_dim, head_dim)
+        if query_projection:
+            # [H, D, C / H] in the PyTorch release; C / H is the width of a raw query.
+            self.q_proj = HeadProjection(heads, head_dim, hidden // heads)
+
+    def gates(self, h: mx.array) -> mx.array:
+        """h [B, L, C] -> [B, L, H, 2], beta and log decay g, float32."""
+        beta = mx.sigmoid(self.b_proj(h).astype(mx.float32))
+        step = nn.softplus(self.a_proj(h).astype(mx.float32) + self.dt_bias)
+        return mx.stack([beta, -mx.exp(self.A_log) * step], axis=-1)
+
+    def scan(
+        self, q: mx.array, k: mx.array, v: mx.array, gates: mx.array, state: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """Write T evicted tokens, read after each; shapes as in ops.gated_delta_rule."""
+        return ops.gated_delta_rule(q, k, v, gates[..., 1], gates[..., 0], state)
+
+    def output(self, o: mx.array, h: mx.array) -> mx.array:
+        """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""
+        return norm_gate_project(self, o, h)
+
+
+def norm_gate_project(memory: nn.Module, o: mx.array, h: mx.array) -> mx.array:
+    """Norm first, then gate, then the projection of each head (both delta rules)."""
+    gate = nn.silu(memory.g_proj(h).astype(mx.float32))[..., None]
+    y = mx.fast.rms_norm(o, memory.o_norm.weight.astype(mx.float32), 1e-5) * gate
+    return memory.o_proj(y.swapaxes(1, 2).astype(h.dtype))

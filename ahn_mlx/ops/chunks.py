@@ -1,0 +1,52 @@
+"""What the chunk-parallel recurrences share: cutting time into chunks, decays inside one.
+
+Shapes inside a chunked form: [B, Hkv, G, N, C, D] with G = H / Hkv query heads
+for each key/value head, N chunks of C tokens.
+"""
+
+import mlx.core as mx
+
+# Tokens per chunk: large enough for matrix products, small enough for C x C decays.
+CHUNK = 32
+
+
+def chunk_size(T: int) -> int:
+    """The smallest power of two that holds T tokens, from 8 up to CHUNK."""
+    return min(CHUNK, max(8, 1 << (T - 1).bit_length()))
+
+
+def to_chunks(x: mx.array, groups: int, C: int) -> mx.array:
+    """[B, T, H, ...] -> [B, H / groups, groups, N, C, ...], float32, zeros behind T.
+
+    Zero keys and gates write nothing and decay nothing, so a ragged tail is exact.
+    """
+    B, T, H = x.shape[:3]
+    pad = -T % C
+    if pad:
+        x = mx.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    x = x.astype(mx.float32).reshape(B, (T + pad) // C, C, H // groups, groups, *x.shape[3:])
+    rest = range(5, x.ndim)
+    return x.transpose(0, 3, 4, 1, 2, *rest)
+
+
+def from_chunks(x: mx.array, T: int) -> mx.array:
+    """[B, Hkv, G, N, C, D] -> [B, T, H, D]."""
+    B, Hkv, G, N, C, D = x.shape
+    return x.transpose(0, 3, 4, 1, 2, 5).reshape(B, N * C, Hkv * G, D)[:, :T]
+
+
+def causal(C: int, diagonal: int = 0) -> mx.array:
+    """[C, C] bool: row i sees column j where j <= i + diagonal."""
+    return mx.tri(C, C, diagonal, dtype=mx.bool_)
+
+
+def decay_matrix(g: mx.array) -> mx.array:
+    """Log decays [..., C] -> [..., C, C], exp(g_{j+1} + ... + g_i) below the diagonal.
+
+    Each sum is formed on its own: a difference of two long sums would lose the
+    small decays that follow a strong one. Above the diagonal it is 0.
+    """
+    C = g.shape[-1]
+    terms = mx.where(causal(C, -1), g[..., :, None], 0.0)
+    sums = mx.cumsum(terms, axis=-2)
+    return mx.exp(mx.where(causal(C), sums, -mx.inf))

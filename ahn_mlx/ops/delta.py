@@ -1,0 +1,208 @@
+"""The gated delta rule (Gated DeltaNet) and, without decay, the delta rule (DeltaNet).
+
+Per head and token, with state M [key, value] (paper, section 3):
+
+    kn = k / sqrt(|k|^2 + 1e-6)        qn = q / sqrt(|q|^2 + 1e-6) / sqrt(D)
+    M <- exp(g) M
+    M <- M + kn (beta (v - M^T kn))^T
+    o  = M^T qn
+
+The sequential form reads like that and is the test reference; the step form is
+one token; the chunked form is the WY representation, many tokens by matrix products.
+"""
+
+import math
+
+import mlx.core as mx
+
+from .chunks import causal, chunk_size, decay_matrix, from_chunks, to_chunks
+
+Result = tuple[mx.array, mx.array]
+
+
+def gated_delta_rule(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array | None = None,
+) -> Result:
+    """Write T tokens and read after each; chooses the fastest form for the device.
+
+    q: [B, T, H, D] raw queries; k, v: [B, T, Hkv, D] raw, Hkv divides H.
+    g: [B, T, H] log decay (<= 0); beta: [B, T, H] write strength in (0, 1).
+    state: [B, H, D, D] float32 ([key, value]), zeros when None.
+    Returns o [B, T, H, D] float32 and the state after the last token.
+    """
+    return _choose(q, k, v, g, beta, state)
+
+
+def delta_rule(
+    q: mx.array, k: mx.array, v: mx.array, beta: mx.array, state: mx.array | None = None
+) -> Result:
+    """As gated_delta_rule, without decay."""
+    return _choose(q, k, v, None, beta, state)
+
+
+def _choose(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array | None,
+) -> Result:
+    if state is None:
+        B, _, H, D = q.shape
+        state = mx.zeros((B, H, D, D), dtype=mx.float32)
+    if q.shape[1] == 1:
+        return step(q, k, v, g, beta, state)
+    if mx.default_device() == mx.gpu and mx.metal.is_available():
+        return mlx_fast(q, k, v, g, beta, state)
+    return chunked(q, k, v, g, beta, state)
+
+
+def normalize(x: mx.array, scale: float = 1.0) -> mx.array:
+    """scale * x / sqrt(|x|^2 + 1e-6) over the last axis, float32."""
+    x = x.astype(mx.float32)
+    return x * (scale * mx.rsqrt(mx.sum(x * x, axis=-1, keepdims=True) + 1e-6))
+
+
+def sequential(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array,
+) -> Result:
+    """The oracle: one token after the other, as in the equations above."""
+    B, T, H, D = q.shape
+    group = H // k.shape[2]
+    k, v = (mx.repeat(x.astype(mx.float32), group, axis=2) for x in (k, v))
+    kn, qn = normalize(k), normalize(q, D**-0.5)
+    M, outputs = state, []
+    for t in range(T):
+        if g is not None:
+            M = mx.exp(g[:, t].astype(mx.float32))[..., None, None] * M
+        recalled = mx.einsum("bhkv,bhk->bhv", M, kn[:, t])
+        change = beta[:, t].astype(mx.float32)[..., None] * (v[:, t] - recalled)
+        M = M + mx.einsum("bhk,bhv->bhkv", kn[:, t], change)
+        outputs.append(mx.einsum("bhkv,bhk->bhv", M, qn[:, t]))
+    return mx.stack(outputs, axis=1), M
+
+
+def step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array,
+) -> Result:
+    """One token (T = 1): two row-times-matrix products and one outer product."""
+    B, _, H, D = q.shape
+    group = H // k.shape[2]
+    kn = mx.repeat(normalize(k[:, 0]), group, axis=1)[..., None, :]  # [B, H, 1, D]
+    vn = mx.repeat(v[:, 0].astype(mx.float32), group, axis=1)[..., None, :]
+    qn = normalize(q[:, 0], D**-0.5)[..., None, :]
+    if g is not None:
+        state = state * mx.exp(g[:, 0].astype(mx.float32))[..., None, None]
+    change = beta[:, 0].astype(mx.float32)[..., None, None] * (vn - kn @ state)
+    state = state + kn.swapaxes(-1, -2) * change
+    return (qn @ state).swapaxes(1, 2), state
+
+
+def chunked(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array,
+) -> Result:
+    """WY form. With decay ratios L (i, j) = exp(g_{j+1} + ... + g_i) in a chunk:
+
+    A = tril(beta_i (kn_i . kn_j) L_ij, -1);  X = (I + A)^-1
+    U = X (beta v) - X (beta exp(g_1 + ... + g_i) kn) M      what each token adds
+    o = exp(g_1 + ... + g_i) qn M + tril((qn kn^T) L) U
+    """
+    B, T, H, D = q.shape
+    Hkv = k.shape[2]
+    G, C = H // Hkv, chunk_size(T)
+    kn = to_chunks(normalize(k), 1, C)  # [B, Hkv, 1, N, C, D]
+    qn = to_chunks(normalize(q, D**-0.5), G, C)
+    v = to_chunks(v, 1, C)
+    beta = to_chunks(beta, G, C)[..., None]
+    knT = kn.swapaxes(-1, -2)
+    read = qn @ knT
+    overlap = beta * (kn @ knT)
+    write_keys, read_keys, carry = beta * kn, qn, None
+    if g is None:
+        read = mx.where(causal(C), read, 0.0)
+        overlap = mx.where(causal(C, -1), overlap, 0.0)
+        left = kn
+    else:
+        g = to_chunks(g, G, C)
+        ratio = decay_matrix(g)
+        read = read * ratio
+        overlap = mx.where(causal(C, -1), overlap * ratio, 0.0)
+        since_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
+        write_keys, read_keys = write_keys * since_start, qn * since_start
+        carry = since_start[..., -1:, :]
+        left = kn * ratio[..., -1, :, None]  # what is left of each key at the end
+    X = unit_lower_inverse(overlap)
+    values, forgets = X @ (beta * v), X @ write_keys
+    leftT = left.swapaxes(-1, -2)
+    M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
+    outputs = []
+    for n in range(values.shape[3]):
+        U = values[:, :, :, n] - forgets[:, :, :, n] @ M
+        outputs.append(read_keys[:, :, :, n] @ M + read[:, :, :, n] @ U)
+        if carry is not None:
+            M = M * carry[:, :, :, n]
+        M = M + leftT[:, :, :, n] @ U
+    return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
+
+
+def unit_lower_inverse(A: mx.array) -> mx.array:
+    """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two.
+
+    Halves are inverted together and joined. Eight rows use the finite Neumann
+    product; more would cancel when keys repeat (its terms grow as binomials).
+    """
+    C = A.shape[-1]
+    if C <= 8:
+        eye = mx.eye(C, dtype=A.dtype)
+        inverse, power = eye - A, A
+        for _ in range(max(0, int(math.log2(C)) - 1)):
+            power = power @ power
+            inverse = inverse @ (eye + power)
+        return inverse
+    h = C // 2
+    low, high = unit_lower_inverse(mx.stack([A[..., :h, :h], A[..., h:, h:]]))
+    joint = -(high @ (A[..., h:, :h] @ low))
+    top = mx.concatenate([low, mx.zeros_like(low)], axis=-1)
+    return mx.concatenate([top, mx.concatenate([joint, high], axis=-1)], axis=-2)
+
+
+def mlx_fast(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array,
+) -> Result:
+    """MLX's own update: linear decays, state [value, key], as many key heads as queries."""
+    D = q.shape[-1]
+    group = q.shape[2] // k.shape[2]
+    kn = mx.repeat(normalize(k), group, axis=2)
+    vn = mx.repeat(v.astype(mx.float32), group, axis=2)
+    beta = beta.astype(mx.float32)
+    decay = mx.ones_like(beta) if g is None else mx.exp(g.astype(mx.float32))
+    o, M = mx.fast.gated_delta_update(
+        normalize(q, D**-0.5), kn, vn, decay, beta, state.swapaxes(-1, -2)
+    )
+    return o, M.swapaxes(-1, -2)

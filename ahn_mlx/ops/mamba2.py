@@ -1,0 +1,102 @@
+"""The selective state space recurrence of Mamba2, without skip and convolution.
+
+Per head and token, with state M [value, key] and a = A < 0 (paper, appendix):
+
+    kn = k / max(|k|, 1e-12)           qn = q / max(|q|, 1e-12)
+    M <- exp(dt a) M + dt v kn^T
+    o  = M qn
+
+The sequential form is the test reference, the step form is one token, the chunked
+form is state space duality: attention inside a chunk, the state between chunks.
+"""
+
+import mlx.core as mx
+
+from .chunks import chunk_size, decay_matrix, from_chunks, to_chunks
+
+Result = tuple[mx.array, mx.array]
+
+
+def ssd(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    dt: mx.array,
+    A: mx.array,
+    state: mx.array | None = None,
+) -> Result:
+    """Write T tokens and read after each; chooses the fastest form.
+
+    q: [B, T, H, D] raw queries; k, v: [B, T, Hkv, D] raw, Hkv divides H.
+    dt: [B, T, H] step sizes after softplus; A: [H] negative decay rates.
+    state: [B, H, D, D] float32 ([value, key]), zeros when None.
+    Returns o [B, T, H, D] float32 and the state after the last token.
+    """
+    if state is None:
+        B, _, H, D = q.shape
+        state = mx.zeros((B, H, D, D), dtype=mx.float32)
+    if q.shape[1] == 1:
+        return step(q, k, v, dt, A, state)
+    return chunked(q, k, v, dt, A, state)
+
+
+def normalize(x: mx.array) -> mx.array:
+    """x / max(|x|, 1e-12) over the last axis, float32."""
+    x = x.astype(mx.float32)
+    return x * mx.rsqrt(mx.maximum(mx.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def sequential(
+    q: mx.array, k: mx.array, v: mx.array, dt: mx.array, A: mx.array, state: mx.array
+) -> Result:
+    """The oracle: one token after the other, as in the equations above."""
+    T, group = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (mx.repeat(x.astype(mx.float32), group, axis=2) for x in (k, v))
+    kn, qn, dt = normalize(k), normalize(q), dt.astype(mx.float32)
+    M, outputs = state, []
+    for t in range(T):
+        M = mx.exp(dt[:, t] * A)[..., None, None] * M
+        M = M + mx.einsum("bhv,bhk->bhvk", dt[:, t, :, None] * v[:, t], kn[:, t])
+        outputs.append(mx.einsum("bhvk,bhk->bhv", M, qn[:, t]))
+    return mx.stack(outputs, axis=1), M
+
+
+def step(
+    q: mx.array, k: mx.array, v: mx.array, dt: mx.array, A: mx.array, state: mx.array
+) -> Result:
+    """One token (T = 1)."""
+    group = q.shape[2] // k.shape[2]
+    dt = dt[:, 0].astype(mx.float32)[..., None, None]  # [B, H, 1, 1]
+    kn = mx.repeat(normalize(k[:, 0]), group, axis=1)[..., None, :]
+    vn = mx.repeat(v[:, 0].astype(mx.float32), group, axis=1)[..., :, None]
+    state = state * mx.exp(dt * A[:, None, None]) + (dt * vn) * kn
+    o = state @ normalize(q[:, 0])[..., :, None]
+    return o[..., 0][:, None], state
+
+
+def chunked(
+    q: mx.array, k: mx.array, v: mx.array, dt: mx.array, A: mx.array, state: mx.array
+) -> Result:
+    """SSD form. With decay ratios L (i, j) = exp(a (dt_{j+1} + ... + dt_i)) in a chunk:
+
+    o = exp(a (dt_1 + ... + dt_i)) M qn + (tril((qn kn^T) L) dt) v
+    """
+    B, T, H, D = q.shape
+    Hkv = k.shape[2]
+    G, C = H // Hkv, chunk_size(T)
+    kn = to_chunks(normalize(k), 1, C)  # [B, Hkv, 1, N, C, D]
+    qn = to_chunks(normalize(q), G, C)
+    dt = to_chunks(dt, G, C)
+    g = dt * A.astype(mx.float32).reshape(Hkv, G, 1, 1)
+    v = to_chunks(v, 1, C) * dt[..., None]  # [B, Hkv, G, N, C, D]
+    ratio = decay_matrix(g)
+    inside = ((qn @ kn.swapaxes(-1, -2)) * ratio) @ v
+    since_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
+    added = (v * ratio[..., -1, :, None]).swapaxes(-1, -2) @ kn  # [.., N, value, key]
+    read_keys, carry = qn * since_start, since_start[..., -1:, :]
+    M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
+    outputs = []
+    for n in range(added.shape[3]):
+        outputs.append(read_keys[:, :, :, n] @ M.swapaxes(-1, -2) + inside[:, :, :, n])
+        M = M * carry[:, :, :, n] + added[:, :, :, n]
+    return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)

@@ -1,0 +1,131 @@
+"""Softmax attention over sinks and a sliding window, for one chunk of queries.
+
+Token t sees the tokens j <= t with j < S or t - j < W (paper, section 2). Queries go
+in tiles; a tile touches the sinks and the keys it can see, nothing else.
+
+Clamped sinks: past position W + S a sink is scored with a second copy of the query,
+rotated at W + S, so that sinks never drift out of the range the model was trained on.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+# Queries per tile. Larger tiles compute more scores outside the window.
+QUERY_TILE = 128
+
+
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None = None,
+    q_sink: mx.array | None = None,
+    sinks: int = 0,
+) -> mx.array:
+    """Softmax attention; the first `sinks` keys may be scored by a query of their own.
+
+    q, q_sink: [B, H, L, D]; k, v: [B, Hkv, K, D]; mask: bool [L, K] or None.
+    Returns [B, H, L, D].
+    """
+    if q_sink is None or sinks == 0:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    B, H, L, D = q.shape
+    Hkv, K = k.shape[1:3]
+
+    def scores(queries: mx.array, keys: mx.array) -> mx.array:
+        # One product per key/value head: its query heads stand below each other.
+        s = (queries * scale).reshape(B, Hkv, -1, D) @ keys.swapaxes(-1, -2)
+        return s.reshape(B, H, L, -1)
+
+    s = mx.concatenate(
+        [scores(q_sink, k[..., :sinks, :]), scores(q, k[..., sinks:, :])], axis=-1
+    )
+    if mask is not None:
+        s = mx.where(mask, s, mx.finfo(s.dtype).min)
+    p = mx.softmax(s, axis=-1, precise=True).reshape(B, Hkv, -1, K)
+    return (p @ v).reshape(B, H, L, D)
+
+
+def window_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    offset: int,
+    window: int,
+    sinks: int,
+    scale: float,
+    q_sink: mx.array | None = None,
+) -> mx.array:
+    """Attention of the tokens offset ... offset + L - 1.
+
+    q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
+    positions) or is None. k, v: [B, Hkv, K, D], the sinks that exist and then all
+    tokens from some position up to offset + L - 1, without a gap in the window.
+    Returns [B, H, L, D].
+    """
+    L, K = q.shape[2], k.shape[2]
+    end = offset + L
+    S = min(sinks, end)
+    first = end - (K - S)  # position of the first key behind the sinks
+    outputs = []
+    for t0 in range(offset, end, QUERY_TILE):
+        t1 = min(t0 + QUERY_TILE, end)
+        lo, hi = max(S, t0 - window + 1), max(S, t1)  # keys some query of the tile sees
+        a, b = S + lo - first, S + hi - first
+        if a == S:
+            kt, vt = k[..., :b, :], v[..., :b, :]
+        else:
+            kt = mx.concatenate([k[..., :S, :], k[..., a:b, :]], axis=2)
+            vt = mx.concatenate([v[..., :S, :], v[..., a:b, :]], axis=2)
+        mask = _tile_mask(t1 - t0, t0 - S, t0 - lo, hi - lo, S, window)
+        rows = slice(t0 - offset, t1 - offset)
+        second = q_sink[:, :, rows] if q_sink is not None and t1 > window + sinks else None
+        outputs.append(attend(q[:, :, rows], kt, vt, scale, mask, second, S))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _tile_mask(n: int, past_sinks: int, past_lo: int, keys: int, S: int, window: int) -> mx.array:
+    """Bool [n, S + keys] for n queries, the first at distance past_lo from key lo."""
+    # All that matters of the distance to the sinks is whether a query stands among them.
+    return _mask(n, min(past_sinks, 0), past_lo, keys, S, window)
+
+
+@lru_cache(maxsize=16)
+def _mask(n: int, past_sinks: int, past_lo: int, keys: int, S: int, window: int) -> mx.array:
+    row = mx.arange(n)[:, None]
+    sink = row + past_sinks + S >= mx.arange(S)[None] if past_sinks else mx.ones((n, S), mx.bool_)
+    distance = row + past_lo - mx.arange(keys)[None]
+    mask = mx.concatenate([sink, (distance >= 0) & (distance < window)], axis=1)
+    mx.eval(mask)
+    return mask
+
+
+def sequential(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    offset: int,
+    window: int,
+    sinks: int,
+    scale: float,
+    q_sink: mx.array | None = None,
+) -> mx.array:
+    """The oracle: every token 0 ... offset + L - 1 in k and v, one query at a time."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (mx.repeat(x.astype(mx.float32), group, axis=1) for x in (k, v))
+    outputs = []
+    for i in range(q.shape[2]):
+        t = offset + i
+        seen = [j for j in range(t + 1) if j < sinks or t - j < window]
+        scores = []
+        for j in seen:
+            second = q_sink is not None and j < sinks and t >= window + sinks
+            query = q_sink if second else q
+            scores.append(mx.sum(query[:, :, i] * k[:, :, j], axis=-1) * scale)
+        weights = mx.softmax(mx.stack(scores, axis=-1).astype(mx.float32), axis=-1)
+        outputs.append((weights[..., None] * v[:, :, mx.array(seen)]).sum(axis=2))
+    return mx.stack(outputs, axis=2)
