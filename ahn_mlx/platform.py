@@ -1,0 +1,93 @@
+"""What has to happen before MLX is imported, and what the machine turned out to be.
+
+On Linux MLX's wheel brings a reference BLAS, some 30 times slower than OpenBLAS. A
+library loaded earlier with global symbols takes its place, so importing this module
+loads OpenBLAS: the system's, or the one that the faiss-cpu wheel bundles.
+"""
+
+import ctypes
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# Either command makes a fast BLAS available on Linux.
+BLAS_COMMANDS = ("apt-get install libopenblas0-pthread", "pip install faiss-cpu")
+
+SYSTEM_OPENBLAS = "libopenblas.so.0"
+
+# In the order in which they need each other; arm64 has no libquadmath.
+BUNDLED_LIBRARIES = ("libquadmath*", "libgfortran*", "libgomp*", "libopenblas*")
+
+
+@dataclass(frozen=True)
+class Blas:
+    """Which matrix product the CPU backend of MLX will call."""
+
+    name: str
+    fast: bool
+    note: str = ""
+
+
+def default_dtype() -> "mx.Dtype | None":
+    """float32 on the CPU, where half precision is slow; None on a GPU: as stored."""
+    import mlx.core as mx
+
+    return mx.float32 if mx.default_device().type == mx.cpu else None
+
+
+def _prepare() -> Blas:
+    if sys.platform != "linux":
+        return Blas("Accelerate", fast=True)
+    if "mlx.core" in sys.modules:
+        note = "mlx.core was imported before ahn_mlx; import ahn_mlx first"
+        return Blas("as MLX found it", fast=False, note=note)
+    # Threads that spin while they wait starve MLX's own on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for load in (_system_openblas, _bundled_openblas):
+        found = load()
+        if found is not None:
+            return found
+    return Blas("reference BLAS of the MLX wheel", fast=False)
+
+
+def _system_openblas() -> Blas | None:
+    try:
+        library = ctypes.CDLL(SYSTEM_OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return _describe(library, SYSTEM_OPENBLAS)
+
+
+def _bundled_openblas() -> Blas | None:
+    spec = importlib.util.find_spec("faiss")  # finds the package, does not run it
+    if spec is None or spec.origin is None:
+        return None
+    directory = Path(spec.origin).parent.parent / "faiss_cpu.libs"
+    library = None
+    try:
+        for pattern in BUNDLED_LIBRARIES:
+            for file in sorted(directory.glob(pattern)):
+                library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return _describe(library, "bundled with faiss-cpu") if library else None
+
+
+def _describe(library: ctypes.CDLL, source: str) -> Blas | None:
+    if not hasattr(library, "cblas_sgemm"):
+        return None
+    version = ""
+    if hasattr(library, "openblas_get_config"):
+        library.openblas_get_config.restype = ctypes.c_char_p
+        # "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ..."
+        version = " ".join(library.openblas_get_config().decode().split()[1:2])
+    return Blas(f"OpenBLAS {version} ({source})", fast=True)
+
+
+BLAS = _prepare()

