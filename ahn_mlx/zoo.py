@@ -94,8 +94,8 @@ def _load_memory(decoder: nn.Module, base: set[str], file: Path) -> None:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    named: dict[str, Any] = tree_flatten(module.parameters(), destination={})
-    return {name: value.shape for name, value in named.items()}
+    parameters: Any = tree_flatten(module.parameters())
+    return {name: value.shape for name, value in parameters}
 
 
 # Name -> (window, sinks, dtype) -> model and tokenizer.

@@ -1,0 +1,80 @@
+"""The command line. Commands are thin; each is imported when it is called.
+
+A mistake that the user can mend is one line on stderr and exit code 2.
+"""
+
+import importlib
+import os
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import AHNError
+
+# Name -> (module, attribute, line in the overview).
+COMMANDS = {
+    "generate": (".cli.generate", "generate", "Read a document and answer a question."),
+    "convert": (".convert", "main", "Convert a checkpoint of the PyTorch release."),
+    "doctor": (".cli.doctor", "doctor", "Say what this machine has and lacks."),
+}
+
+
+class Lazy(click.Group):
+    """Knows its commands by name, so that help and typing errors are instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command: click.Command = getattr(
+            importlib.import_module(module, __package__.rsplit(".", 1)[0]), attribute
+        )
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Artificial Hippocampus Networks on MLX: long documents in constant memory.
+
+    \b
+    ahn-mlx generate --prompt-file book.txt --prompt "Who is the narrator?"
+    ahn-mlx convert --base Qwen2.5-3B-Instruct --ahn AHN-GDN-3B --out ahn-3b
+    ahn-mlx doctor
+    """
+
+
+def main() -> None:
+    """Run a command; errors become one line and an exit code."""
+    try:
+        code = cli.main(prog_name="ahn-mlx", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message(), err=True)
+        code = 2
+    except click.UsageError as e:
+        command = e.ctx.command_path if e.ctx else "ahn-mlx"
+        code = _fail(f"{e.format_message()} See {command} --help")
+    except (AHNError, click.ClickException) as e:
+        code = _fail(str(e))
+    except click.Abort:
+        code = 130
+    except BrokenPipeError:
+        # The reader has left (`| head`). Python would complain again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as e:
+        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
