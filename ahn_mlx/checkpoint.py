@@ -216,17 +216,19 @@ _PUBLISHED = re.compile(r"(model\.layers\.\d+\.)(ahn\.fn\.|ahn_router\.)(.+)", r
 _MEMORY = re.compile(r"(model\.layers\.\d+\.)(self_attn\.ahn\.|self_attn\.router\.)(.+)", re.DOTALL)
 
 
-def rename_published(weights: dict[str, T]) -> dict[str, T]:
-    """The names of the PyTorch release to ours; other names stay. Drops what no model
-    uses: D of Gated DeltaNet and precomputed rotary frequencies."""
+def rename_published(weights: dict[str, T], fa_layer_ids: tuple[int, ...] = ()) -> dict[str, T]:
+    """The names of the PyTorch release to ours; other names stay. Drops what no model uses:
+    D of Gated DeltaNet, precomputed rotary frequencies, and the memory that the release
+    gives even to layers that keep full attention."""
     renamed: dict[str, T] = {}
+    unused = tuple(f"model.layers.{i}.{part}" for i in fa_layer_ids for part in _OURS)
     for published, value in weights.items():
         name = published
         if m := _PUBLISHED.fullmatch(published):
             if m[2] == "ahn.fn." and m[3] == "D":
                 continue
             name = m[1] + _OURS[m[2]] + m[3]
-        if name.endswith("rotary_emb.inv_freq"):
+        if published.startswith(unused) or name.endswith("rotary_emb.inv_freq"):
             continue
         if name in renamed:
             raise AHNError(f"tensor {show(published)} is there under two names; remove one")

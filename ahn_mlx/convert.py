@@ -26,6 +26,7 @@ from .checkpoint import (
     published_name,
     read_config,
     read_headers,
+    rename_published,
 )
 from .config import AHNConfig
 from .errors import AHNError
@@ -156,7 +157,8 @@ def _fit(checkpoint: Checkpoint, dtype: str | None) -> dict[str, mx.array]:
         model = build(checkpoint.config)
     except AHNError as e:
         raise AHNError(f"{checkpoint.path}: {e}") from None
-    checkpoint.sources = model.sanitize(checkpoint.sources)
+    layers = tuple(checkpoint.config["ahn"]["fa_layer_ids"])
+    checkpoint.sources = model.sanitize(rename_published(checkpoint.sources, layers))
     parameters = dict(tree_flatten(model.parameters()))
     _check_shapes(checkpoint, {name: x.shape for name, x in parameters.items()})
     arrays = load_sources(checkpoint.sources)
@@ -305,6 +307,6 @@ def main(base: Path | None, ahn: Path, out: Path, dtype: str | None, force: bool
     try:
         convert(base, ahn, out, dtype, force)
     except AHNError as e:
-        click.echo(f"error: {e}", err=True)
+        click.echo(f"error: {' '.join(str(e).split())}", err=True)
         raise SystemExit(2) from None
     click.echo(f"wrote {out}")

@@ -48,7 +48,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and places of the tensors in a file. Raises AHNError if the header is
     not one, or promises anything that the file does not hold."""
     entries, data_size = _read_json(file)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null for none
+        metadata = {}
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise _broken(file, "its __metadata__ is not text")
     header = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}

@@ -1,0 +1,76 @@
+"""Small checkpoints for tests: the golden ones, and copies to be damaged."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+REPO = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+GDN = GOLDEN / "qwen2-gdn"
+
+
+def read_json(path: Path) -> dict:
+    """config.json of a directory."""
+    return json.loads((path / "config.json").read_text())
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and mx.array_equal(a[k], b[k]).item() for k in a
+    )
+
+
+def copies(path: Path) -> tuple[Path, Path, Path]:
+    """A base and its AHN parameters, to be damaged, and where to write."""
+    base = shutil.copytree(GDN / "base", path / "in/base")
+    ahn = shutil.copytree(GDN / "ahn_only", path / "in/ahn")
+    return base, ahn, path / "out/model"
+
+
+def edit_config(path: Path, **fields: object) -> None:
+    """Set fields; None removes one."""
+    config = {**read_json(path), **fields}
+    kept = {k: v for k, v in config.items() if v is not None}
+    (path / "config.json").write_text(json.dumps(kept))
+
+
+def edit_tensors(path: Path, **changes: mx.array | None) -> None:
+    """Set tensors by the end of their name; None removes one."""
+    tensors = mx.load(str(path / "model.safetensors"))
+    for end, value in changes.items():
+        name = next((n for n in tensors if n.endswith(end)), end)
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    mx.eval(tensors)
+    mx.save_safetensors(str(path / "model.safetensors"), tensors)
+
+
+def model_dir(path: Path, config: object = None, **tensors: mx.array) -> Path:
+    path.mkdir(exist_ok=True)
+    text = config if isinstance(config, str) else json.dumps(config or read_json(GDN / "base"))
+    (path / "config.json").write_text(text)
+    mx.save_safetensors(str(path / "model.safetensors"), tensors or {"a": mx.ones((2, 3))})
+    return path
+
+
+def write(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    """A file with this header, true or not."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return path
+
+
+def tensor(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """The converter as a user starts it."""
+    command = [sys.executable, str(REPO / "convert.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)

@@ -1,0 +1,246 @@
+"""Directories that are incomplete or hostile give one line, never a traceback."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoints import GDN, GOLDEN, model_dir, read_json, same
+
+from ahn_mlx.checkpoint import (
+    check_model_dir,
+    is_memory,
+    published_name,
+    read_config,
+    read_headers,
+    read_tensors,
+    rename_published,
+)
+from ahn_mlx.errors import AHNError
+
+SMALL = GDN / "ahn_only"
+CONFIG = read_json(GDN / "base")
+
+
+def one_line(error: pytest.ExceptionInfo[AHNError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+# --- what is sound is read ---
+
+
+def test_sound_directories():
+    single = mx.load(str(GDN / "merged/model.safetensors"))
+    assert same(read_tensors(GDN / "merged"), single)
+    assert same(read_tensors(GDN / "merged_sharded"), single)
+    assert read_config(GDN / "merged")["_ahn_implementation"] == "GatedDeltaNet"
+    for name in ("merged", "merged_sharded", "merged_bf16"):
+        assert check_model_dir(GDN / name)["model_type"] == "qwen2"
+    info = read_headers(SMALL)["model.layers.1.ahn.fn.o_proj.weight"].info
+    assert (info.dtype, info.shape) == ("F32", (4, 16, 16))
+
+
+def test_shards_without_index(tmp_path):
+    for file in (GDN / "merged_sharded").glob("model-*"):
+        shutil.copy(file, tmp_path)
+    assert same(read_tensors(tmp_path), read_tensors(GDN / "merged"))
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(AHNError, match="shard 2 of 3 is missing"):
+        read_tensors(tmp_path)
+
+
+def test_cache_of_huggingface_hub(tmp_path):
+    """Snapshots are links to ../../blobs, which is no escape."""
+    snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(SMALL, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert same(read_tensors(snapshot), read_tensors(SMALL))
+    assert read_config(snapshot) == read_config(SMALL)
+
+
+# --- wrong sets of files ---
+
+
+def index(path: Path, weight_map: object) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors"],
+        *["a\0b.safetensors", "config.json", 7, None, ["model.safetensors"]],
+    ],
+)
+def test_index_names_other_places(tmp_path, name):
+    path = model_dir(tmp_path / "m")
+    shutil.copy(path / "model.safetensors", tmp_path / "secret.safetensors")
+    index(path, {"a": name})
+    with pytest.raises(AHNError, match="not the name of a safetensors file") as error:
+        read_tensors(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "model.safetensors"])
+def test_index_without_map(tmp_path, weight_map):
+    index(model_dir(tmp_path), weight_map)
+    with pytest.raises(AHNError, match="weight_map must map"):
+        read_tensors(tmp_path)
+
+
+def test_index_and_files_disagree(tmp_path):
+    path = shutil.copytree(GDN / "merged_sharded", tmp_path / "m")
+    names = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.norm.weight"
+    index(path, {**names, name: "model-00001-of-00003.safetensors"})
+    with pytest.raises(AHNError, match=f"00001.*{name}.*missing"):
+        read_tensors(path)
+    index(path, {**names, "lm_head.weight": "model-00001-of-00003.safetensors"})
+    with pytest.raises(AHNError, match=r"lm_head.weight.*missing"):
+        check_model_dir(path)
+    index(path, names)
+    (path / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(AHNError, match=r"model-00003-of-00003.safetensors: missing"):
+        read_tensors(path)
+
+
+def test_tensor_in_two_files(tmp_path):
+    path = model_dir(tmp_path)
+    shutil.copy(path / "model.safetensors", path / "model-2.safetensors")
+    # Harmless while one file is asked for, but mlx_lm would load both.
+    assert list(read_tensors(path)) == ["a"]
+    with pytest.raises(AHNError, match=r"'a' is in model-2\.safetensors too"):
+        check_model_dir(path)
+    index(path, {"a": "model.safetensors", "b": "model-2.safetensors"})
+    with pytest.raises(AHNError, match=r"'a' is in model-2\.safetensors too"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_links_out_of_the_directory(tmp_path, name):
+    path = model_dir(tmp_path / "m")
+    secret = tmp_path / "secret"
+    shutil.copy(path / ("config.json" if "config" in name else name), secret)
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(secret)
+    with pytest.raises(AHNError, match=f"{name}: a link out of its directory"):
+        check_model_dir(path)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "config.json"])
+def test_broken_links_and_loops(tmp_path, target):
+    path = model_dir(tmp_path / "m")
+    (path / "config.json").unlink()
+    (path / "config.json").symlink_to(target)
+    with pytest.raises(AHNError, match=r"config.json: (missing|not a regular)"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipe_instead_of_file(tmp_path, name):
+    """Opening it would wait for ever."""
+    path = model_dir(tmp_path / "m")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(AHNError, match=f"{name}: not a regular file"):
+        check_model_dir(path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", None])
+def test_no_safetensors(tmp_path, name):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    if name:
+        (path / name).write_bytes(b"x")
+    for read in (read_tensors, check_model_dir):
+        with pytest.raises(AHNError, match=f"no model.safetensors.*{name or ''}.*as safetensors"):
+            read(path)
+
+
+# --- config.json ---
+
+
+def test_not_a_model_directory(tmp_path):
+    with pytest.raises(AHNError, match="does not exist"):
+        read_config(tmp_path / "absent")
+    with pytest.raises(AHNError, match=r"no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(AHNError, match="is a file"):
+        read_config(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff", "[" * 200_000, '{"a": ' + "9" * 9999 + "}"])
+def test_config_is_not_json(tmp_path, text):
+    (model_dir(tmp_path) / "config.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(AHNError, match=r"config.json: not valid JSON") as error:
+        check_model_dir(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("hidden_size", v) for v in (0, -64, 2**40, 64.0, "64", True, [64], float("nan"))]
+    + [("num_hidden_layers", 10**9), ("num_attention_heads", 0), ("vocab_size", 10**12)]
+    + [("rms_norm_eps", v) for v in (0, -1, "1", float("nan"), float("inf"), False)]
+    + [("rope_theta", []), ("rope_scaling", "yarn"), ("quantization", 4), ("text_config", 1)]
+    + [("model_type", None), ("model_type", 2), ("tie_word_embeddings", "yes")]
+    + [("quantization", {}), ("quantization", {"bits": "4", "group_size": 64})],
+)
+def test_absurd_values(tmp_path, name, value):
+    with pytest.raises(AHNError, match=name) as error:
+        check_model_dir(model_dir(tmp_path, {**CONFIG, name: value}))
+    assert "config.json: " in one_line(error)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3"])
+@pytest.mark.parametrize("name", ["generation_config.json", "hf_quant_config.json"])
+def test_files_that_mlx_lm_also_reads(tmp_path, name, text):
+    (model_dir(tmp_path) / name).write_text(text)
+    with pytest.raises(AHNError, match=f"{name}: (must hold|not valid)"):
+        check_model_dir(tmp_path)
+
+
+def test_config_must_be_an_object(tmp_path):
+    with pytest.raises(AHNError, match="must hold an object"):
+        read_config(model_dir(tmp_path, "[1]"))
+
+
+def test_path_that_mlx_lm_would_expand(tmp_path):
+    with pytest.raises(AHNError, match="rename it"):
+        check_model_dir(model_dir(tmp_path / "model[1]"))
+
+
+# --- names and values ---
+
+
+def test_published_names_and_back():
+    for variant in sorted(GOLDEN.glob("qwen*")):
+        published = read_headers(variant / "ahn_only")
+        ours = rename_published({name: name for name in published})
+        assert all(".self_attn.ahn." in n or ".self_attn.router." in n for n in ours)
+        assert {published_name(n): n for n in ours} == {v: k for k, v in ours.items()}
+        assert {n for n in published if n not in ours.values()} == {
+            n for n in published if n.endswith("ahn.fn.D")
+        }
+        assert rename_published(ours) == ours
+        assert all(map(is_memory, published)) and all(map(is_memory, ours))
+
+
+def test_names_that_stay_and_names_that_go():
+    plain = {"model.layers.0.self_attn.q_proj.weight": 1, "lm_head.weight": 2, "ahn.fn.x": 3}
+    gone = {"model.layers.0.self_attn.rotary_emb.inv_freq": 4, "model.layers.1.ahn.fn.D": 5}
+    assert rename_published({**plain, **gone}) == plain
+    assert not any(map(is_memory, plain))
+    twice = {"model.layers.0.ahn.fn.A_log": 1, "model.layers.0.self_attn.ahn.A_log": 2}
+    with pytest.raises(AHNError, match="two names"):
+        rename_published(twice)
+    # Layers with full attention have a memory in the release, which nothing uses.
+    layers = {f"model.layers.{i}.ahn.fn.A_log": i for i in (1, 2, 10, 11)}
+    assert list(rename_published(layers, (1, 10)).values()) == [2, 11]

@@ -1,0 +1,218 @@
+"""What conversion writes is bit for bit what it read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from checkpoints import GDN, GOLDEN, REPO, copies, edit_config, edit_tensors, read_json, run, same
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+
+from ahn_mlx import convert as convert_module
+from ahn_mlx.checkpoint import check_model_dir, read_headers, read_tensors, rename_published
+from ahn_mlx.convert import RELEASE_FIELDS, convert, main
+from ahn_mlx.model import build, load_model
+
+VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
+WITH_BASE = [v for v in VARIANTS if (GOLDEN / v / "base").exists()]
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return copies(tmp_path)
+
+
+# --- round trips ---
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged(variant, tmp_path):
+    """Every parameter, bit for bit; the model computes what PyTorch computed."""
+    source = GOLDEN / variant / "merged"
+    convert(None, source, tmp_path / "out")
+    written = read_tensors(tmp_path / "out")
+    assert same(written, rename_published(read_tensors(source)))
+    model, config = load_model(tmp_path / "out", dtype="float32")
+    assert config["ahn"]["window"] == 12 and config["ahn"]["sinks"] == 4
+    golden = mx.load(str(GOLDEN / variant / "golden.safetensors"))
+    logits = model(golden["input_ids"])[0]
+    assert mx.abs(logits - golden["prefill_logits"]).max().item() < 1e-3
+
+
+@pytest.mark.parametrize("variant", WITH_BASE)
+def test_base_and_ahn_are_the_merged_model(variant, tmp_path):
+    path = GOLDEN / variant
+    convert(path / "base", path / "ahn_only", tmp_path / "two")
+    convert(None, path / "merged", tmp_path / "one")
+    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_shards_in(tmp_path):
+    convert(None, GDN / "merged_sharded", tmp_path / "many")
+    convert(None, GDN / "merged", tmp_path / "one")
+    assert same(read_tensors(tmp_path / "many"), read_tensors(tmp_path / "one"))
+
+
+def test_shards_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "SHARD_BYTES", 100_000)
+    convert(None, GDN / "merged", tmp_path / "out")
+    files = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))
+    ]
+    assert len(files) == 6
+    assert all((tmp_path / "out" / f).stat().st_size < 104_000 for f in files)
+    tensors = rename_published(read_tensors(GDN / "merged"))
+    assert same(read_tensors(tmp_path / "out"), tensors)
+    assert check_model_dir(tmp_path / "out")
+    load_model(tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    assert index["metadata"]["total_parameters"] == sum(x.size for x in tensors.values())
+    # In the order of the layers, so that a layer's tensors are close together.
+    first = [n for n, f in index["weight_map"].items() if f == files[0]]
+    assert "model.embed_tokens.weight" in first and not any(".layers.2." in n for n in first)
+
+
+def is_decay(name: str) -> bool:
+    return name.endswith((".A_log", ".dt_bias"))
+
+
+@pytest.mark.parametrize("variant", ["qwen2-gdn", "qwen3-mamba2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype(variant, dtype, tmp_path):
+    source = GOLDEN / variant / "merged"
+    convert(None, source, tmp_path / "out", dtype)
+    expected = {
+        name: x if is_decay(name) else x.astype(DTYPES[dtype])
+        for name, x in rename_published(read_tensors(source)).items()
+    }
+    assert sum(map(is_decay, expected)) == 6
+    assert same(read_tensors(tmp_path / "out"), expected)
+    assert read_json(tmp_path / "out")["torch_dtype"] == dtype
+
+
+def test_bfloat16_in(tmp_path):
+    """Kept as it is, but for the decays."""
+    convert(None, GDN / "merged_bf16", tmp_path / "out")
+    written = read_tensors(tmp_path / "out")
+    source = rename_published(read_tensors(GDN / "merged_bf16"))
+    assert {x.dtype for x in source.values()} == {mx.bfloat16}
+    assert same(written, {n: x.astype(mx.float32) if is_decay(n) else x for n, x in source.items()})
+
+
+def test_converting_again_changes_the_dtype(tmp_path):
+    convert(None, GDN / "merged", tmp_path / "a")
+    convert(None, tmp_path / "a", tmp_path / "b", "bfloat16")
+    convert(None, GDN / "merged", tmp_path / "c", "bfloat16")
+    assert same(read_tensors(tmp_path / "b"), read_tensors(tmp_path / "c"))
+    assert read_json(tmp_path / "b") == read_json(tmp_path / "c")
+
+
+# --- what the config says ---
+
+
+def test_config(parts):
+    base, ahn, out = parts
+    edit_config(base, my_note="kept", eos_token_id=7)
+    edit_config(ahn, dy_sliding_window=64, dy_num_attn_sinks=8, my_note="of the other")
+    convert(base, ahn, out)
+    config = read_json(out)
+    assert config["ahn"] == {
+        **{"memory": "gated_deltanet", "window": 12, "sinks": 4, "sink_positions": "absolute"},
+        **{"fa_layer_ids": [], "router": False, "query_projection": False},
+    }
+    assert not RELEASE_FIELDS & set(config)
+    kept = {k: v for k, v in read_json(base).items() if k not in RELEASE_FIELDS}
+    assert {k: v for k, v in config.items() if k != "ahn"} == kept
+
+
+def test_head_that_is_tied_or_not(parts):
+    base, ahn, out = parts
+    head = mx.random.normal((256, 64))
+    edit_tensors(base, **{"lm_head.weight": head})
+    convert(base, ahn, out)
+    assert "lm_head.weight" not in read_headers(out)
+    # transformers leaves the field out when it is false, and mlx_lm takes that for true
+    edit_config(base, tie_word_embeddings=None)
+    convert(base, ahn, out, force=True)
+    assert mx.array_equal(read_tensors(out)["lm_head.weight"], head)
+    assert read_json(out)["tie_word_embeddings"] is False
+
+
+def test_layers_with_full_attention(parts):
+    """The release stores a memory for them all the same."""
+    base, ahn, out = parts
+    edit_config(ahn, fa_layer_ids="1")
+    convert(base, ahn, out)
+    memory = {name.split(".")[2] for name in read_headers(out) if ".ahn." in name}
+    assert memory == {"0", "2"}
+    load_model(out)
+
+
+def test_tokenizer(parts, capsys):
+    base, ahn, out = parts
+    convert(base, ahn, out)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1 and str(base) in warning
+    (base / "tokenizer.json").write_text("base")
+    (ahn / "tokenizer.json").write_text("ahn")
+    (ahn / "chat_template.jinja").write_text("ahn")
+    (base / "notes.txt").write_text("private")
+    (base / "tokenization_x.py").write_text("code")
+    convert(base, ahn, out, force=True)
+    assert capsys.readouterr().err == ""
+    assert (out / "tokenizer.json").read_text() == "base"
+    assert (out / "chat_template.jinja").read_text() == "ahn"
+    assert not (out / "notes.txt").exists() and not (out / "tokenization_x.py").exists()
+    generation = "generation_config.json"
+    assert (out / generation).read_bytes() == (base / generation).read_bytes()
+
+
+# --- the command ---
+
+
+def test_script(parts):
+    base, ahn, out = parts
+    result = run("--base", base, "--ahn", ahn, "--out", out)
+    assert (result.returncode, result.stdout) == (0, f"wrote {out}\n")
+    assert result.stderr.count("\n") == 1  # no tokenizer; and no progress bar without a terminal
+    result = run("--base", base, "--ahn", ahn, "--out", out)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {out}: ") and result.stderr.count("\n") == 1
+
+
+def test_help_and_usage():
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0 and "convert --base Qwen2.5-3B-Instruct" in result.output
+    for args in ([], ["--ahn", "x"], ["--ahn", "x", "--out", "y", "--dtype", "int4"]):
+        assert CliRunner().invoke(main, args).exit_code == 2
+
+
+def test_memory_stays_at_a_few_tensors(tmp_path):
+    """235 MB of weights in tensors of at most 4 MB, cast on the way."""
+    program = (
+        "import sys, resource; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+        "from ahn_mlx.convert import convert; import ahn_mlx.model; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "convert(None, Path(sys.argv[2]), Path(sys.argv[3]), 'bfloat16'); "
+        "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))"
+    )
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(GDN / "merged/config.json", source)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    edit_config(source, **sizes, num_attention_heads=8)
+    tensors = dict(tree_flatten(build(read_json(source)).parameters()))
+    assert sum(x.nbytes for x in tensors.values()) > 220 << 20
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    command = [sys.executable, "-c", program, str(REPO), str(source), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert int(result.stdout) < 48 << 20
+    assert os.path.getsize(tmp_path / "out/model.safetensors") > 110 << 20

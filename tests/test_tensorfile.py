@@ -1,0 +1,169 @@
+"""Damaged safetensors files give one line, never a crash; written ones are what others read."""
+
+import os
+import struct
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import GDN, same, tensor, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ahn_mlx.checkpoint import (
+    check_finite,
+    read_tensors,
+)
+from ahn_mlx.errors import AHNError
+from ahn_mlx.tensorfile import is_finite, read_header, write_tensors
+
+SMALL = GDN / "ahn_only"
+
+# Every example writes the same file anew, so the fixture may be shared.
+fuzz = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def one_line(error: pytest.ExceptionInfo[AHNError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+def test_written_file_is_what_others_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    tensors = {
+        "half": mx.array([1.5, -2.0, 3.0], mx.float16),  # 6 bytes
+        "b": mx.random.normal((5, 7)).astype(mx.bfloat16),
+        "scalar": mx.array(3.0),
+        "full": mx.random.normal((3, 3)).T,  # not contiguous
+        "none": mx.zeros((0, 4)),
+    }
+    seen: list[str] = []
+    file = tmp_path / "model.safetensors"
+    left = dict(tensors)
+    write_tensors(file, left, lambda name, x: seen.append(name))
+    assert left == {} and sorted(seen) == sorted(tensors)
+    assert same(mx.load(str(file)), tensors)
+    with safetensors.safe_open(file, "numpy") as f:
+        assert f.metadata() == {"format": "mlx"}
+        assert np.array_equal(f.get_tensor("full"), np.array(tensors["full"]))
+    assert all(i.begin % 4 == 0 for i in read_header(file).values() if i.dtype == "F32")
+    with pytest.raises(FileExistsError):
+        write_tensors(file, dict(tensors), lambda name, x: None)
+
+
+# --- damaged files ---
+
+
+@fuzz
+@given(data=st.data())
+def test_truncated_anywhere(tmp_path, data):
+    raw = (SMALL / "model.safetensors").read_bytes()
+    (header,) = struct.unpack("<Q", raw[:8])
+    cut = data.draw(
+        st.one_of(
+            st.integers(0, len(raw) - 1), st.integers(0, 16), st.integers(header, header + 16)
+        )
+    )
+    (tmp_path / "model.safetensors").write_bytes(raw[:cut])
+    with pytest.raises(AHNError, match="damaged") as error:
+        read_tensors(tmp_path)
+    assert "model.safetensors" in one_line(error)
+
+
+@fuzz
+@given(data=st.data())
+def test_flipped_bytes_in_header(tmp_path, data):
+    raw = bytearray((SMALL / "model.safetensors").read_bytes())
+    (header,) = struct.unpack("<Q", raw[:8])
+    places = st.one_of(st.integers(0, 7), st.integers(8, 8 + header - 1))
+    for place in data.draw(st.lists(places, min_size=1, max_size=3)):
+        # digits and brackets do more harm than random bytes, which are mostly not JSON
+        raw[place] = data.draw(st.one_of(st.integers(0, 255), st.sampled_from(b'0123456789[]{}",')))
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    try:
+        tensors = read_tensors(tmp_path)
+        mx.eval(tensors)
+    except AHNError as e:
+        assert "\n" not in str(e)
+
+
+HEADERS = {
+    "not an object": ([], b"", "not an object"),
+    "not JSON": (b"{nonsense", b"", "not valid JSON"),
+    "not UTF-8": (b'{"\xff": 1}', b"", "not valid JSON"),
+    "UTF-16": ('{"a": {}}'.encode("utf-16"), b"", "not valid JSON"),
+    "surrogate": (b'{"\\ud800": {}}', b"", "not valid JSON"),
+    "deep": (b"[" * 200_000, b"", "not valid JSON"),
+    "huge number": (b'{"a": ' + b"9" * 10_000 + b"}", b"", "not valid JSON"),
+    "NaN": (b'{"a": NaN}', b"", "NaN is not JSON"),
+    "name twice": (b'{"a": {}, "a": {}}', b"", "appears twice"),
+    "metadata": ({"__metadata__": {"format": 1}}, b"", "__metadata__"),
+    "entry": ({"a": 3}, b"", "lacks dtype"),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, b"", "lacks dtype"),
+    "dtype": ({"a": tensor("F64", [1])}, b"12345678", "'F64', which MLX cannot load"),
+    "dtype number": ({"a": tensor(7)}, b"12345678", "has dtype 7"),
+    "negative": ({"a": tensor(shape=[-2])}, b"12345678", "shape"),
+    "two negatives": ({"a": tensor(shape=[-1, -2])}, b"12345678", "shape"),
+    "bool": ({"a": tensor(shape=[2, True])}, b"12345678", "shape"),
+    "fraction": ({"a": tensor(shape=[2.0])}, b"12345678", "shape"),
+    "int32 overflow": ({"a": tensor(shape=[2**32, 0], offsets=[0, 0])}, b"", "shape"),
+    "dimensions": ({"a": tensor(shape=[1] * 10_000, offsets=[0, 4])}, b"1234", "shape"),
+    "size": ({"a": tensor(shape=[3])}, b"12345678", "needs 12 bytes and has 8"),
+    "backwards": ({"a": tensor(offsets=[8, 0])}, b"12345678", "offsets"),
+    "three offsets": ({"a": tensor(offsets=[0, 8, 8])}, b"12345678", "offsets"),
+    "beyond the end": ({"a": tensor(offsets=[8, 16])}, b"12345678", "ends at byte 16 of 8"),
+    "overlap": ({"a": tensor(), "b": tensor(offsets=[4, 12])}, b"x" * 12, "'b' overlaps"),
+    "the same bytes": ({"a": tensor(), "b": tensor()}, b"x" * 8, "overlaps"),
+    "gap": ({"a": tensor(), "b": tensor(offsets=[12, 20])}, b"x" * 20, "'b' leaves a gap"),
+    "bytes left over": ({"a": tensor()}, b"x" * 9, "1 bytes after the last"),
+    "escape codes": ({"\x1b[2J\nname": 3}, b"", r"'\\x1b\[2J\\nname' lacks"),
+    "endless name": ({"n" * 9999: 3}, b"", "lacks dtype"),
+}
+
+
+@pytest.mark.parametrize("header, data, reason", HEADERS.values(), ids=HEADERS.keys())
+def test_lying_headers(tmp_path, header, data, reason):
+    write(tmp_path / "model.safetensors", header, data)
+    with pytest.raises(AHNError, match=reason) as error:
+        read_tensors(tmp_path)
+    assert "model.safetensors: " in one_line(error)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 101 << 20, 3])
+def test_header_length(tmp_path, length):
+    with pytest.raises(AHNError, match=r"header (claims|is not)"):
+        read_header(write(tmp_path / "a.safetensors", {"a": tensor()}, b"12345678", length))
+
+
+def test_header_is_not_read_when_too_long(tmp_path):
+    """A sparse file of 1 TB whose header claims all of it costs nothing."""
+    file = write(tmp_path / "model.safetensors", b"", b"", 2**40 - 8)
+    os.truncate(file, 2**40)
+    with pytest.raises(AHNError, match="claims"):
+        read_tensors(tmp_path)
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), max_size=3),
+    dtype=st.sampled_from([mx.float32, mx.bfloat16, mx.float16]),
+    bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
+    data=st.data(),
+)
+def test_not_finite(shape, dtype, bad, data):
+    values = np.full(shape, 6e4, np.float32).reshape(-1)  # near float16's largest
+    values[0] = -0.0
+    x = mx.array(values).reshape(shape).astype(dtype)
+    check_finite("a", x)
+    values[data.draw(st.integers(0, values.size - 1))] = bad
+    with pytest.raises(AHNError, match="'a' holds NaN or infinity"):
+        check_finite("a", mx.array(values).reshape(shape).astype(dtype))
+
+
+def test_not_finite_at_the_end_of_a_large_tensor():
+    x = mx.zeros(((1 << 22) + 5,), mx.bfloat16)
+    assert is_finite(x) and is_finite(x[:0])
+    x[-1] = float("nan")
+    assert not is_finite(x)
