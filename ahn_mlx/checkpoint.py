@@ -67,8 +67,13 @@ def read_config(path: Path) -> dict[str, Any]:
         if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise AHNError(f"{file}: {name} must be a positive number, not {show(value)}")
     for name in OBJECTS:
-        if not isinstance(config.get(name), dict | None):
+        # mlx_lm looks into text_config without asking whether it is null
+        allowed = dict if name == "text_config" else dict | None
+        if not isinstance(config.get(name, {}), allowed):
             raise AHNError(f"{file}: {name} must be an object, not {show(config[name])}")
+    if not isinstance(config.get("architectures"), list | str | None):
+        found = show(config["architectures"])
+        raise AHNError(f"{file}: architectures must be a list of names, not {found}")
     if not isinstance(config.get("tie_word_embeddings"), bool | None):
         found = show(config["tie_word_embeddings"])
         raise AHNError(f"{file}: tie_word_embeddings must be true or false, not {found}")
@@ -189,19 +194,28 @@ def check_model_dir(path: Path) -> dict[str, Any]:
     config = read_config(path)
     if glob.escape(str(path)) != str(path):
         raise AHNError(f"{path}: mlx_lm cannot load from a path with * ? or [; rename it")
-    for name in ("generation_config.json", "hf_quant_config.json"):
-        if os.path.lexists(path / name):
-            read_json(path / name)
-    quantization = config.get("quantization")
-    for name in ("bits", "group_size") if quantization is not None else ():
-        value = quantization.get(name)  # type: ignore[union-attr]
-        if type(value) is not int or not 1 <= value <= 1024:
-            file = path / "config.json"
-            raise AHNError(f"{file}: {name} under quantization is {show(value)}, not a number")
+    if os.path.lexists(path / "generation_config.json"):
+        read_json(path / "generation_config.json")
+    _check_quantization(path, config)
     weight_files(path)
     # mlx_lm loads every file of this pattern, whatever an index says.
     _read_headers(path, sorted(path.glob("model*.safetensors")))
     return config
+
+
+def _check_quantization(path: Path, config: dict[str, Any]) -> None:
+    """None, or MLX's own. mlx_lm would try to unpack what other programs write."""
+    quantization = config.get("quantization")
+    if quantization is None:
+        foreign = config.get("quantization_config") is not None
+        if foreign or os.path.lexists(path / "hf_quant_config.json"):
+            raise AHNError(f"{path}: quantized, but not by MLX; use the unquantized model")
+        return
+    for name in ("bits", "group_size"):
+        value = quantization.get(name)
+        if type(value) is not int or not 1 <= value <= 1024:
+            file = path / "config.json"
+            raise AHNError(f"{file}: {name} under quantization is {show(value)}, not a number")
 
 
 def check_finite(name: str, x: mx.array) -> None:

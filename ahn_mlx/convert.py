@@ -156,7 +156,7 @@ def _fit(checkpoint: Checkpoint, dtype: str | None) -> dict[str, mx.array]:
     try:
         model = build(checkpoint.config)
     except AHNError as e:
-        raise AHNError(f"{checkpoint.path}: {e}") from None
+        raise AHNError(f"{checkpoint.path}: {' '.join(str(e).split())[:400]}") from None
     layers = tuple(checkpoint.config["ahn"]["fa_layer_ids"])
     checkpoint.sources = model.sanitize(rename_published(checkpoint.sources, layers))
     parameters = dict(tree_flatten(model.parameters()))

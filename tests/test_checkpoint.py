@@ -190,6 +190,7 @@ def test_config_is_not_json(tmp_path, text):
     + [("num_hidden_layers", 10**9), ("num_attention_heads", 0), ("vocab_size", 10**12)]
     + [("rms_norm_eps", v) for v in (0, -1, "1", float("nan"), float("inf"), False)]
     + [("rope_theta", []), ("rope_scaling", "yarn"), ("quantization", 4), ("text_config", 1)]
+    + [("text_config", None), ("architectures", 1)]
     + [("model_type", None), ("model_type", 2), ("tie_word_embeddings", "yes")]
     + [("quantization", {}), ("quantization", {"bits": "4", "group_size": 64})],
 )
@@ -200,11 +201,20 @@ def test_absurd_values(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "3"])
-@pytest.mark.parametrize("name", ["generation_config.json", "hf_quant_config.json"])
-def test_files_that_mlx_lm_also_reads(tmp_path, name, text):
-    (model_dir(tmp_path) / name).write_text(text)
-    with pytest.raises(AHNError, match=f"{name}: (must hold|not valid)"):
+def test_generation_config(tmp_path, text):
+    (model_dir(tmp_path) / "generation_config.json").write_text(text)
+    with pytest.raises(AHNError, match=r"generation_config.json: (must hold|not valid)"):
         check_model_dir(tmp_path)
+
+
+def test_quantized_by_others(tmp_path):
+    ours = {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {}}
+    check_model_dir(model_dir(tmp_path, {**CONFIG, **ours}))
+    theirs = {"quantization_config": {"quant_method": "gptq"}}
+    for config in ({**CONFIG, **theirs}, CONFIG):
+        with pytest.raises(AHNError, match="not by MLX"):
+            check_model_dir(model_dir(tmp_path, config))
+        (tmp_path / "hf_quant_config.json").write_text("{")
 
 
 def test_config_must_be_an_object(tmp_path):
