@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import gguf, model
 from .config import AHNConfig
+from .convert import VOCABULARIES
 from .errors import AHNError
 from .platform import default_dtype
 
@@ -46,7 +47,14 @@ def load(
         return build(window, sinks, dtype)
     if not Path(name_or_path).is_dir():
         raise AHNError(f"no model directory {name_or_path}; names: {', '.join(ZOO)}")
+    _check_tokenizer(Path(name_or_path))
     return model.load(name_or_path, window=window, sinks=sinks, dtype=dtype)
+
+
+def _check_tokenizer(path: Path) -> None:
+    # Without any vocabulary, transformers makes up an empty tokenizer.
+    if (path / "config.json").is_file() and not any((path / n).is_file() for n in VOCABULARIES):
+        raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
 
 
 def smollm2_gguf() -> Path:

