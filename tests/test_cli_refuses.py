@@ -34,6 +34,8 @@ def refused(*args: str, stdin: bytes = b"") -> str:
     ("args", "reason"),
     [
         (["nonsense"], "No such command"),
+        (["convert"], "Missing option"),
+        (["convert", "--ahn", "no-such", "--out", "no-such-either"], "no-such"),
         (["generate", "--nonsense"], "No such option"),
         (["generate", "--max-tokens", "many"], "not a valid integer"),
         (["generate", "--dtype", "float8"], "float8"),
