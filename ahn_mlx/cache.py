@@ -43,6 +43,8 @@ class AHNCache(_BaseCache):
         # keys, values, gates: each [B, heads, slots, width].
         self.buffers: tuple[mx.array, ...] | None = None
         self.memory: mx.array | None = None
+        # Copies of what leaves next: keys, values, gates of one token.
+        self._next: tuple[mx.array, ...] | None = None
 
     @property
     def capacity(self) -> int:
@@ -61,16 +63,21 @@ class AHNCache(_BaseCache):
     def _append_one(self, new: tuple[mx.array, ...], evicts: int) -> Update:
         self._reserve(new, min(self.offset + 1, self.capacity))
         assert self.buffers is not None
-        slot = mx.array([self._slot(self.offset)])
         evicted = None
         if evicts:
-            # A copy, taken before the slot is written: a view would keep the old
-            # buffer alive and turn the write in place into a copy of the window.
-            evicted = tuple(mx.take(buffer, slot, axis=2) for buffer in self.buffers)
-            self.buffers = tuple(mx.depends(list(self.buffers), list(evicted)))
-        self.buffers = write_slot(self.buffers, new, slot)
+            evicted = self._next or read_slot(self.buffers, self._slot(self.offset))
+        self.buffers = write_slot(self.buffers, new, self._slot(self.offset))
         kept = min(self.offset + 1, self.capacity)
-        keys, values = (buffer[:, :, :kept] for buffer in self.buffers[:2])
+        seen = [buffer[:, :, :kept] for buffer in self.buffers[:2]]
+        # The token that leaves next is read now, in the same evaluation as attention: a
+        # reader still waiting when its slot is written would force a copy of the window.
+        # Gates are not part of attention; without this their writes would pile up.
+        pending = list(self.buffers[2:])
+        self._next = None
+        if self.offset + 1 >= self.capacity:
+            self._next = read_slot(self.buffers, self._slot(self.offset + 1))
+            pending += self._next
+        keys, values = mx.depends(seen, pending)
         return Update(keys, values, evicted)
 
     def _append(self, new: tuple[mx.array, ...], evicts: int) -> Update:
@@ -78,11 +85,12 @@ class AHNCache(_BaseCache):
         if past is None:
             seen = new
         else:
-            seen = tuple(mx.concatenate([p, n], axis=2) for p, n in zip(past, new))
+            seen = tuple(mx.concatenate([p, n], axis=2) for p, n in zip(past, new, strict=True))
         evicted = None
         if evicts:
             # The oldest token behind the sinks leaves first.
             evicted = tuple(x[:, :, self.sinks : self.sinks + evicts] for x in seen)
+        self._next = None
         self._store(new)
         return Update(seen[0], seen[1], evicted)
 
@@ -117,10 +125,7 @@ class AHNCache(_BaseCache):
             last = self.sinks if token < self.sinks else self.capacity
             n = min(end - token, last - slot)
             rows = slice(token - self.offset, token - self.offset + n)
-            self.buffers = tuple(
-                mx.slice_update(buffer, x[:, :, rows].astype(buffer.dtype), mx.array([slot]), (2,))
-                for buffer, x in zip(self.buffers, new)
-            )
+            self.buffers = write_slot(self.buffers, tuple(x[:, :, rows] for x in new), slot)
             token += n
 
     def _reserve(self, new: tuple[mx.array, ...], slots: int) -> None:
@@ -134,7 +139,7 @@ class AHNCache(_BaseCache):
             for x in new
         )
         if self.buffers is not None:
-            zeros = tuple(mx.concatenate([b, z], axis=2) for b, z in zip(self.buffers, zeros))
+            zeros = tuple(mx.concatenate([b, z], axis=2) for b, z in zip(self.buffers, zeros, strict=True))
         self.buffers = zeros
 
     # mlx-lm's protocol
@@ -147,6 +152,7 @@ class AHNCache(_BaseCache):
     def state(self, value: Any) -> None:
         buffers, self.memory, self.offset, self.window, self.sinks = value
         self.buffers = tuple(buffers) or None
+        self._next = None
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +175,7 @@ class AHNCache(_BaseCache):
             return 0
         n = min(self.offset, n)
         self.offset -= n
+        self._next = None
         return n
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
@@ -178,11 +185,18 @@ class AHNCache(_BaseCache):
         )
 
 
+def read_slot(buffers: tuple[mx.array, ...], slot: int) -> tuple[mx.array, ...]:
+    """A copy of one slot of each buffer, [B, heads, 1, width]."""
+    index = mx.array([slot])
+    return tuple(mx.take(buffer, index, axis=2) for buffer in buffers)
+
+
 def write_slot(
-    buffers: tuple[mx.array, ...], token: tuple[mx.array, ...], slot: mx.array
+    buffers: tuple[mx.array, ...], token: tuple[mx.array, ...], slot: int
 ) -> tuple[mx.array, ...]:
-    """Put one token [B, heads, 1, width] into slot [1] of each buffer, in place when evaluated."""
+    """Put [B, heads, n, width] from `slot` on; in place, once nothing else reads the buffer."""
+    index = mx.array([slot])
     return tuple(
-        mx.slice_update(buffer, x.astype(buffer.dtype), slot, (2,))
-        for buffer, x in zip(buffers, token)
+        mx.slice_update(buffer, x.astype(buffer.dtype), index, (2,))
+        for buffer, x in zip(buffers, token, strict=True)
     )

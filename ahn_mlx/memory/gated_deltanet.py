@@ -30,9 +30,7 @@ class GatedDeltaNet(nn.Module):
 
     def gates(self, h: mx.array) -> mx.array:
         """h [B, L, C] -> [B, L, H, 2], beta and log decay g, float32."""
-        beta = mx.sigmoid(self.b_proj(h).astype(mx.float32))
-        step = nn.softplus(self.a_proj(h).astype(mx.float32) + self.dt_bias)
-        return mx.stack([beta, -mx.exp(self.A_log) * step], axis=-1)
+        return _gates(self.b_proj(h), self.a_proj(h), self.dt_bias, self.A_log)
 
     def scan(
         self, q: mx.array, k: mx.array, v: mx.array, gates: mx.array, state: mx.array | None
@@ -45,8 +43,20 @@ class GatedDeltaNet(nn.Module):
         return norm_gate_project(self, o, h)
 
 
+@mx.compile
+def _gates(b: mx.array, a: mx.array, dt_bias: mx.array, A_log: mx.array) -> mx.array:
+    beta = mx.sigmoid(b.astype(mx.float32))
+    step = nn.softplus(a.astype(mx.float32) + dt_bias)
+    return mx.stack([beta, -mx.exp(A_log) * step], axis=-1)
+
+
 def norm_gate_project(memory: nn.Module, o: mx.array, h: mx.array) -> mx.array:
     """Norm first, then gate, then the projection of each head (both delta rules)."""
-    gate = nn.silu(memory.g_proj(h).astype(mx.float32))[..., None]
-    y = mx.fast.rms_norm(o, memory.o_norm.weight.astype(mx.float32), 1e-5) * gate
+    y = _norm_gate(o, memory.o_norm.weight, memory.g_proj(h))
     return memory.o_proj(y.swapaxes(1, 2).astype(h.dtype))
+
+
+@mx.compile
+def _norm_gate(o: mx.array, weight: mx.array, z: mx.array) -> mx.array:
+    gate = nn.silu(z.astype(mx.float32))[..., None]
+    return mx.fast.rms_norm(o, weight.astype(mx.float32), 1e-5) * gate

@@ -65,8 +65,8 @@ def _choose(
 
 def normalize(x: mx.array, scale: float = 1.0) -> mx.array:
     """scale * x / sqrt(|x|^2 + 1e-6) over the last axis, float32."""
-    x = x.astype(mx.float32)
-    return x * (scale * mx.rsqrt(mx.sum(x * x, axis=-1, keepdims=True) + 1e-6))
+    D = x.shape[-1]
+    return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6 / D) * (scale * D**-0.5)
 
 
 def sequential(
@@ -93,6 +93,7 @@ def sequential(
     return mx.stack(outputs, axis=1), M
 
 
+@mx.compile
 def step(
     q: mx.array,
     k: mx.array,
@@ -103,15 +104,20 @@ def step(
 ) -> Result:
     """One token (T = 1): two row-times-matrix products and one outer product."""
     B, _, H, D = q.shape
-    group = H // k.shape[2]
-    kn = mx.repeat(normalize(k[:, 0]), group, axis=1)[..., None, :]  # [B, H, 1, D]
-    vn = mx.repeat(v[:, 0].astype(mx.float32), group, axis=1)[..., None, :]
-    qn = normalize(q[:, 0], D**-0.5)[..., None, :]
+    Hkv = k.shape[2]
+    G = H // Hkv
+
+    def per_head(x: mx.array) -> mx.array:
+        return x.astype(mx.float32).reshape(B, Hkv, G, 1, 1)
+
+    kn = normalize(k).reshape(B, Hkv, 1, 1, D)
+    vn = v.astype(mx.float32).reshape(B, Hkv, 1, 1, D)
+    qn = normalize(q, D**-0.5).reshape(B, Hkv, G, 1, D)
+    M = state.reshape(B, Hkv, G, D, D)
     if g is not None:
-        state = state * mx.exp(g[:, 0].astype(mx.float32))[..., None, None]
-    change = beta[:, 0].astype(mx.float32)[..., None, None] * (vn - kn @ state)
-    state = state + kn.swapaxes(-1, -2) * change
-    return (qn @ state).swapaxes(1, 2), state
+        M = M * mx.exp(per_head(g))
+    M = M + kn.swapaxes(-1, -2) * (per_head(beta) * (vn - kn @ M))
+    return (qn @ M).reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
 def chunked(

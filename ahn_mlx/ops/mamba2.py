@@ -41,9 +41,9 @@ def ssd(
 
 
 def normalize(x: mx.array) -> mx.array:
-    """x / max(|x|, 1e-12) over the last axis, float32."""
-    x = x.astype(mx.float32)
-    return x * mx.rsqrt(mx.maximum(mx.sum(x * x, axis=-1, keepdims=True), 1e-24))
+    """x / max(|x|, 1e-12) over the last axis, float32; 0 stays 0."""
+    D = x.shape[-1]
+    return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-24 / D) * D**-0.5
 
 
 def sequential(
@@ -61,17 +61,21 @@ def sequential(
     return mx.stack(outputs, axis=1), M
 
 
+@mx.compile
 def step(
     q: mx.array, k: mx.array, v: mx.array, dt: mx.array, A: mx.array, state: mx.array
 ) -> Result:
-    """One token (T = 1)."""
-    group = q.shape[2] // k.shape[2]
-    dt = dt[:, 0].astype(mx.float32)[..., None, None]  # [B, H, 1, 1]
-    kn = mx.repeat(normalize(k[:, 0]), group, axis=1)[..., None, :]
-    vn = mx.repeat(v[:, 0].astype(mx.float32), group, axis=1)[..., :, None]
-    state = state * mx.exp(dt * A[:, None, None]) + (dt * vn) * kn
-    o = state @ normalize(q[:, 0])[..., :, None]
-    return o[..., 0][:, None], state
+    """One token (T = 1): one outer product and one matrix-times-column product."""
+    B, _, H, D = q.shape
+    Hkv = k.shape[2]
+    G = H // Hkv
+    kn = normalize(k).reshape(B, Hkv, 1, 1, D)
+    vn = v.astype(mx.float32).reshape(B, Hkv, 1, D, 1)
+    qn = normalize(q).reshape(B, Hkv, G, D, 1)
+    dt = dt.astype(mx.float32).reshape(B, Hkv, G, 1, 1)
+    decay = mx.exp(dt * A.astype(mx.float32).reshape(Hkv, G, 1, 1))
+    M = state.reshape(B, Hkv, G, D, D) * decay + (dt * vn) * kn
+    return (M @ qn).reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
 def chunked(

@@ -31,6 +31,20 @@ def attend(
     """
     if q_sink is None or sinks == 0:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if q.shape[2] == 1 and mask is None:
+        return _two_queries_step(q, k, v, scale, None, q_sink, sinks)
+    return _two_queries(q, k, v, scale, mask, q_sink, sinks)
+
+
+def _two_queries(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None,
+    q_sink: mx.array,
+    sinks: int,
+) -> mx.array:
     B, H, L, D = q.shape
     Hkv, K = k.shape[1:3]
 
@@ -46,6 +60,10 @@ def attend(
         s = mx.where(mask, s, mx.finfo(s.dtype).min)
     p = mx.softmax(s, axis=-1, precise=True).reshape(B, Hkv, -1, K)
     return (p @ v).reshape(B, H, L, D)
+
+
+# Decoding always has the same shapes; prefill tiles do not.
+_two_queries_step = mx.compile(_two_queries)
 
 
 def window_attention(
