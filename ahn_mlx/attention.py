@@ -99,7 +99,7 @@ class AHNAttention(nn.Module):
         self,
         q: mx.array,
         h: mx.array,
-        evicted: tuple[mx.array, mx.array, mx.array],
+        evicted: tuple[mx.array, ...],
         cache: AHNCache,
     ) -> mx.array:
         """Write the evicted tokens, read with q [B, H, T, D] and h [B, T, C] -> [B, H, T, D]."""

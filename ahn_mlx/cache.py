@@ -26,7 +26,7 @@ class Update(NamedTuple):
 
     keys: mx.array
     values: mx.array
-    evicted: tuple[mx.array, mx.array, mx.array] | None
+    evicted: tuple[mx.array, ...] | None
 
 
 class AHNCache(_BaseCache):
@@ -135,11 +135,12 @@ class AHNCache(_BaseCache):
             return
         grown = min(self.capacity, -(-slots // GROWTH) * GROWTH)
         zeros = tuple(
-            mx.zeros((x.shape[0], x.shape[1], grown - have, x.shape[3]), dtype=x.dtype)
-            for x in new
+            mx.zeros((x.shape[0], x.shape[1], grown - have, x.shape[3]), dtype=x.dtype) for x in new
         )
         if self.buffers is not None:
-            zeros = tuple(mx.concatenate([b, z], axis=2) for b, z in zip(self.buffers, zeros, strict=True))
+            zeros = tuple(
+                mx.concatenate([b, z], axis=2) for b, z in zip(self.buffers, zeros, strict=True)
+            )
         self.buffers = zeros
 
     # mlx-lm's protocol

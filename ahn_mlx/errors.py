@@ -6,3 +6,6 @@ class AHNError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

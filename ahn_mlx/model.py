@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from .attention import PROJECTIONS, AHNAttention
 from .cache import AHNCache
-from .checkpoint import check_model_dir, rename_published
+from .checkpoint import check_model_dir, read_tensors, rename_published
 from .config import AHNConfig
 from .errors import AHNError
 from .platform import default_dtype
@@ -49,7 +49,7 @@ class AHNModel:
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Published parameter names to ours, after the base model's own clean-up."""
         base = getattr(super(), "sanitize", dict)
-        return rename_published(base(weights))
+        return rename_published(base(weights), self.ahn.fa_layer_ids)
 
 
 def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
@@ -134,15 +134,21 @@ def load_model(
     """
     path = Path(path)
     config = check_model_dir(path)
-    given = {"window": window, "sinks": sinks}
+    ahn = AHNConfig.from_dict(config)
     ahn = replace(
-        AHNConfig.from_dict(config), **{k: v for k, v in given.items() if v is not None}
+        ahn,
+        window=ahn.window if window is None else window,
+        sinks=ahn.sinks if sinks is None else sinks,
     )
+    overrides: dict[str, Any] = {"ahn": ahn.to_dict(), "model_file": None}
+    if "tie_word_embeddings" not in config:
+        # mlx-lm would assume tied embeddings and drop the head.
+        overrides["tie_word_embeddings"] = "lm_head.weight" not in read_tensors(path)
     try:
         model, config = mlx_lm.utils.load_model(
             path,
             lazy=True,
-            model_config={"ahn": ahn.to_dict(), "model_file": None},
+            model_config=overrides,
             get_model_classes=lambda config: (
                 lambda args: build(args.config),  # type: ignore[arg-type, return-value]
                 ModelArgs,
@@ -151,7 +157,7 @@ def load_model(
     except (ValueError, RuntimeError) as e:
         if isinstance(e, AHNError):
             raise
-        raise AHNError(f"{path}: {' '.join(str(e).split())}") from None
+        raise AHNError(f"{path}: {e}") from None
     model.eval()
     finish(model, dtype)
     return model, config

@@ -1,5 +1,7 @@
 """The two linear maps of a memory. Not nn.Linear: nn.quantize leaves them alone."""
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -42,6 +44,6 @@ class Scale(nn.Module):
 def decay_init(heads: int) -> tuple[mx.array, mx.array]:
     """A_log and dt_bias [heads]: rates from 1 to 16, steps from 0.001 to 0.1."""
     rates = mx.linspace(1.0, 16.0, heads)
-    steps = mx.exp(mx.linspace(mx.log(mx.array(1e-3)), mx.log(mx.array(1e-1)), heads))
+    steps = mx.exp(mx.linspace(math.log(1e-3), math.log(1e-1), heads))
     # The inverse of softplus, so that softplus(dt_bias) is the step.
     return mx.log(rates), mx.log(mx.expm1(steps))

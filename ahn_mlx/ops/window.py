@@ -30,10 +30,17 @@ def attend(
     Returns [B, H, L, D].
     """
     if q_sink is None or sinks == 0:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        if q.shape[2] == 1 or not on_cpu():
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        q_sink, sinks = q, 0
     if q.shape[2] == 1 and mask is None:
         return _two_queries_step(q, k, v, scale, None, q_sink, sinks)
     return _two_queries(q, k, v, scale, mask, q_sink, sinks)
+
+
+def on_cpu() -> bool:
+    """Whether MLX runs on the CPU, where exp() is what attention waits for."""
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def _two_queries(
@@ -53,13 +60,33 @@ def _two_queries(
         s = (queries * scale).reshape(B, Hkv, -1, D) @ keys.swapaxes(-1, -2)
         return s.reshape(B, H, L, -1)
 
-    s = mx.concatenate(
-        [scores(q_sink, k[..., :sinks, :]), scores(q, k[..., sinks:, :])], axis=-1
-    )
+    s = scores(q, k[..., sinks:, :])
+    if sinks:
+        s = mx.concatenate([scores(q_sink, k[..., :sinks, :]), s], axis=-1)
     if mask is not None:
         s = mx.where(mask, s, mx.finfo(s.dtype).min)
+    if L > 1 and s.dtype == mx.float32 and on_cpu():
+        p = fast_exp(s - s.max(axis=-1, keepdims=True))
+        total = p.sum(axis=-1, keepdims=True)
+        return (p.reshape(B, Hkv, -1, K) @ v).reshape(B, H, L, D) / total
     p = mx.softmax(s, axis=-1, precise=True).reshape(B, Hkv, -1, K)
     return (p @ v).reshape(B, H, L, D)
+
+
+@mx.compile
+def fast_exp(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0, float32, as exp(x / 64) ^ 64 with a polynomial of degree 7.
+
+    Six times as fast as MLX's exp on the CPU. Relative error up to 5e-6 above -20, 5e-5
+    down to -40; smaller values count as exp(-40), which no softmax can see.
+    """
+    y = mx.maximum(x, -40.0) * (1 / 64)
+    p = 1 + y * (1 / 7)
+    for n in range(6, 0, -1):
+        p = 1 + y * p * (1 / n)
+    for _ in range(6):
+        p = p * p
+    return p
 
 
 # Decoding always has the same shapes; prefill tiles do not.
@@ -141,8 +168,8 @@ def sequential(
         seen = [j for j in range(t + 1) if j < sinks or t - j < window]
         scores = []
         for j in seen:
-            second = q_sink is not None and j < sinks and t >= window + sinks
-            query = q_sink if second else q
+            clamped = j < sinks and t >= window + sinks
+            query = q_sink if q_sink is not None and clamped else q
             scores.append(mx.sum(query[:, :, i] * k[:, :, j], axis=-1) * scale)
         weights = mx.softmax(mx.stack(scores, axis=-1).astype(mx.float32), axis=-1)
         outputs.append((weights[..., None] * v[:, :, mx.array(seen)]).sum(axis=2))
