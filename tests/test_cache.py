@@ -1,0 +1,124 @@
+"""The ring against a list of tokens, and windowed attention against one query at a time."""
+
+import copy
+
+import mlx.core as mx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ahn_mlx.cache import AHNCache
+from ahn_mlx.ops import window as ops
+
+chunks = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+def tokens(first, n, heads, width):
+    """Token t is the number t, everywhere."""
+    t = mx.arange(first, first + n, dtype=mx.float32)[None, None, :, None]
+    return mx.broadcast_to(t, (1, heads, n, width))
+
+
+def times(x):
+    return x[0, 0, :, 0].tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 6), chunks)
+def test_ring_equals_a_list(window, sinks, lengths):
+    cache, kept, read, t = AHNCache(window, sinks), [], [], 0
+    for n in lengths:
+        new = list(range(t, t + n))
+        before, evicted = list(kept), []
+        for token in new:
+            kept.append(token)
+            if len(kept) > window + sinks:
+                evicted.append(kept.pop(sinks))
+        update = cache.update(tokens(t, n, 2, 4), tokens(t, n, 2, 4), tokens(t, n, 3, 2))
+        t += n
+        if n == 1:
+            assert sorted(times(update.keys)) == kept
+        else:
+            assert times(update.keys) == before + new
+        assert times(update.keys) == times(update.values)
+        if evicted:
+            for part, heads in zip(update.evicted, (2, 2, 3), strict=True):
+                assert part.shape[1] == heads and times(part) == evicted
+        else:
+            assert update.evicted is None
+        read += evicted
+        assert cache.offset == t and cache.size() == len(kept)
+        assert cache.is_trimmable() == (not read)
+    assert read == list(range(sinks, sinks + len(read)))
+
+
+def test_flat_memory_and_honest_bytes():
+    cache = AHNCache(32, 4)
+    for t in range(0, 400, 25):
+        cache.update(tokens(t, 25, 2, 8), tokens(t, 25, 2, 8), tokens(t, 25, 4, 2))
+        if t == 50:
+            full = cache.nbytes
+    assert cache.nbytes == full == 36 * (2 * 2 * 8 + 4 * 2) * 4
+    cache.memory = mx.zeros((1, 4, 8, 8))
+    assert cache.nbytes == full + 4 * 8 * 8 * 4
+
+
+def test_trim_copy_and_state():
+    cache = AHNCache(8, 2)
+    assert cache.empty() and cache.nbytes == 0
+    cache.update(tokens(0, 9, 1, 2), tokens(0, 9, 1, 2), tokens(0, 9, 1, 1))
+    assert cache.trim(3) == 3 and cache.offset == 6
+    other = copy.deepcopy(cache)
+    again = AHNCache.from_state(cache.state)
+    for c in (cache, other, again):
+        # Past the boundary one by one: the copy read in advance must not be stale.
+        out = [c.update(*(tokens(t, 1, 1, w) for w in (2, 2, 1))) for t in range(6, 14)]
+        assert [times(u.evicted[0])[0] for u in out if u.evicted] == [2, 3, 4, 5]
+        assert c.trim(1) == 0 and c.offset == 14
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(0, 6),
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
+    keys = mx.random.split(mx.random.key(seed), 4)
+    n, D = sum(lengths), 8
+    k, v = (2 * mx.random.normal((1, Hkv, n, D), key=key) for key in keys[:2])
+    q, q_sink = (2 * mx.random.normal((1, Hkv * G, n, D), key=key) for key in keys[2:])
+    cache, t = AHNCache(window, sinks), 0
+    options = {"window": window, "sinks": sinks, "scale": D**-0.5}
+    old, ops.QUERY_TILE = ops.QUERY_TILE, 16
+    try:
+        for L in lengths:
+            part = slice(t, t + L)
+            seen = cache.update(k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
+            second = q_sink[:, :, part] if clamped else None
+            before = max(0, min(L, window + sinks - t))
+            if second is not None:  # up to the boundary both queries are the same
+                second = mx.concatenate([q[:, :, t : t + before], second[:, :, before:]], axis=2)
+            expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
+            if L == 1:
+                full = second if t >= window + sinks else None
+                found = ops.attend(
+                    q[:, :, part], seen.keys, seen.values, D**-0.5, None, full, sinks
+                )
+            else:
+                found = ops.window_attention(
+                    q[:, :, part], seen.keys, seen.values, offset=t, q_sink=second, **options
+                )
+            assert mx.abs(found - expected).max() < 1e-4
+            t += L
+    finally:
+        ops.QUERY_TILE = old
+
+
+def test_fast_exp():
+    x = -mx.linspace(0, 20, 10_001)
+    assert (mx.abs(ops.fast_exp(x) - mx.exp(x)) / mx.exp(x)).max() < 1e-5
+    assert ops.fast_exp(mx.array([-1e38, -90.0])).max() < 1e-17

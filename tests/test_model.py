@@ -1,0 +1,135 @@
+"""The augmented model as mlx-lm's own: equal to the plain one, generating, quantized."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models import gemma, llama
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from ahn_mlx import AHNConfig, AHNError, augment, zoo
+
+SIZES = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 100,
+}
+
+
+def tiny(seed=0, **ahn):
+    """A plain llama and the same one augmented, its memory output not zero."""
+    mx.random.seed(seed)
+    plain, model = (llama.Model(llama.ModelArgs(**SIZES)) for _ in range(2))
+    model.update(plain.parameters())
+    augment(model, AHNConfig(**ahn))
+    for layer in model.layers:
+        if "ahn" in layer.self_attn:
+            weight = layer.self_attn.ahn.o_proj.weight
+            layer.self_attn.ahn.o_proj.weight = 0.3 * mx.random.normal(weight.shape)
+    return plain, model
+
+
+IDS = mx.array([[(7 * i * i + 3) % 100 for i in range(60)]])
+
+
+def greedy(model, ids, n, cache=None):
+    steps = generate_step(ids, model, max_tokens=n, prompt_cache=cache, prefill_step_size=16)
+    return [token for token, _ in steps]
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "deltanet", "mamba2"])
+@pytest.mark.parametrize("sink_positions", ["absolute", "clamped"])
+def test_any_chunking_gives_the_same_logits(memory, sink_positions):
+    _, model = tiny(memory=memory, window=10, sinks=3, sink_positions=sink_positions, router=True)
+    expected = model(IDS)
+    for step in (1, 4, 13, 25):
+        cache = model.make_cache()
+        parts = [model(IDS[:, i : i + step], cache=cache) for i in range(0, 60, step)]
+        assert mx.abs(mx.concatenate(parts, axis=1) - expected).max() < 1e-4
+
+
+def test_plain_up_to_window_and_sinks_then_not():
+    plain, model = tiny(window=40, sinks=4)
+    a, b = plain(IDS)[0], model(IDS)[0]
+    assert mx.abs(a[:44] - b[:44]).max() < 1e-4
+    assert mx.abs(a[44:] - b[44:]).max() > 1e-2
+
+
+def test_clamped_sinks_do_not_see_the_gap():
+    """Window-only logits far away equal those of the same text right behind the sinks."""
+    _, model = tiny(window=10, sinks=3, sink_positions="clamped")
+    for layer in model.layers:
+        layer.self_attn.ahn.o_proj.weight = mx.zeros_like(layer.self_attn.ahn.o_proj.weight)
+    text = IDS[:, 3:53]
+    near = model(IDS[:, :53])[0, -1]
+    gap = mx.concatenate([IDS[:, :3], mx.broadcast_to(IDS[:, 5:6], (1, 5000)), text], axis=1)
+    assert mx.abs(model(gap)[0, -1] - near).max() < 1e-2
+    absolute = tiny(window=10, sinks=3)[1]
+    absolute.update(model.parameters())
+    assert mx.abs(absolute(gap)[0, -1] - near).max() > 3e-2
+
+
+def test_layers_kept_at_full_attention():
+    plain, model = tiny(window=6, sinks=2, fa_layer_ids=(0, 2))
+    kinds = [type(c).__name__ for c in model.make_cache()]
+    assert kinds == ["KVCache", "AHNCache", "KVCache"]
+    cache = model.make_cache()
+    parts = [model(IDS[:, i : i + 7], cache=cache) for i in range(0, 60, 7)]
+    assert mx.abs(mx.concatenate(parts, axis=1) - model(IDS)).max() < 1e-4
+    everything = tiny(window=6, sinks=2, fa_layer_ids=(0, 1, 2))[1]
+    assert mx.abs(everything(IDS) - plain(IDS)).max() < 1e-4
+    assert all(isinstance(c, KVCache) for c in make_prompt_cache(everything))
+
+
+def test_generates_with_mlx_lm():
+    _, model = tiny(window=10, sinks=3)
+    expected, ids = [], IDS[0].tolist()
+    for _ in range(8):
+        expected.append(model(mx.array([ids]))[0, -1].argmax().item())
+        ids.append(expected[-1])
+    assert greedy(model, IDS[0], 8) == expected
+    mx.random.seed(1)
+    sampler = make_sampler(temp=0.9, top_p=0.9)
+    sampled = [t for t, _ in generate_step(IDS[0], model, max_tokens=8, sampler=sampler)]
+    assert len(sampled) == 8
+
+
+def test_quantizing_leaves_the_memory_alone():
+    _, model = tiny(window=10, sinks=3)
+    before = model(IDS)
+    nn.quantize(model, group_size=32, bits=8)
+    names = {name for name, _ in tree_flatten(model.parameters()) if name.endswith(".scales")}
+    assert "model.layers.0.self_attn.q_proj.scales" in names
+    assert not any(".ahn." in name for name in names)
+    assert 0 < mx.abs(model(IDS) - before).max() < 0.5
+
+
+def test_refusals_name_what_is_wrong():
+    args = gemma.ModelArgs(**{**SIZES, "model_type": "gemma"}, head_dim=16)
+    with pytest.raises(AHNError, match=r"gemma.*llama, qwen2, qwen3"):
+        augment(gemma.Model(args), AHNConfig(window=8))
+    plain, model = tiny(window=8)
+    with pytest.raises(AHNError, match="already"):
+        augment(model, AHNConfig(window=8))
+    with pytest.raises(AHNError, match="layer 3"):
+        augment(plain, AHNConfig(window=8, fa_layer_ids=(3,)))
+    for bad in ({"window": 0}, {"sinks": -1}, {"window": True}, {"memory": "lstm"}):
+        with pytest.raises(AHNError, match=next(iter(bad))):
+            AHNConfig(**bad)
+
+
+def test_smollm2_equals_plain_mlx_lm_in_the_window():
+    model, tokenizer = zoo.load(zoo.DEFAULT, window=1024, sinks=64, dtype="float32")
+    plain = llama.Model(model.args)
+    base = [(k, v) for k, v in tree_flatten(model.parameters()) if ".ahn." not in k]
+    plain.load_weights(base)
+    ids = mx.array(tokenizer.encode("It is a truth universally acknowledged, that a single man"))
+    assert mx.abs(model(ids[None]) - plain(ids[None])).max() < 1e-3
+    assert greedy(model, ids, 64) == greedy(plain, ids, 64)
