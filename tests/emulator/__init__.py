@@ -2,7 +2,7 @@
 
 from .capture import KernelSpec
 from .errors import KernelError
-from .plugin import EmulatedKernel, EmulatedMetal, import_with_metal
+from .metal import EmulatedKernel, EmulatedMetal, import_with_metal
 from .run import Result, run_kernel
 from .runtime import Counters, Traffic
 from .strict import strict_check

@@ -79,6 +79,8 @@ def run_kernel(
     path, log = build_kernel(spec.name, code, mode)
     launch = _Launch(spec, generated, path, arrays, grid, threadgroup, output_shapes, output_dtypes)
 
+    need_all = mode == "check" and not allow_unwritten
+
     def run(descending: bool) -> tuple[list[np.ndarray], Counters]:
         with LOCK:
             return launch.run(
@@ -240,7 +242,8 @@ class _Launch:
     def _buffer(self, name: str, a: np.ndarray, space: int, filled: bool = True) -> int:
         data = a.ctypes.data if filled else None
         grain = min(a.itemsize, 4)
-        pointer = library().emu_buffer(name.encode(), data, a.nbytes, grain, space)
+        writable = name in self.outputs
+        pointer = library().emu_buffer(name.encode(), data, a.nbytes, grain, space, writable)
         if not pointer:
             raise KernelError(f"{self.spec.name}: buffer {name} is too large, or one too many")
         return int(pointer)

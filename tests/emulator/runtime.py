@@ -90,7 +90,7 @@ def library() -> ctypes.CDLL:
     u64s = ctypes.POINTER(ctypes.c_uint64)
     p, i, u32, u64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64
     lib.emu_buffer.restype = p
-    lib.emu_buffer.argtypes = [ctypes.c_char_p, p, u64, u32, i]
+    lib.emu_buffer.argtypes = [ctypes.c_char_p, p, u64, u32, i, i]
     lib.emu_launch.argtypes = [p, ctypes.POINTER(p), u32x3, u32x3, i, i]
     lib.emu_error.restype = ctypes.c_char_p
     lib.emu_error_place.restype = ctypes.c_char_p

@@ -25,7 +25,7 @@ MODES = {
     "check": [
         "-O2",
         *_TSAN,
-        "-fsanitize=bounds,shift,integer-divide-by-zero",
+        "-fsanitize=bounds,shift,integer-divide-by-zero,alignment",
         "-ftrivial-auto-var-init=pattern",
     ],
     # Not optimised: traffic is counted as the source says it.
@@ -175,6 +175,7 @@ def build_kernel(name: str, code: str, mode: str) -> tuple[Path, str]:
     flags = [
         *_COMMON,
         *MODES[mode],
+        "-fstack-clash-protection",
         "-fno-exceptions",
         "-fno-rtti",
         "-fno-strict-aliasing",

@@ -83,7 +83,9 @@ namespace {
 
 constexpr uint32_t MAX_THREADS = 1024;  // per threadgroup, as in Metal
 constexpr uint32_t MAX_THREADGROUP_BYTES = 32768;
-constexpr size_t PAGE = 4096, STACK = (256 << 10) + PAGE;  // the lowest page is a guard
+constexpr size_t PAGE = 4096;
+// Each stack ends in a guard; kernels are compiled to probe it (-fstack-clash-protection).
+constexpr size_t GUARD = 64 << 10, STACK = (256 << 10) + GUARD;
 
 enum State : uint8_t { READY, IN_COLLECTIVE, IN_BARRIER, RETURNED };
 
@@ -134,6 +136,7 @@ struct Region {
   uint64_t base, size, map_base, map_size;
   uint32_t grain;  // bytes per shadow cell
   Space space;
+  bool writable;
   Shadow* shadow;  // null: slot not in use
   uint64_t cells;
   uint64_t counter[COUNTERS];
@@ -403,7 +406,8 @@ void check_access(uint64_t address, uint32_t size, bool write, bool atomic, uint
          write ? "write" : "read", size,
          r.space == DEVICE ? "device" : r.space == CONSTANT ? "constant" : "threadgroup", r.name,
          (long long)offset, (unsigned long long)r.size);
-  if (write && r.space == CONSTANT) fail(pc, "write to constant buffer %s", r.name);
+  if (write && !r.writable)
+    fail(pc, "write to %s buffer %s", r.space == CONSTANT ? "constant" : "input", r.name);
 
   r.counter[write ? WRITES : READS]++;
   r.counter[write ? WRITTEN_BYTES : READ_BYTES] += size;
@@ -451,14 +455,10 @@ void check_access(uint64_t address, uint32_t size, bool write, bool atomic, uint
   }
 }
 
-inline void access(const volatile void* p, uint64_t size, bool write, bool aligned, void* pc) {
+inline void access(const volatile void* p, uint64_t size, bool write, void* pc) {
   uint64_t a = (uint64_t)p;
   if (a - G.base >= G.span) return;  // the thread's own stack, tables, ...
   settle();
-  if (aligned && a % size)
-    fail((uint64_t)pc, "misaligned %s of %u bytes on %s: the address is no multiple of %u",
-         write ? "write" : "read", (unsigned)size, G.region[(a - G.base) >> SLOT_BITS].name,
-         (unsigned)size);
   check_access(a, size, write, false, (uint64_t)pc);
 }
 
@@ -470,7 +470,7 @@ bool reserve() {
   void* stacks = mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (p == MAP_FAILED || stacks == MAP_FAILED) return false;
   G.stacks = (char*)stacks;
-  for (uint32_t i = 0; i < MAX_THREADS; i++) mprotect(G.stacks + STACK * i, PAGE, PROT_NONE);
+  for (uint32_t i = 0; i < MAX_THREADS; i++) mprotect(G.stacks + STACK * i, GUARD, PROT_NONE);
   G.base = (uint64_t)p;
   G.span = SLOT_BYTES * SLOTS;
   return true;
@@ -674,7 +674,7 @@ void* emu_threadgroup_variable(uint32_t id, uint64_t size, const char* name) {
     if (G.tg_bytes > MAX_THREADGROUP_BYTES)
       fail((uint64_t)__builtin_return_address(0), "%llu bytes of threadgroup memory, the limit is %u",
            (unsigned long long)G.tg_bytes, MAX_THREADGROUP_BYTES);
-    map_region(FIRST_TG_SLOT + id, name, size, 1, THREADGROUP);
+    map_region(FIRST_TG_SLOT + id, name, size, 1, THREADGROUP).writable = true;
     G.tg_variables = std::max(G.tg_variables, (int)id + 1);
     memset((void*)r.base, 0xFF, size);
   }
@@ -696,18 +696,14 @@ void emu_fail(const char* message) { fail(0, "%s", message); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define ACCESSES(N)                                                                 \
-  void __tsan_read##N(void* p) { access(p, N, false, true, PC); }                   \
-  void __tsan_write##N(void* p) { access(p, N, true, true, PC); }                   \
-  void __tsan_volatile_read##N(void* p) { access(p, N, false, true, PC); }          \
-  void __tsan_volatile_write##N(void* p) { access(p, N, true, true, PC); }          \
-  void __tsan_unaligned_read##N(void* p) { access(p, N, false, false, PC); }        \
-  void __tsan_unaligned_write##N(void* p) { access(p, N, true, false, PC); }        \
-  void __tsan_unaligned_volatile_read##N(void* p) { access(p, N, false, false, PC); } \
-  void __tsan_unaligned_volatile_write##N(void* p) { access(p, N, true, false, PC); }
+#define ACCESS(prefix, N)                                               \
+  void __tsan_##prefix##read##N(void* p) { access(p, N, false, PC); }   \
+  void __tsan_##prefix##write##N(void* p) { access(p, N, true, PC); }
+#define ACCESSES(N) \
+  ACCESS(, N) ACCESS(volatile_, N) ACCESS(unaligned_, N) ACCESS(unaligned_volatile_, N)
 ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
-void __tsan_read_range(void* p, unsigned long n) { access(p, n, false, false, PC); }
-void __tsan_write_range(void* p, unsigned long n) { access(p, n, true, false, PC); }
+void __tsan_read_range(void* p, unsigned long n) { access(p, n, false, PC); }
+void __tsan_write_range(void* p, unsigned long n) { access(p, n, true, PC); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
@@ -728,6 +724,15 @@ void __ubsan_handle_shift_out_of_bounds(Place* at, void*, void*) {
 void __ubsan_handle_divrem_overflow(Place* at, void*, void*) {
   undefined(at, "integer division by zero or overflow", PC);
 }
+// Also the report for null pointers, which no buffer is.
+struct Mismatch { Place at; void* type; unsigned char log_alignment, kind; };
+void __ubsan_handle_type_mismatch_v1(Mismatch* m, void* pointer) {
+  uint64_t a = (uint64_t)pointer, slot = (a - G.base) >> SLOT_BITS;
+  char b[128];
+  snprintf(b, sizeof b, "misaligned access to %s: the address is no multiple of %u",
+           a - G.base < G.span ? G.region[slot].name : "thread memory", 1u << m->log_alignment);
+  undefined(&m->at, b, PC);
+}
 
 // ------------------------------------------------------------------ called by runtime.py
 int emu_reset() {
@@ -744,9 +749,11 @@ int emu_reset() {
 }
 
 // data: the content, or null for a poisoned buffer. Returns where the kernel finds it.
-void* emu_buffer(const char* name, const void* data, uint64_t size, uint32_t grain, int space) {
+void* emu_buffer(const char* name, const void* data, uint64_t size, uint32_t grain, int space,
+                 int writable) {
   if (G.buffers >= FIRST_TG_SLOT || size > SLOT_BYTES / 2 - PAGE) return nullptr;
   Region& r = map_region(G.buffers++, name, size, grain, (Space)space);
+  r.writable = writable;
   if (data) {
     memcpy((void*)r.base, data, size);
     for (uint64_t i = 0; i < r.cells; i++) r.shadow[i].initialised = true;
