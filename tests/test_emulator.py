@@ -1,5 +1,6 @@
 """The emulator computes what Metal would, and counts what it should."""
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,12 +19,12 @@ def run(source: str, inputs: list[Any], shape: tuple[int, ...] = (64,), **option
     names = ("a", "b", "c")[: len(inputs)]
     contiguous = options.pop("contiguous", True)
     spec = KernelSpec("right", names, ("o",), source, options.pop("header", ""), contiguous)
-    call: dict[str, Any] = dict(
-        grid=(64, 1, 1),
-        threadgroup=(64, 1, 1),
-        output_shapes=[shape],
-        output_dtypes=[mx.float32],
-    )
+    call: dict[str, Any] = {
+        "grid": (64, 1, 1),
+        "threadgroup": (64, 1, 1),
+        "output_shapes": [shape],
+        "output_dtypes": [mx.float32],
+    }
     return run_kernel(spec, inputs, **(call | options))
 
 
@@ -229,6 +230,29 @@ def test_fixture_stands_in_for_metal_kernel(emulated_metal: EmulatedMetal) -> No
     )
     assert y.dtype == mx.bfloat16 and mx.array_equal(y, x + x)
     assert emulated_metal.calls[0][0] == "double_it"
+
+
+def test_compiled_kernels_are_cached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated_metal: EmulatedMetal
+) -> None:
+    """By content: the same kernel again is free, another template is another object."""
+    monkeypatch.setenv("AHN_MLX_TEST_CACHE", str(tmp_path))
+    for n in (1, 2, 2):
+        values("o[i] = a[i] * N;", numbers(), template=[("N", n)])
+    assert len(list(tmp_path.glob("right-*.so"))) == 2
+
+
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipped where a user runs the tests, failed where CI does."""
+    from emulator.plugin import require
+
+    monkeypatch.delenv("CI", raising=False)
+    require(None)
+    with pytest.raises(pytest.skip.Exception, match="no compiler"):
+        require("no compiler")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no compiler"):
+        require("no compiler")
 
 
 # ------------------------------------------------------------------ kernels of mlx-lm

@@ -20,12 +20,12 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 def run(source: str, header: str = "", atomic: bool = False, **options: Any) -> Result:
     """64 threads, one input a = 0..63, one output o of 64 floats."""
     spec = KernelSpec("wrong", ("a",), ("o",), SETUP + source, header, atomic_outputs=atomic)
-    call: dict[str, Any] = dict(
-        grid=(64, 1, 1),
-        threadgroup=(64, 1, 1),
-        output_shapes=[(64,)],
-        output_dtypes=[mx.float32],
-    )
+    call: dict[str, Any] = {
+        "grid": (64, 1, 1),
+        "threadgroup": (64, 1, 1),
+        "output_shapes": [(64,)],
+        "output_dtypes": [mx.float32],
+    }
     inputs = [options.pop("a", mx.arange(64).astype(mx.float32))]
     return run_kernel(spec, inputs, **(call | options))
 
@@ -57,7 +57,7 @@ ERRORS: dict[str, tuple[str, str]] = {
     "race in threadgroup memory": (
         BUFFER + "buf[i] = a[i];\no[i] = buf[63 - i];",
         r"(read of uninitialised memory: threadgroup buffer buf"
-        r"|data race \(read after write\) on buf.*\n  at source line 5.*\n  first at source line 4)",
+        r"|data race \(read after write\) on buf.*\n  at source line 5.*\n  first at .* line 4)",
     ),
     "race: written after it was read": (
         BUFFER + "buf[i] = a[i];\n" + BARRIER + "o[i] = buf[(i + 1) % 64];\nbuf[i] = 0;",
@@ -110,7 +110,7 @@ ERRORS: dict[str, tuple[str, str]] = {
         r"simd_sum at source line 4: .* in divergent control flow: only 5 of 32 lanes",
     ),
     "collective in a loop of different length": (
-        "float x = a[i];\nfor (uint k = 0; k < lane % 3; k++) x = simd_shuffle_xor(x, 1);\no[i] = x;",
+        "float x = a[i];\nfor (uint k = 0; k < i % 3; k++) x = simd_shuffle_xor(x, 1);\no[i] = x;",
         r"simd_shuffle at source line 4: .* in divergent control flow",
     ),
     "uninitialised threadgroup memory": (
@@ -167,7 +167,7 @@ def test_is_caught(name: str) -> None:
     [
         (
             "o[i % 32] = a[i];",
-            dict(threadgroup=(32, 1, 1)),
+            {"threadgroup": (32, 1, 1)},
             r"data race \(write after write\) on o",
         ),
         (
@@ -175,21 +175,21 @@ def test_is_caught(name: str) -> None:
             + "if (threadgroup_position_in_grid.x == 0) buf[lane] = a[i];\n"
             + BARRIER
             + "o[i] = buf[lane];",
-            dict(threadgroup=(32, 1, 1), order="ascending"),
+            {"threadgroup": (32, 1, 1), "order": "ascending"},
             r"read of uninitialised memory.*threadgroup 1",
         ),
         (
             "((device float*)a)[i % 4] = 1; o[i] = 0;",
-            dict(a=mx.zeros(4)),
+            {"a": mx.zeros(4)},
             r"write to constant buffer a",
         ),
-        ("o[i] = a[i] * 2.0f;", dict(output_dtypes=[mx.bfloat16]), r"does not compile.*bfloat"),
-        ("o[i] = a[i + 1];", dict(mode="fast"), r"out of bounds access near buffer a"),
-        ("o[i] = a[i];", dict(threadgroup=(1025, 1, 1), grid=(1025, 1, 1)), r"the limit is 1024"),
+        ("o[i] = a[i] * 2.0f;", {"output_dtypes": [mx.bfloat16]}, r"does not compile.*bfloat"),
+        ("o[i] = a[i + 1];", {"mode": "fast"}, r"out of bounds access near buffer a"),
+        ("o[i] = a[i];", {"threadgroup": (1025, 1, 1), "grid": (1025, 1, 1)}, r"the limit is 1024"),
         (
             "atomic_fetch_add_explicit(&o[0], a[i], memory_order_relaxed);\n"
             "((device float*)o)[0] = i;",
-            dict(atomic=True, init_value=0),
+            {"atomic": True, "init_value": 0},
             r"data race",
         ),
     ],
@@ -220,15 +220,15 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
         "float x = o[63 - i];\nthreadgroup_barrier(mem_flags::mem_device);\no[i] += x;",
         {},
     ),
-    "init_value initialises": ("o[i] += a[i];", dict(init_value=0.0)),
-    "unwritten on purpose": ("if (i % 2) o[i] = a[i];", dict(allow_unwritten=True)),
+    "init_value initialises": ("o[i] += a[i];", {"init_value": 0.0}),
+    "unwritten on purpose": ("if (i % 2) o[i] = a[i];", {"allow_unwritten": True}),
     "inactive lanes on purpose": (
         "o[i] = 0;\nif (lane >= 5) return;\no[i] = simd_sum(a[i]);",
-        dict(allow_partial_collectives=True),
+        {"allow_partial_collectives": True},
     ),
     "atomics": (
         "atomic_fetch_add_explicit(&o[i % 4], a[i], memory_order_relaxed);",
-        dict(atomic=True, init_value=0, threadgroup=(32, 1, 1)),
+        {"atomic": True, "init_value": 0, "threadgroup": (32, 1, 1)},
     ),
 }
 

@@ -40,7 +40,6 @@ ERRORS: dict[str, tuple[str, str]] = {
     ),
     "either space": (SETUP + "auto p = i > 3 ? o : buf; o[i] = p[0];", "strict:2"),
     "double": ("double d = a[0]; o[0] = d;", "poisoned"),
-    "double from a literal": ("o[0] = a[0] * 1.0l;", "strict:1"),
     "new": ("o[0] = *new float(1);", "poisoned"),
     "goto": ("goto end; end: o[0] = 1;", "poisoned"),
     "exception": ("throw 1;", "poisoned"),
@@ -73,7 +72,7 @@ def test_unqualified_parameter_in_the_header_is_rejected() -> None:
 
 
 def test_implicit_bfloat_is_rejected() -> None:
-    with pytest.raises(KernelError, match="bf16|bfloat"):
+    with pytest.raises(KernelError, match=r"bf16|bfloat"):
         check("o[0] = a[0] * 2.0f;", output_dtypes=[mx.bfloat16])
     check("o[0] = bfloat16_t(a[0] * 2.0f);", output_dtypes=[mx.bfloat16])
 
@@ -95,7 +94,7 @@ def test_small_inputs_are_another_kernel() -> None:
         "float s[4] = {1, 2, 3, 4}; thread float* p = s; thread float& r = s[1]; o[0] = p[2] + r;",
         "auto p = a + 3; const device float* q = p; o[0] = q[1];",
         "float4 v = float4(1, 2, 3, 4); half4 h = half4(v); o[0] = v.x + dot(v, v) + h.y;",
-        "o[0] = fast::exp(a[0]) + precise::sqrt(2.0) + clamp(a[1], 0.0f, 1.0f) + as_type<float>(1u);",
+        "o[0] = fast::exp(a[0]) + precise::sqrt(2.0) + clamp(a[1], 0.0f, 1.0f);",
         "simdgroup_float8x8 x(0.0f), y; simdgroup_load(y, a, 8);\n"
         "simdgroup_multiply_accumulate(x, y, y, x); simdgroup_store(x, o, 8);",
         "o[0] = simd_shuffle_xor(simd_sum(a[0]), 1) + simd_max(a[1]) + simd_broadcast(a[2], 0);",

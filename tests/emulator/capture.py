@@ -92,7 +92,7 @@ def _capture(
 
     def call(*given: mx.array) -> Any:
         rest = iter(given)
-        kernel = _metal_kernel(**vars(spec))
+        kernel: Any = _metal_kernel(**vars(spec))
         return kernel(
             inputs=[next(rest) if isinstance(x, tuple) else x for x in inputs],
             template=template,

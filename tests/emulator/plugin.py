@@ -9,7 +9,7 @@ from .metal import EmulatedMetal
 from .toolchain import why_no_clang, why_no_gxx
 
 
-def _need(reason: str | None) -> None:
+def require(reason: str | None) -> None:
     """Skip visibly on a user's machine; on CI a missing compiler is a failure."""
     if reason and os.environ.get("CI"):
         pytest.fail(reason)
@@ -19,12 +19,12 @@ def _need(reason: str | None) -> None:
 
 @pytest.fixture
 def needs_emulator() -> None:
-    _need(why_no_gxx())
+    require(why_no_gxx())
 
 
 @pytest.fixture
 def needs_strict() -> None:
-    _need(why_no_clang())
+    require(why_no_clang())
 
 
 @pytest.fixture

@@ -78,17 +78,11 @@ def run_kernel(
     code = executable(spec.name, generated)
     path, log = build_kernel(spec.name, code, mode)
     launch = _Launch(spec, generated, path, arrays, grid, threadgroup, output_shapes, output_dtypes)
-
     need_all = mode == "check" and not allow_unwritten
 
     def run(descending: bool) -> tuple[list[np.ndarray], Counters]:
         with LOCK:
-            return launch.run(
-                init_value,
-                descending,
-                allow_partial_collectives,
-                mode == "check" and not allow_unwritten,
-            )
+            return launch.run(init_value, descending, allow_partial_collectives, need_all)
 
     outputs, counters = run(order == "descending")
     if order == "both":
@@ -205,7 +199,7 @@ class _Launch:
             if a.name not in self.outputs:
                 continue
             shape, dtype = self.outputs[a.name]
-            out = np.empty(shape, NUMPY[dtype])
+            out: np.ndarray = np.empty(shape, NUMPY[dtype])
             ctypes.memmove(out.ctypes.data, pointer, out.nbytes)
             outputs.append(out)
             if need_all and init_value is None:
@@ -216,7 +210,7 @@ class _Launch:
         """Give a buffer to the runtime; the address that the kernel gets."""
         if name in self.outputs:
             shape, dtype = self.outputs[name]
-            out = np.empty(shape, NUMPY[dtype])
+            out: np.ndarray = np.empty(shape, NUMPY[dtype])
             if init_value is not None:
                 out[...] = _storage(mx.array(init_value).astype(dtype))
             return self._buffer(name, out, space, init_value is not None)
@@ -227,12 +221,13 @@ class _Launch:
             # All the storage that the strides reach, as it lies in memory.
             low, high = np.lib.array_utils.byte_bounds(a)
             reach = np.frombuffer(
-                (ctypes.c_char * (high - low)).from_address(low), np.dtype(f"V{a.itemsize}")
+                memoryview((ctypes.c_char * (high - low)).from_address(low)),
+                np.dtype(f"V{a.itemsize}"),
             )
             return self._buffer(name, reach, space) + a.ctypes.data - low
         owner, _, what = name.rpartition("_")
         a = self.inputs[owner]
-        described = {
+        described: dict[str, np.ndarray] = {
             "shape": np.array(a.shape, np.int32),
             "strides": np.array([s // a.itemsize for s in a.strides], np.int64),
             "ndim": np.array([a.ndim], np.int32),

@@ -28,7 +28,7 @@ COLLECTIVES = (
     "threadgroup_barrier",
 )
 # A reduction or scan over 32 lanes is a tree of five shuffles.
-SHUFFLES = {name: 5 for name in COLLECTIVES[:8]} | {"simd_shuffle": 1, "simd_broadcast": 1}
+SHUFFLES = dict.fromkeys(COLLECTIVES[:8], 5) | {"simd_shuffle": 1, "simd_broadcast": 1}
 SPACES = ("device", "threadgroup", "constant")
 
 LOCK = threading.Lock()  # one GPU

@@ -20,7 +20,7 @@ _FLAGS = [
     *("-Werror=return-type", "-Werror=uninitialized", "-Werror=vla"),
     *("-Xclang", "-ast-dump"),
 ]
-_LOCATION = re.compile(r"(?:(?P<file>[^\s<>,:]+):)?(?:line:)?(?P<line>\d+):\d+|col:\d+")
+_LOCATION = re.compile(r"(?:line|(?P<file>[^\s<>,:]+)):(?P<line>\d+):\d+")
 _DECLARATION = re.compile(r"\b(?:Parm)?VarDecl 0x\w+ .*?'(?P<type>[^']*[*&])'")
 
 
@@ -83,20 +83,19 @@ def _syntax_tree_rules(kernel: str, code: str, tree: str) -> list[str]:
         for m in _LOCATION.finditer(node.split(" '", 1)[0]):
             if m["file"]:
                 file = m["file"]
-            if m["line"]:
-                line = int(m["line"])
+            line = int(m["line"])
         if file not in texts:
             continue
         where = f"{file}:{line}"
         if "CStyleCastExpr" in node and "<AddressSpaceConversion>" in node:
             found.append(f"{where}: cast between address spaces")
-        m = _DECLARATION.search(node)
-        if m and not re.search(r"__(global|local|constant)|\(|auto", m["type"]):
+        declared = _DECLARATION.search(node)
+        if declared and not re.search(r"__(global|local|constant)|\(|auto", declared["type"]):
             name = re.search(r"(\w+) '", node)
             if name and not _says_thread(texts[file], line, name[1]):
                 found.append(
                     f"{where}: pointer or reference without an address space: "
-                    f"{m['type']} {name[1]} (say `thread`)"
+                    f"{declared['type']} {name[1]} (say `thread`)"
                 )
     return found
 
