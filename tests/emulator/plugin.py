@@ -1,0 +1,35 @@
+"""Fixtures. A test module gets them with `pytest_plugins = ["emulator.plugin"]`."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from .metal import EmulatedMetal
+from .toolchain import why_no_clang, why_no_gxx
+
+
+def require(reason: str | None) -> None:
+    """Skip visibly on a user's machine; on CI a missing compiler is a failure."""
+    if reason and os.environ.get("CI"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def needs_emulator() -> None:
+    require(why_no_gxx())
+
+
+@pytest.fixture
+def needs_strict() -> None:
+    require(why_no_clang())
+
+
+@pytest.fixture
+def emulated_metal(needs_emulator: None) -> Iterator[EmulatedMetal]:
+    """mx.fast.metal_kernel runs on the emulator, and Metal says that it is there."""
+    metal = EmulatedMetal()
+    with metal.in_place():
+        yield metal
