@@ -1,0 +1,1 @@
+// Shared by all kernels: stands before each kernel's body.
