@@ -54,8 +54,7 @@ class AHNAttention(nn.Module):
         k = self.k_norm(k) if "k_norm" in self else k
         q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
         offset = cache.offset
-        q_sink = self._sink_queries(q, offset, cache.capacity)
-        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         gates = self.ahn.gates(x).transpose(0, 2, 1, 3).astype(x.dtype)  # [B, H, L, G]
 
         keys, values, evicted = cache.update(k, v, gates)
@@ -82,18 +81,27 @@ class AHNAttention(nn.Module):
             heads = _add_tail(heads, self._remember(reading[:, :, -T:], x[:, -T:], evicted, cache))
         return self.o_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
-    def _sink_queries(self, q: mx.array, offset: int, capacity: int) -> mx.array | None:
-        """Unrotated q [B, H, L, D] rotated at min(t, capacity), or None where that is t."""
+    def _rotate(
+        self, q: mx.array, k: mx.array, offset: int, capacity: int
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Queries and keys [B, heads, L, D] at their positions t, and, where sinks are
+        clamped, the queries at min(t, capacity); None where that is t."""
         B, H, L, D = q.shape
-        if self.config.sink_positions == "absolute" or offset + L <= capacity:
-            return None
-        far = min(L, offset + L - capacity)
-        # Each query becomes a sequence of one token, to share one position.
-        one = q[:, :, L - far :].reshape(B, H * far, 1, D)
-        clamped = self.rope(one, offset=capacity).reshape(B, H, far, D)
-        if far == L:
-            return clamped
-        return mx.concatenate([self.rope(q[:, :, : L - far], offset=offset), clamped], axis=2)
+        clamped = self.config.sink_positions == "clamped" and offset + L > capacity
+        if not clamped:
+            return self.rope(q, offset=offset), self.rope(k, offset=offset), None
+        if L == 1:
+            # One call for all three: a second batch row stands at the clamped position.
+            rows = mx.concatenate([q, k], axis=1)
+            positions = mx.array([offset] * B + [capacity] * B)
+            rows = self.rope(mx.concatenate([rows, rows]), offset=positions)
+            return rows[:B, :H], rows[:B, H:], rows[B:, :H]
+        near = max(0, capacity - offset)
+        # Each query beyond becomes a sequence of one token, to share one position.
+        far = q[:, :, near:].reshape(B, -1, 1, D)
+        far = self.rope(far, offset=capacity).reshape(B, H, L - near, D)
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        return q, k, mx.concatenate([q[:, :, :near], far], axis=2) if near else far
 
     def _remember(
         self,

@@ -38,10 +38,11 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Call
 
     Inputs are made row-contiguous by MLX where they are not.
     """
-    return mx.fast.metal_kernel(
+    built: Any = mx.fast.metal_kernel(
         name=f"ahn_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
         source=source(f"{name}.metal"),
         header=source("common.h"),
     )
+    return built

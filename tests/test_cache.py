@@ -120,5 +120,5 @@ def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
 
 def test_fast_exp():
     x = -mx.linspace(0, 20, 10_001)
-    assert (mx.abs(ops.fast_exp(x) - mx.exp(x)) / mx.exp(x)).max() < 1e-5
-    assert ops.fast_exp(mx.array([-1e38, -90.0])).max() < 1e-17
+    assert (mx.abs(ops.fast_exp(x, mx.array(0.0)) - mx.exp(x)) / mx.exp(x)).max() < 1e-5
+    assert ops.fast_exp(mx.array([-1e38, -90.0]), mx.array(0.0)).max() < 1e-17

@@ -56,7 +56,7 @@ def test_numbers_of_a_run(loaded: Any) -> None:
     assert run.generated == 3
     assert run.finish_reason == "length"
     assert [read for read, _ in seen] == [*range(0, len(prompt), 100), len(prompt) - 1, len(prompt)]
-    assert seen[-1][1] == seen[-2][1] > 0  # full and flat
+    assert 0 < seen[-2][1] <= seen[-1][1] <= 1.01 * seen[-2][1]  # full and flat
     assert f"prompt {len(prompt)} tokens" in run.summary()
 
 
