@@ -24,15 +24,38 @@ GROWTH = 256
 class Update(NamedTuple):
     """What a layer sees after new tokens came.
 
-    keys, values: [B, Hkv, K, D]. After one token: every token kept, in slot order, as
-    stored. After several: the sinks, then every token that one of the new ones can see,
-    in order of time, dequantized. evicted: (keys, values [B, Hkv, T, D], gates [B, H, T, G]) of the
-    T tokens that left the window, oldest first, or None; the last T new tokens read.
+    keys, values: [B, Hkv, K, D]: the sinks, then every token that one of the new ones
+    can see, in order of time; as stored after one token, otherwise dequantized.
+    evicted: (keys, values [B, Hkv, T, D], gates [B, H, T, G]) of the T tokens that left
+    the window, oldest first, or None; the last T new tokens read.
     """
 
     keys: Stored
     values: Stored
     evicted: tuple[mx.array, ...] | None
+
+
+class Turn(NamedTuple):
+    """One token in, one out, as arrays only: what a compiled decoding step carries on.
+
+    buffers: as in AHNCache. leaving: copies of what the token evicts, one slot of each
+    buffer. slot, following: [1], where it goes, and what the token after it will evict.
+    """
+
+    buffers: tuple[mx.array, ...]
+    leaving: tuple[mx.array, ...]
+    slot: mx.array
+    following: mx.array
+
+    def put(self, token: tuple[mx.array, ...]) -> tuple["Turn", tuple[mx.array, ...]]:
+        """Overwrite the slot, in place. Returns what comes of it, and all that is kept."""
+        buffers = write_slot(self.buffers, token, self.slot)
+        # What leaves next is read now, in the same evaluation as attention: a reader
+        # still waiting when its slot is written would force a copy of the window. Gates
+        # are not part of attention; without this their writes would pile up.
+        leaving = read_slot(buffers, self.following)
+        seen = mx.depends(list(buffers), [buffers[-1], *leaving])
+        return self._replace(buffers=buffers, leaving=leaving), tuple(seen)
 
 
 class AHNCache(_BaseCache):
@@ -60,36 +83,36 @@ class AHNCache(_BaseCache):
         """Tokens kept losslessly once the window is full."""
         return self.window + self.sinks
 
+    @property
+    def full(self) -> bool:
+        """Whether the next token evicts one."""
+        return self.offset >= self.capacity
+
     def update(self, keys: mx.array, values: mx.array, gates: mx.array) -> Update:
         """Append L tokens: keys, values [B, Hkv, L, D] (rotated), gates [B, H, L, G]."""
-        new = self._pack(keys, values, gates)
+        new = pack(keys, values, gates, self.bits, self.group_size)
         L = keys.shape[2]
-        evicts = min(L, max(0, self.offset + L - self.capacity))
-        update = self._append_one(new, evicts) if L == 1 else self._append(new, evicts)
+        if L > 1 or self.full:
+            update = self._append(new, min(L, max(0, self.offset + L - self.capacity)))
+        else:
+            self._store(new)
+            kept = (b[:, :, : self.offset + 1] for b in self.buffers or ())
+            update = Update(*split(tuple(kept))[:2], None)
         self.offset += L
         return update
 
-    def _append_one(self, new: tuple[mx.array, ...], evicts: int) -> Update:
-        self._reserve(new, min(self.offset + 1, self.capacity))
-        assert self.buffers is not None
-        evicted = None
-        if evicts:
-            evicted = self._next or read_slot(self.buffers, self._slot(self.offset))
-        self.buffers = write_slot(self.buffers, new, self._slot(self.offset))
-        kept = min(self.offset + 1, self.capacity)
-        seen = [buffer[:, :, :kept] for buffer in self.buffers[:-1]]
-        # The token that leaves next is read now, in the same evaluation as attention: a
-        # reader still waiting when its slot is written would force a copy of the window.
-        # Gates are not part of attention; without this their writes would pile up.
-        pending = list(self.buffers[-1:])
-        self._next = None
-        if self.offset + 1 >= self.capacity:
-            self._next = read_slot(self.buffers, self._slot(self.offset + 1))
-            pending += self._next
-        seen = mx.depends(seen, pending)
-        if self.bits is None:
-            return Update(seen[0], seen[1], evicted)
-        return Update(tuple(seen[:3]), tuple(seen[3:]), evicted and self._unpack(evicted))
+    def turn(self) -> Turn:
+        """Where the next single token goes, once the window is full."""
+        assert self.full and self.buffers is not None
+        slot, following = self._slot(self.offset), self._slot(self.offset + 1)
+        if self._next is None:
+            self._next = read_slot(self.buffers, mx.array([slot]))
+        return Turn(self.buffers, self._next, mx.array([slot]), mx.array([following]))
+
+    def turned(self, turn: Turn) -> None:
+        """Take over the buffers in which `turn` put its token."""
+        self.buffers, self._next = turn.buffers, turn.leaving
+        self.offset += 1
 
     def _append(self, new: tuple[mx.array, ...], evicts: int) -> Update:
         past = self._in_time()
@@ -97,7 +120,7 @@ class AHNCache(_BaseCache):
             seen = new
         else:
             seen = tuple(mx.concatenate([p, n], axis=2) for p, n in zip(past, new, strict=True))
-        seen = self._unpack(seen)
+        seen = unpack(seen, self.bits, self.group_size)
         evicted = None
         if evicts:
             # The oldest token behind the sinks leaves first.
@@ -105,30 +128,6 @@ class AHNCache(_BaseCache):
         self._next = None
         self._store(new)
         return Update(seen[0], seen[1], evicted)
-
-    def _pack(self, keys: mx.array, values: mx.array, gates: mx.array) -> tuple[mx.array, ...]:
-        """What the buffers hold of some tokens."""
-        if self.bits is None:
-            return keys, values, gates
-        if keys.shape[-1] % self.group_size:
-            raise AHNError(
-                f"a key/value group size of {self.group_size} does not divide the head size"
-                f" {keys.shape[-1]}; use 32, or do not quantize the window"
-            )
-        return *mx.quantize(keys, **self._format), *mx.quantize(values, **self._format), gates
-
-    def _unpack(self, held: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        """Keys, values and gates of what was held, in the dtype they came in."""
-        if self.bits is None:
-            return held
-        kp, ks, kb, vp, vs, vb, gates = held  # packed, scales, biases
-        keys = mx.dequantize(kp, ks, kb, **self._format)
-        values = mx.dequantize(vp, vs, vb, **self._format)
-        return keys, values, gates
-
-    @property
-    def _format(self) -> dict[str, Any]:
-        return {"group_size": self.group_size, "bits": self.bits}
 
     def _slot(self, token: int) -> int:
         if token < self.sinks:
@@ -161,7 +160,8 @@ class AHNCache(_BaseCache):
             last = self.sinks if token < self.sinks else self.capacity
             n = min(end - token, last - slot)
             rows = slice(token - self.offset, token - self.offset + n)
-            self.buffers = write_slot(self.buffers, tuple(x[:, :, rows] for x in new), slot)
+            part = tuple(x[:, :, rows] for x in new)
+            self.buffers = write_slot(self.buffers, part, mx.array([slot]))
             token += n
 
     def _reserve(self, new: tuple[mx.array, ...], slots: int) -> None:
@@ -203,7 +203,7 @@ class AHNCache(_BaseCache):
         cache.offset, cache.memory = self.offset, self.memory
         if self.buffers is not None:
             keys, values, gates = self.buffers
-            cache.buffers = cache._pack(keys, values, gates)
+            cache.buffers = pack(keys, values, gates, bits, group_size)
         return cache
 
     @property
@@ -238,18 +238,47 @@ class AHNCache(_BaseCache):
         )
 
 
-def read_slot(buffers: tuple[mx.array, ...], slot: int) -> tuple[mx.array, ...]:
+def read_slot(buffers: tuple[mx.array, ...], slot: mx.array) -> tuple[mx.array, ...]:
     """A copy of one slot of each buffer, [B, heads, 1, width]."""
-    index = mx.array([slot])
-    return tuple(mx.take(buffer, index, axis=2) for buffer in buffers)
+    return tuple(mx.take(buffer, slot, axis=2) for buffer in buffers)
 
 
 def write_slot(
-    buffers: tuple[mx.array, ...], token: tuple[mx.array, ...], slot: int
+    buffers: tuple[mx.array, ...], token: tuple[mx.array, ...], slot: mx.array
 ) -> tuple[mx.array, ...]:
     """Put [B, heads, n, width] from `slot` on; in place, once nothing else reads the buffer."""
-    index = mx.array([slot])
     return tuple(
-        mx.slice_update(buffer, x.astype(buffer.dtype), index, (2,))
+        mx.slice_update(buffer, x.astype(buffer.dtype), slot, (2,))
         for buffer, x in zip(buffers, token, strict=True)
     )
+
+
+def pack(
+    keys: mx.array, values: mx.array, gates: mx.array, bits: int | None, group_size: int
+) -> tuple[mx.array, ...]:
+    """What buffers hold of some tokens. Raises AHNError if the group size does not fit."""
+    if bits is None:
+        return keys, values, gates
+    if keys.shape[-1] % group_size:
+        raise AHNError(
+            f"a key/value group size of {group_size} does not divide the head size"
+            f" {keys.shape[-1]}; use 32, or do not quantize the window"
+        )
+    options: dict[str, Any] = {"group_size": group_size, "bits": bits}
+    return *mx.quantize(keys, **options), *mx.quantize(values, **options), gates
+
+
+def split(held: tuple[mx.array, ...]) -> tuple[Stored, Stored, mx.array]:
+    """Keys, values and gates of what buffers hold; keys and values as stored."""
+    if len(held) == 3:
+        return held[0], held[1], held[2]
+    return held[:3], held[3:6], held[6]
+
+
+def unpack(held: tuple[mx.array, ...], bits: int | None, group_size: int) -> tuple[mx.array, ...]:
+    """Keys, values and gates of what buffers hold, in the dtype they came in."""
+    if bits is None:
+        return held
+    options: dict[str, Any] = {"group_size": group_size, "bits": bits}
+    keys, values, gates = split(held)
+    return mx.dequantize(*keys, **options), mx.dequantize(*values, **options), gates

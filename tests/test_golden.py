@@ -87,3 +87,7 @@ def test_without_cache_and_in_batches(case):
     cache = model.make_cache()
     alone = read(model, cache, ids[1:], 7)
     assert mx.abs(both[1] - alone).max() < 1e-3
+    cache = model.make_cache()
+    model(ids[:, :-6], cache=cache)
+    one_by_one = [model(ids[:, i : i + 1], cache=cache)[:, 0] for i in range(-6, -1)]
+    assert mx.abs(mx.stack(one_by_one, axis=1) - both[:, -6:-1]).max() < 1e-3

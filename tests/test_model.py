@@ -1,5 +1,7 @@
 """The augmented model as mlx-lm's own: equal to the plain one, generating, quantized."""
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -21,6 +23,8 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "vocab_size": 100,
 }
+
+KV_AND_GATES = ((2, 16), (2, 16), (4, 2))  # heads, width
 
 
 def tiny(seed=0, **ahn):
@@ -99,6 +103,45 @@ def test_generates_with_mlx_lm():
     sampler = make_sampler(temp=0.9, top_p=0.9)
     sampled = [t for t, _ in generate_step(IDS[0], model, max_tokens=8, sampler=sampler)]
     assert len(sampled) == 8
+
+
+def test_a_compiled_decoding_step_sees_new_weights_and_can_be_copied():
+    _, model = tiny(window=10, sinks=3, sink_positions="clamped")
+
+    def decoded(model):
+        cache = model.make_cache()
+        model(IDS[:, :-1], cache=cache)
+        return model(IDS[:, -1:], cache=cache)[0, -1]
+
+    first = decoded(model)  # compiles the step of each layer
+    other = copy.deepcopy(model)
+    assert mx.array_equal(decoded(other), first)
+    for name in ("ahn.o_proj", "o_proj", "q_proj"):
+        before = decoded(model)
+        part = model.layers[1].self_attn
+        for key in name.split("."):
+            part = part[key]
+        part.weight = 2 * part.weight
+        assert mx.abs(decoded(model) - before).max() > 1e-3
+        assert mx.abs(decoded(model) - model(IDS)[0, -1]).max() < 1e-4
+    assert mx.array_equal(decoded(other), first)
+
+
+def test_decoding_writes_into_the_window_in_place():
+    _, model = tiny(window=20_000, sinks=4)
+    cache = model.make_cache()
+    for c in cache:
+        c.update(*(mx.zeros((1, heads, 20_004, width)) for heads, width in KV_AND_GATES))
+    mx.eval([c.state for c in cache])
+    window = cache[0].nbytes
+    for _ in range(2):
+        mx.eval(model(IDS[:, :1], cache=cache))
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for i in range(4):
+        mx.eval(model(IDS[:, i : i + 1], cache=cache))
+    assert mx.get_peak_memory() - held < 0.5 * window  # a copy would take all of it
 
 
 def test_quantizing_leaves_the_memory_alone():

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
+from test_cache import update
 
 from ahn_mlx.cache import AHNCache
 from ahn_mlx.errors import AHNError
@@ -39,8 +40,8 @@ def test_equals_a_plain_window_of_rounded_tokens(window, sinks, lengths, bits, g
     t = 0
     for L in lengths:
         part = slice(t, t + L)
-        a = quantized.update(k[:, :, part], v[:, :, part], gates[:, :, part])
-        b = plain.update(kr[:, :, part], vr[:, :, part], gates[:, :, part])
+        a = update(quantized, k[:, :, part], v[:, :, part], gates[:, :, part])
+        b = update(plain, kr[:, :, part], vr[:, :, part], gates[:, :, part])
         assert (a.evicted is None) == (b.evicted is None)
         for x, y in zip(a.evicted or (), b.evicted or (), strict=True):
             assert mx.array_equal(x, y)
@@ -64,9 +65,9 @@ def test_to_quantized_keeps_what_was_read():
     again = AHNCache.from_state(packed.state)
     new = [mx.random.normal((1, 2, 1, w)) for w in (D, D, 1)]
     for c in (packed, again):
-        update = c.update(*new)
-        assert mx.array_equal(update.evicted[0], rounded(k[:, :, 12:13], 8, 64))
-        assert mx.array_equal(update.evicted[2], gates[:, :, 12:13])
+        out = update(c, *new)
+        assert mx.array_equal(out.evicted[0], rounded(k[:, :, 12:13], 8, 64))
+        assert mx.array_equal(out.evicted[2], gates[:, :, 12:13])
         assert c.offset == 21 and mx.array_equal(c.memory, cache.memory)
     state = cache.memory.nbytes
     assert packed.nbytes - state < 0.4 * (cache.nbytes - state)
@@ -91,7 +92,7 @@ def test_bytes_of_qwen_3b_at_128k(bits, bound):
         full.update_and_fetch(kv, kv)
         ours.update(kv, kv, mx.zeros((1, 16, step, 2), mx.bfloat16))
         mx.eval(full.state, ours.state)
-    ours.update(*(x[:, :, :1] for x in (kv, kv, mx.zeros((1, 16, 1, 2), mx.bfloat16))))
+    update(ours, *(x[:, :, :1] for x in (kv, kv, mx.zeros((1, 16, 1, 2), mx.bfloat16))))
     ours.memory = mx.zeros((1, 16, 128, 128))
     held = [x for x in ours.state if isinstance(x, mx.array)]
     assert sum(x.nbytes for x in held) <= ours.nbytes  # nothing is left out
