@@ -6,12 +6,11 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import RotatingKVCache
 from tqdm import tqdm
 
 from ahn_mlx.generate import prefill_step
 
-from .measure import default_models, plot, plots_option, table, take_turns
+from .measure import default_models, filled, plot, plots_option, table, take_turns
 
 CHUNK = 2048
 
@@ -29,35 +28,35 @@ def reader(model: nn.Module, cache: list, step: int) -> Callable[[], None]:
 
 
 @click.command()
-@click.option("--tokens", default=65_536, show_default=True, help="Length of our prompt.")
-@click.option("--rotating", default=16_384, show_default=True, help="Length of mlx-lm's.")
+@click.option("--tokens", default=16_384, show_default=True, help="Length of the whole prompt.")
+@click.option("--far", default=65_536, show_default=True, help="Where the last chunk ends.")
+@click.option("--rounds", default=5, show_default=True, help="Turns of third and last chunk.")
 @click.option("--step", type=int, help="Tokens per step. [as ahn-mlx generate on this machine]")
 @plots_option
-def prefill(tokens: int, rotating: int, step: int | None, plots: Path) -> None:
+def prefill(tokens: int, far: int, rounds: int, step: int | None, plots: Path) -> None:
     """Seconds per chunk of 2,048 tokens: the default model and mlx-lm's RotatingKVCache."""
     ours, plain = default_models()
     step = step or prefill_step()
-    ring = [RotatingKVCache(ours.ahn.capacity, keep=ours.ahn.sinks) for _ in plain.layers]
     readers = {
         "AHN": reader(ours, ours.make_cache(), step),
-        "rotating": reader(plain, ring, step),
+        "rotating": reader(plain, filled(ours, plain, "rotating", 0), step),
     }
-    times: dict[str, list[float]] = {name: [] for name in readers}
-    for n in tqdm(range(tokens // CHUNK), unit="chunk"):
-        if n == rotating // CHUNK:
-            del readers["rotating"]
-        for name, seconds in take_turns(readers, 1).items():
-            times[name].append(seconds)
-    both = len(times["rotating"])
-    total = {name: sum(t[:both]) for name, t in times.items()}
-    third, last = times["AHN"][2], times["AHN"][-1]
-    rows = [[f"{CHUNK * both:,} tokens, s", *(f"{t:.1f}" for t in total.values())]]
-    rows += [["tokens/s", *(f"{CHUNK * both / t:.0f}" for t in total.values())]]
-    rows += [["ratio to rotating", f"{total['AHN'] / total['rotating']:.2f}", ""]]
-    rows += [[f"third chunk of {CHUNK:,}, s", f"{third:.1f}", f"{times['rotating'][2]:.1f}"]]
-    rows += [[f"last chunk of {CHUNK * len(times['AHN']):,}, s", f"{last:.1f}", ""]]
-    rows += [["last / third", f"{last / third:.3f}", ""]]
-    table([f"steps of {step:,} tokens", *times], rows)
-    ends = [CHUNK * (n + 1) for n in range(len(times["AHN"]))]
-    lines = {name: (ends[: len(t)], [CHUNK / s for s in t]) for name, t in times.items()}
+    chunks = [take_turns(readers, 1) for _ in tqdm(range(tokens // CHUNK), unit="chunk")]
+    total = {name: sum(seconds[name] for seconds in chunks) for name in readers}
+    places = {
+        "third": reader(ours, filled(ours, plain, "ahn", 2 * CHUNK), step),
+        "last": reader(ours, filled(ours, plain, "ahn", far - CHUNK), step),
+    }
+    place = take_turns(places, rounds, "third and last chunk")
+    rows = [
+        [f"{tokens:,} tokens, s", *(f"{t:.1f}" for t in total.values())],
+        ["tokens/s", *(f"{tokens / t:.0f}" for t in total.values())],
+        ["ratio to rotating", f"{total['AHN'] / total['rotating']:.2f}", ""],
+        [f"third chunk of {CHUNK:,}, s", f"{place['third']:.1f}", ""],
+        [f"last chunk of {far:,}, s", f"{place['last']:.1f}", ""],
+        ["last / third", f"{place['last'] / place['third']:.3f}", ""],
+    ]
+    table([f"steps of {step:,} tokens", *readers], rows)
+    ends = [CHUNK * (n + 1) for n in range(len(chunks))]
+    lines = {name: (ends, [CHUNK / s[name] for s in chunks]) for name in readers}
     plot(plots / "prefill.png", lines, "tokens read", "tokens/s")
