@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ class Check:
     def error(self) -> float:
         """The largest difference, relative to the largest number expected; may raise."""
         pairs = zip(self.ours(), self.theirs(), strict=True)
-        return max((mx.abs(a - b).max() / mx.abs(b).max()).item() for a, b in pairs)  # type: ignore[type-var]
+        errors = [mx.abs(a - b).max() / mx.abs(b).max() for a, b in pairs]
+        return float(mx.stack(errors).max().item())  # type: ignore[arg-type]
 
     def key(self) -> str:
         """What the verdict depends on: sources, MLX and the GPU."""
         info = mx.device_info()
-        parts = [mx.__version__, str(info.get("device_name", "")), source("common.h")]
+        parts = [version("mlx"), str(info.get("device_name", "")), source("common.h")]
         return hashlib.sha256("\0".join([*parts, *map(source, self.files)]).encode()).hexdigest()
 
 
@@ -60,11 +62,14 @@ def available() -> bool:
     return on_gpu and os.environ.get("AHN_METAL") != "0"
 
 
-@cache
 def usable(check: Check) -> bool:
-    """Whether the kernel agrees with its ops form here; says so once where it does not."""
-    if not available():
-        return False
+    """Whether our kernel may serve: it agrees with its ops form on this machine."""
+    return available() and _agrees(check)
+
+
+@cache
+def _agrees(check: Check) -> bool:
+    """The verdict, found once per machine, and a warning where it is no."""
     file, key = _verdicts_file(), check.key()
     verdicts = _read(file)
     if key not in verdicts:
@@ -76,7 +81,7 @@ def usable(check: Check) -> bool:
         _write(file, verdicts)
     if verdicts[key]:
         message = f"Metal kernel {check.name} {verdicts[key]}; MLX's own operations serve instead"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
     return not verdicts[key]
 
 
