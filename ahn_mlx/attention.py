@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import AHNCache, Turn, pack, split, unpack
+from .cache import AHNCache, Turn, pack, unpack
 from .config import AHNConfig
 from .memory import MEMORIES, Router
 from .ops import window_attention
@@ -48,30 +48,20 @@ class AHNAttention(nn.Module):
             cache = AHNCache(self.config.window, self.config.sinks)
         if x.shape[1] == 1 and cache.full:
             return self._decode(x, cache)
-        offset, L = cache.offset, x.shape[1]
+        offset = cache.offset
         q, k, v, gates, raw = self._project(x)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
-        keys, values, evicted = cache.update(k, v, gates)
-        if L == 1:
-            return self._merge(attend(q, keys, values, self.scale))
-        heads = window_attention(
-            q,
-            keys,
-            values,
-            offset=offset,
-            window=cache.window,
-            sinks=cache.sinks,
-            scale=self.scale,
-            q_sink=q_sink,
-        )
-        if evicted is not None:
-            T = evicted[0].shape[2]
+        if x.shape[1] == 1:
+            return self._merge(attend(q, *cache.fill(k, v, gates), self.scale))
+        update = cache.update(k, v, gates)
+        heads = window_attention(q, update, self.scale, q_sink)
+        if T := update.evicts:
             if self.config.query_projection:
                 q = self.rope(self.ahn.q_proj(raw), offset=offset)
-            last = cache.offset - cache.capacity
+            last = update.end - cache.capacity
             n = mx.arange(last - T + 1, last + 1)
             tail, cache.memory = self._remember(
-                q[:, :, -T:], x[:, -T:], evicted, cache.memory, n, cache.window
+                q[:, :, -T:], x[:, -T:], update.evicted(), cache.memory, n, cache.window
             )
             heads = _add_tail(heads, tail)
         return self._merge(heads)
@@ -120,8 +110,7 @@ class AHNAttention(nn.Module):
         else:
             q, k = (self.rope(heads, offset=positions[0]) for heads in (q, k))
         before = Turn(*turn)
-        after, seen = before.put(pack(k, v, gates, bits, group_size))
-        keys, values, _ = split(seen)
+        after, (keys, values) = before.put(pack(k, v, gates, bits, group_size))
         # Every slot is visible, in whatever order.
         heads = attend(q, keys, values, self.scale, None, q_sink, sinks)
         if self.config.query_projection:

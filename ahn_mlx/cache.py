@@ -1,9 +1,7 @@
 """The windowed cache of one layer: sinks, a ring of recent tokens, gates, memory state.
 
-It knows tokens and slots, no maths. Token t < S sits in slot t for ever; later
-tokens share W ring slots, token t in slot S + (t - S) % W, so that token t takes the
-place of token t - W, which is what leaves the window. Until W + S tokens have come
-that is simply slot t, and the buffers grow as they fill.
+It keeps tokens in slots, as ops/ring.py says, and does no maths. Until W + S tokens have
+come token t is in slot t, and the buffers grow as they fill.
 
 Keys and values may be kept quantized, in mlx-lm's format. New tokens are quantized
 before anything reads them, so results do not depend on how a prompt was cut.
@@ -15,24 +13,11 @@ import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from .errors import AHNError
+from .ops.ring import Update, slot_of
 from .ops.window import Stored
 
 # Slots added at a time while the window fills.
 GROWTH = 256
-
-
-class Update(NamedTuple):
-    """What a layer sees after new tokens came.
-
-    keys, values: [B, Hkv, K, D]: the sinks, then every token that one of the new ones
-    can see, in order of time; as stored after one token, otherwise dequantized.
-    evicted: (keys, values [B, Hkv, T, D], gates [B, H, T, G]) of the T tokens that left
-    the window, oldest first, or None; the last T new tokens read.
-    """
-
-    keys: Stored
-    values: Stored
-    evicted: tuple[mx.array, ...] | None
 
 
 class Turn(NamedTuple):
@@ -47,15 +32,15 @@ class Turn(NamedTuple):
     slot: mx.array
     following: mx.array
 
-    def put(self, token: tuple[mx.array, ...]) -> tuple["Turn", tuple[mx.array, ...]]:
-        """Overwrite the slot, in place. Returns what comes of it, and all that is kept."""
+    def put(self, token: tuple[mx.array, ...]) -> tuple["Turn", tuple[Stored, Stored]]:
+        """Overwrite the slot, in place. Returns what comes of it, and all keys and values."""
         buffers = write_slot(self.buffers, token, self.slot)
         # What leaves next is read now, in the same evaluation as attention: a reader
         # still waiting when its slot is written would force a copy of the window. Gates
         # are not part of attention; without this their writes would pile up.
         leaving = read_slot(buffers, self.following)
-        seen = mx.depends(list(buffers), [buffers[-1], *leaving])
-        return self._replace(buffers=buffers, leaving=leaving), tuple(seen)
+        seen = mx.depends(list(buffers[:-1]), [buffers[-1], *leaving])
+        return self._replace(buffers=buffers, leaving=leaving), split(*seen)
 
 
 class AHNCache(_BaseCache):
@@ -91,20 +76,31 @@ class AHNCache(_BaseCache):
     def update(self, keys: mx.array, values: mx.array, gates: mx.array) -> Update:
         """Append L tokens: keys, values [B, Hkv, L, D] (rotated), gates [B, H, L, G]."""
         new = pack(keys, values, gates, self.bits, self.group_size)
-        L = keys.shape[2]
-        if L > 1 or self.full:
-            update = self._append(new, min(L, max(0, self.offset + L - self.capacity)))
-        else:
-            self._store(new)
-            kept = (b[:, :, : self.offset + 1] for b in self.buffers or ())
-            update = Update(*split(tuple(kept))[:2], None)
-        self.offset += L
+        ring, chunk = (
+            None if held is None else unpack(held, self.bits, self.group_size)
+            for held in (self.buffers, new)
+        )
+        assert chunk is not None
+        update = Update(ring, chunk, self.offset, self.window, self.sinks)
+        self._store(new)
+        self.offset = update.end
         return update
+
+    def fill(self, keys: mx.array, values: mx.array, gates: mx.array) -> tuple[Stored, Stored]:
+        """Append one token while there is room. Returns all that is kept, not copied."""
+        self._store(pack(keys, values, gates, self.bits, self.group_size))
+        self.offset += 1
+        assert self.buffers is not None
+        *kept, gates = (buffer[:, :, : self.offset] for buffer in self.buffers)
+        # Gates are not part of attention; without this their writes would pile up.
+        return split(*mx.depends(kept, [gates]))
 
     def turn(self) -> Turn:
         """Where the next single token goes, once the window is full."""
         assert self.full and self.buffers is not None
-        slot, following = self._slot(self.offset), self._slot(self.offset + 1)
+        slot, following = (
+            slot_of(t, self.window, self.sinks) for t in (self.offset, self.offset + 1)
+        )
         if self._next is None:
             self._next = read_slot(self.buffers, mx.array([slot]))
         return Turn(self.buffers, self._next, mx.array([slot]), mx.array([following]))
@@ -114,41 +110,9 @@ class AHNCache(_BaseCache):
         self.buffers, self._next = turn.buffers, turn.leaving
         self.offset += 1
 
-    def _append(self, new: tuple[mx.array, ...], evicts: int) -> Update:
-        past = self._in_time()
-        if past is None:
-            seen = new
-        else:
-            seen = tuple(mx.concatenate([p, n], axis=2) for p, n in zip(past, new, strict=True))
-        seen = unpack(seen, self.bits, self.group_size)
-        evicted = None
-        if evicts:
-            # The oldest token behind the sinks leaves first.
-            evicted = tuple(x[:, :, self.sinks : self.sinks + evicts] for x in seen)
-        self._next = None
-        self._store(new)
-        return Update(seen[0], seen[1], evicted)
-
-    def _slot(self, token: int) -> int:
-        if token < self.sinks:
-            return token
-        return self.sinks + (token - self.sinks) % self.window
-
-    def _in_time(self) -> tuple[mx.array, ...] | None:
-        """The kept tokens in order of time: sinks, then the ring from its oldest on."""
-        if self.buffers is None:
-            return None
-        if self.offset <= self.capacity:
-            return tuple(buffer[:, :, : self.offset] for buffer in self.buffers)
-        oldest = self._slot(self.offset)  # the next to be overwritten
-        S = self.sinks
-        return tuple(
-            mx.concatenate([b[:, :, :S], b[:, :, oldest:], b[:, :, S:oldest]], axis=2)
-            for b in self.buffers
-        )
-
     def _store(self, new: tuple[mx.array, ...]) -> None:
         """Write all new tokens that stay, as at most three runs of slots."""
+        self._next = None
         end = self.offset + new[0].shape[2]
         self._reserve(new, min(end, self.capacity))
         assert self.buffers is not None
@@ -156,7 +120,7 @@ class AHNCache(_BaseCache):
         while token < end:
             if token >= self.sinks:
                 token = max(token, end - self.window)
-            slot = self._slot(token)
+            slot = slot_of(token, self.window, self.sinks)
             last = self.sinks if token < self.sinks else self.capacity
             n = min(end - token, last - slot)
             rows = slice(token - self.offset, token - self.offset + n)
@@ -268,11 +232,9 @@ def pack(
     return *mx.quantize(keys, **options), *mx.quantize(values, **options), gates
 
 
-def split(held: tuple[mx.array, ...]) -> tuple[Stored, Stored, mx.array]:
-    """Keys, values and gates of what buffers hold; keys and values as stored."""
-    if len(held) == 3:
-        return held[0], held[1], held[2]
-    return held[:3], held[3:6], held[6]
+def split(*held: mx.array) -> tuple[Stored, Stored]:
+    """Keys and values, as stored, of two arrays or, if quantized, six."""
+    return held if len(held) == 2 else (held[:3], held[3:])
 
 
 def unpack(held: tuple[mx.array, ...], bits: int | None, group_size: int) -> tuple[mx.array, ...]:
@@ -280,5 +242,5 @@ def unpack(held: tuple[mx.array, ...], bits: int | None, group_size: int) -> tup
     if bits is None:
         return held
     options: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    keys, values, gates = split(held)
-    return mx.dequantize(*keys, **options), mx.dequantize(*values, **options), gates
+    keys, values = split(*held[:-1])
+    return mx.dequantize(*keys, **options), mx.dequantize(*values, **options), held[-1]

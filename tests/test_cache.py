@@ -6,7 +6,7 @@ import mlx.core as mx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahn_mlx.cache import AHNCache, Update, pack, split, unpack
+from ahn_mlx.cache import AHNCache, pack, unpack
 from ahn_mlx.ops import window as ops
 
 chunks = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -23,13 +23,17 @@ def times(x):
 
 
 def update(cache, *new):
-    """As the attention layer does it: a single token turns a full ring."""
-    if new[0].shape[2] > 1 or not cache.full:
-        return cache.update(*new)
+    """As the attention layer does it. Returns keys and values seen, and keys, values and
+    gates evicted or None."""
+    if new[0].shape[2] == 1 and not cache.full:
+        return *cache.fill(*new), None
+    if new[0].shape[2] > 1:
+        out = cache.update(*new)
+        return *out.seen(), out.evicted() if out.evicts else None
     before = cache.turn()
     after, seen = before.put(pack(*new, cache.bits, cache.group_size))
     cache.turned(after)
-    return Update(*split(seen)[:2], unpack(before.leaving, cache.bits, cache.group_size))
+    return *seen, unpack(before.leaving, cache.bits, cache.group_size)
 
 
 @settings(max_examples=150, deadline=None)
@@ -43,18 +47,20 @@ def test_ring_equals_a_list(window, sinks, lengths):
             kept.append(token)
             if len(kept) > window + sinks:
                 evicted.append(kept.pop(sinks))
-        out = update(cache, tokens(t, n, 2, 4), tokens(t, n, 2, 4), tokens(t, n, 3, 2))
+        keys, values, out = update(
+            cache, tokens(t, n, 2, 4), tokens(t, n, 2, 4), tokens(t, n, 3, 2)
+        )
         t += n
         if n == 1:
-            assert sorted(times(out.keys)) == kept
+            assert sorted(times(keys)) == kept
         else:
-            assert times(out.keys) == before + new
-        assert times(out.keys) == times(out.values)
+            assert times(keys) == before + new
+        assert times(keys) == times(values)
         if evicted:
-            for part, heads in zip(out.evicted, (2, 2, 3), strict=True):
+            for part, heads in zip(out, (2, 2, 3), strict=True):
                 assert part.shape[1] == heads and times(part) == evicted
         else:
-            assert out.evicted is None
+            assert out is None
         read += evicted
         assert cache.offset == t and cache.size() == len(kept)
         assert cache.is_trimmable() == (not read)
@@ -82,7 +88,7 @@ def test_trim_copy_and_state():
     for c in (cache, other, again):
         # Past the boundary one by one: the copy read in advance must not be stale.
         out = [update(c, *(tokens(t, 1, 1, w) for w in (2, 2, 1))) for t in range(6, 14)]
-        assert [times(u.evicted[0])[0] for u in out if u.evicted] == [2, 3, 4, 5]
+        assert [times(gone[0])[0] for *_, gone in out if gone] == [2, 3, 4, 5]
         assert c.trim(1) == 0 and c.offset == 14
 
 
@@ -107,7 +113,7 @@ def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
     try:
         for L in lengths:
             part = slice(t, t + L)
-            seen = update(cache, k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
+            keys, values, _ = update(cache, k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
             second = q_sink[:, :, part] if clamped else None
             before = max(0, min(L, window + sinks - t))
             if second is not None:  # up to the boundary both queries are the same
@@ -115,13 +121,9 @@ def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
             expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
             if L == 1:
                 full = second if t >= window + sinks else None
-                found = ops.attend(
-                    q[:, :, part], seen.keys, seen.values, D**-0.5, None, full, sinks
-                )
+                found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
             else:
-                found = ops.window_attention(
-                    q[:, :, part], seen.keys, seen.values, offset=t, q_sink=second, **options
-                )
+                found = ops.tiled(q[:, :, part], keys, values, offset=t, q_sink=second, **options)
             assert mx.abs(found - expected).max() < 1e-4
             t += L
     finally:

@@ -146,7 +146,22 @@ def test_decoding_writes_into_the_window_in_place():
     mx.reset_peak_memory()
     for i in range(4):
         mx.eval(model(IDS[:, i : i + 1], cache=cache))
-    assert mx.get_peak_memory() - held < 0.5 * window  # a copy would take all of it
+    assert mx.get_peak_memory() - held < 0.4 * window  # scores take that much
+
+
+def test_filling_the_window_writes_in_place():
+    _, model = tiny(window=20_000, sinks=4)
+    cache = model.make_cache()
+    for c in cache:
+        c.update(*(mx.zeros((1, heads, 19_990, width)) for heads, width in KV_AND_GATES))
+    mx.eval([c.state for c in cache])
+    mx.eval(model(IDS[:, :1], cache=cache))
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for i in range(4):
+        mx.eval(model(IDS[:, i : i + 1], cache=cache))
+    assert mx.get_peak_memory() - held < 0.4 * cache[0].nbytes
 
 
 def test_quantizing_leaves_the_memory_alone():

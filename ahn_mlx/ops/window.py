@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..platform import on_cpu
+from .ring import Update
 
 # Queries per tile. Larger tiles compute more scores outside the window.
 QUERY_TILE = 128
@@ -104,6 +105,21 @@ def fast_exp(x: mx.array, top: mx.array) -> mx.array:
 
 
 def window_attention(
+    q: mx.array, update: Update, scale: float, q_sink: mx.array | None = None
+) -> mx.array:
+    """Attention of a chunk of tokens to sinks and window.
+
+    q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
+    positions) or is None. Returns [B, H, L, D].
+    """
+    keys, values = update.seen()
+    offset, window, sinks = update.offset, update.window, update.sinks
+    return tiled(
+        q, keys, values, offset=offset, window=window, sinks=sinks, scale=scale, q_sink=q_sink
+    )
+
+
+def tiled(
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -114,12 +130,10 @@ def window_attention(
     scale: float,
     q_sink: mx.array | None = None,
 ) -> mx.array:
-    """Attention of the tokens offset ... offset + L - 1.
+    """Attention of the tokens offset ... offset + L - 1, tile by tile.
 
-    q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
-    positions) or is None. k, v: [B, Hkv, K, D], the sinks that exist and then all
-    tokens from some position up to offset + L - 1, without a gap in the window.
-    Returns [B, H, L, D].
+    k, v: [B, Hkv, K, D], the sinks that exist and then all tokens from some position up
+    to offset + L - 1, without a gap in the window. Otherwise as window_attention.
     """
     L, K = q.shape[2], k.shape[2]
     end = offset + L
