@@ -1,0 +1,103 @@
+"""The prefill kernel of attention against one query at a time, on the emulator."""
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from metal_strict import check_strictly
+
+from ahn_mlx import metal
+from ahn_mlx.ops import metal_window, window
+from ahn_mlx.ops.ring import Update, slot_of
+
+pytest_plugins = ["emulator.plugin"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels():
+    metal.kernel.cache_clear()
+    yield
+    metal.kernel.cache_clear()
+
+
+def case(offset, L, window, sinks, B=1, Hkv=1, G=2, D=64, dtype=mx.float32, seed=0, far=True):
+    """Queries, an update in the middle of a document, and all keys and values in time."""
+    mx.random.seed(seed)
+    n = offset + L
+    k, v = (mx.random.normal((B, Hkv, n, D)).astype(dtype) for _ in range(2))
+    q, q_sink = (2 * mx.random.normal((B, Hkv * G, L, D)).astype(dtype) for _ in range(2))
+    ring = None
+    if offset:
+        kept = [t for t in range(offset) if t < sinks or t >= offset - window]
+        order = mx.array(sorted(kept, key=lambda t: slot_of(t, window, sinks)))
+        ring = (k[:, :, order], v[:, :, order])
+    update = Update(ring, (k[:, :, offset:], v[:, :, offset:]), offset, window, sinks)
+    # Up to the boundary both queries are the same.
+    near = mx.arange(offset, n)[:, None] < window + sinks
+    return q, update, mx.where(near, q, q_sink) if far else None, k, v
+
+
+def check(tolerance=1e-5, **shape):
+    q, update, q_sink, k, v = case(**shape)
+    scale = q.shape[-1] ** -0.5
+    found = metal_window.prefill(q, update, scale, q_sink)
+    wide = [None if x is None else x.astype(mx.float32) for x in (q, k, v, q_sink)]
+    expected = window.sequential(
+        *wide[:3],
+        offset=update.offset,
+        window=update.window,
+        sinks=update.sinks,
+        scale=scale,
+        q_sink=wide[3],
+    )
+    assert found.shape == expected.shape and found.dtype == q.dtype
+    assert mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    offset=st.integers(0, 60),
+    L=st.integers(1, 45),
+    window=st.sampled_from([1, 7, 20, 33]),
+    sinks=st.sampled_from([0, 3, 18]),
+    far=st.booleans(),
+    B=st.integers(1, 2),
+    Hkv=st.integers(1, 2),
+    G=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_one_query_at_a_time(emulated_metal, **shape):
+    check(**shape)
+
+
+@pytest.mark.parametrize("offset", range(10, 19))
+def test_every_rotation(emulated_metal, offset):
+    check(offset=offset, L=3, window=8, sinks=2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_wide_heads(emulated_metal, dtype):
+    tolerance = 1e-5 if dtype == mx.float32 else 1e-2
+    check(tolerance, offset=30, L=34, window=20, sinks=3, D=128, dtype=dtype)
+
+
+def test_traffic(emulated_metal):
+    """No key or value outside sinks and window, each once for 32 queries of a head."""
+    emulated_metal.mode = "count"
+    W, S, L, D, H = 24, 4, 64, 128, 2
+    q, update, q_sink, _, _ = case(offset=100, L=L, window=W, sinks=S, D=D)
+    mx.eval(metal_window.prefill(q, update, 0.1, q_sink))
+    c = emulated_metal.last.counters
+    for name in ("k", "v"):
+        read = sum(c.buffers[f"{place}_{name}"].read_per_threadgroup for place in ("ring", "chunk"))
+        assert read == H * (L // 32) * (S + W - 1 + 32) * D * 4
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("D", [64, 128])
+def test_strict(needs_strict, monkeypatch, dtype, D):
+    q, update, q_sink, _, _ = case(offset=12, L=5, window=6, sinks=2, D=D, dtype=dtype)
+    check_strictly(monkeypatch, ("offset", "scale"))
+    metal_window.prefill(q, update, 0.1, q_sink)
