@@ -22,7 +22,7 @@ import mlx.core as mx
 # In a wheel, or in a checkout.
 _PLACES = (Path(__file__).parent / "kernels", Path(__file__).parent.parent / "metal")
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (16, 32, 64, 128)
 
 # Relative error against the ops form, float32 in: sums run in another order.
 TOLERANCE = 1e-4

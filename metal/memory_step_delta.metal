@@ -7,15 +7,17 @@
 // z: [B, 1, H] before silu. norm: [D]. projection: [H, D, D]. router: [H].
 //
 // grid (32 SG, B H, 1), threadgroup (32 SG, 1, 1): one threadgroup per head. A simdgroup
-// holds D / SG rows of the state in registers, a lane D / 32 columns of each.
+// holds D / SG rows of the state in registers, a lane D / 32 columns of each (one, if D < 32).
 // Reads the state once and writes it once (2 x 64 KB for D = 128), reads the projection
 // once (64 KB in float32), and k, v, q, local, norm once: 2.5 KB.
 
 constexpr int ROWS = D / SG;
-constexpr int COLS = D / 32;
+constexpr int LANES = D < 32 ? D : 32;  // that hold columns
+constexpr int COLS = D / LANES;
 
 const int simd_lid = thread_index_in_simdgroup;
 const int simd_gid = simdgroup_index_in_threadgroup;
+const bool active = simd_lid < LANES;
 const int tid = thread_index_in_threadgroup;
 const int n = threadgroup_position_in_grid.y;
 const int b = n / H;
@@ -43,8 +45,8 @@ if (simd_gid == 0) {
   float kn[COLS], qn[COLS];
   float kk = 0.0f, qq = 0.0f, kq = 0.0f;
   for (int c = 0; c < COLS; c++) {
-    kn[c] = static_cast<float>(k_[simd_lid * COLS + c]);
-    qn[c] = static_cast<float>(q_[simd_lid * COLS + c]);
+    kn[c] = active ? static_cast<float>(k_[simd_lid * COLS + c]) : 0.0f;
+    qn[c] = active ? static_cast<float>(q_[simd_lid * COLS + c]) : 0.0f;
     kk += kn[c] * kn[c];
     qq += qn[c] * qn[c];
     kq += kn[c] * qn[c];
@@ -52,7 +54,7 @@ if (simd_gid == 0) {
   const float k_scale = metal::rsqrt(simd_sum(kk) + 1e-6f);
   const float q_scale = metal::rsqrt((simd_sum(qq) + 1e-6f) * D);
   kq = simd_sum(kq);
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     key[simd_lid * COLS + c] = kn[c] * k_scale;
     query[simd_lid * COLS + c] = qn[c] * q_scale;
   }
@@ -68,13 +70,13 @@ float M[ROWS][COLS];
 float recalled[COLS] = {0.0f};
 float answer[COLS] = {0.0f};
 for (int r = 0; r < ROWS; r++) {
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     M[r][c] = decay * state_[r * D + c];
     recalled[c] += M[r][c] * key[simd_gid * ROWS + r];
     answer[c] += M[r][c] * query[simd_gid * ROWS + r];
   }
 }
-for (int c = 0; c < COLS; c++) {
+for (int c = 0; active && c < COLS; c++) {
   parts[simd_gid * 2 * D + simd_lid * COLS + c] = recalled[c];
   parts[simd_gid * 2 * D + D + simd_lid * COLS + c] = answer[c];
 }
@@ -92,7 +94,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // Write the state; norm, gate and project what was read.
 float squares = 0.0f;
-for (int c = 0; c < COLS; c++) {
+for (int c = 0; active && c < COLS; c++) {
   squares += read[simd_lid * COLS + c] * read[simd_lid * COLS + c];
 }
 const float scale = metal::rsqrt(simd_sum(squares) / D + 1e-5f) * silu(static_cast<float>(z[n]));
@@ -100,12 +102,12 @@ float projected[COLS] = {0.0f};
 for (int r = 0; r < ROWS; r++) {
   const int row = simd_gid * ROWS + r;
   const float y = read[row] * scale * static_cast<float>(norm[row]);
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     new_state_[r * D + c] = M[r][c] + key[row] * change[simd_lid * COLS + c];
     projected[c] += y * static_cast<float>(projection_[r * D + c]);
   }
 }
-for (int c = 0; c < COLS; c++) {
+for (int c = 0; active && c < COLS; c++) {
   parts[simd_gid * D + simd_lid * COLS + c] = projected[c];
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);

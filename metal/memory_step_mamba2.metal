@@ -9,15 +9,17 @@
 // projected: [B, H, 1, D] float32, squares: [B, H, 1, 1] float32.
 //
 // grid (32 SG, B H, 1), threadgroup (32 SG, 1, 1): one threadgroup per head. A simdgroup
-// holds D / SG rows of the state in registers, a lane D / 32 columns of each.
+// holds D / SG rows of the state in registers, a lane D / 32 columns of each (one, if D < 32).
 // Reads the state once and writes it once (2 x 64 KB for D = 128), reads the projection
 // once (64 KB in float32), and k, v, q, norm once: 2 KB.
 
 constexpr int ROWS = D / SG;
-constexpr int COLS = D / 32;
+constexpr int LANES = D < 32 ? D : 32;  // that hold columns
+constexpr int COLS = D / LANES;
 
 const int simd_lid = thread_index_in_simdgroup;
 const int simd_gid = simdgroup_index_in_threadgroup;
+const bool active = simd_lid < LANES;
 const int tid = thread_index_in_threadgroup;
 const int n = threadgroup_position_in_grid.y;
 const int b = n / H;
@@ -43,8 +45,8 @@ if (simd_gid == 0) {
   float kn[COLS], qn[COLS];
   float kk = 0.0f, qq = 0.0f, kq = 0.0f;
   for (int c = 0; c < COLS; c++) {
-    kn[c] = static_cast<float>(k_[simd_lid * COLS + c]);
-    qn[c] = static_cast<float>(q_[simd_lid * COLS + c]);
+    kn[c] = active ? static_cast<float>(k_[simd_lid * COLS + c]) : 0.0f;
+    qn[c] = active ? static_cast<float>(q_[simd_lid * COLS + c]) : 0.0f;
     kk += kn[c] * kn[c];
     qq += qn[c] * qn[c];
     kq += kn[c] * qn[c];
@@ -52,7 +54,7 @@ if (simd_gid == 0) {
   const float k_scale = metal::rsqrt(simd_sum(kk) + 1e-24f);
   const float q_scale = metal::rsqrt(simd_sum(qq) + 1e-24f);
   kq = simd_sum(kq);
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     key[simd_lid * COLS + c] = kn[c] * k_scale;
     query[simd_lid * COLS + c] = qn[c] * q_scale;
   }
@@ -70,7 +72,7 @@ for (int r = 0; r < ROWS; r++) {
   const int row = simd_gid * ROWS + r;
   const float value = dt * static_cast<float>(v_[row]);
   float out = 0.0f;
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     const float old = decay * state_[r * D + c];
     out += old * query[simd_lid * COLS + c];
     new_state_[r * D + c] = old + value * key[simd_lid * COLS + c];
@@ -87,17 +89,17 @@ float part[COLS] = {0.0f};
 for (int r = 0; r < ROWS; r++) {
   const int row = simd_gid * ROWS + r;
   const float y = gated[row] * static_cast<float>(norm[h * D + row]);
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     part[c] += y * static_cast<float>(projection_[r * D + c]);
   }
 }
-for (int c = 0; c < COLS; c++) {
+for (int c = 0; active && c < COLS; c++) {
   parts[simd_gid * D + simd_lid * COLS + c] = part[c];
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (simd_gid == 0) {
   float sum = 0.0f;
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     sum += gated[simd_lid * COLS + c] * gated[simd_lid * COLS + c];
   }
   sum = simd_sum(sum);

@@ -7,13 +7,15 @@
 // of weights; stats: [B, HKV G, SPLITS, 2] float32, largest score and sum of weights.
 //
 // grid (32 SG, SPLITS, B HKV), threadgroup (32 SG, 1, 1): a simdgroup takes every SG-th
-// key of the share for all G query heads, a lane D / 32 columns.
+// key of the share for all G query heads, a lane D / 32 columns (one, if D < 32).
 // Reads each visible key and value once per key/value head: 2 D elements.
 
-constexpr int COLS = D / 32;
+constexpr int LANES = D < 32 ? D : 32;  // that hold columns
+constexpr int COLS = D / LANES;
 
 const int simd_lid = thread_index_in_simdgroup;
 const int simd_gid = simdgroup_index_in_threadgroup;
+const bool active = simd_lid < LANES;
 const int tid = thread_position_in_threadgroup.x;
 const int split = threadgroup_position_in_grid.y;
 const int n = threadgroup_position_in_grid.z;  // b * HKV + key/value head
@@ -49,14 +51,15 @@ for (int pass = 0; pass < 2; pass++) {
   for (int g = 0; g < G; g++) {
     for (int c = 0; c < COLS; c++) {
       const int at = (n * G + g) * D + simd_lid * COLS + c;
-      query[g][c] = scale[0] * static_cast<float>(pass == 0 ? q_sink[at] : q[at]);
+      const float x = active ? static_cast<float>(pass == 0 ? q_sink[at] : q[at]) : 0.0f;
+      query[g][c] = scale[0] * x;
     }
   }
   for (int j = from + simd_gid; j < to; j += SG) {
     float key[COLS], value[COLS];
     for (int c = 0; c < COLS; c++) {
-      key[c] = static_cast<float>(k_[j * D + c]);
-      value[c] = static_cast<float>(v_[j * D + c]);
+      key[c] = active ? static_cast<float>(k_[j * D + c]) : 0.0f;
+      value[c] = active ? static_cast<float>(v_[j * D + c]) : 0.0f;
     }
     for (int g = 0; g < G; g++) {
       float score = 0.0f;
@@ -78,7 +81,7 @@ for (int pass = 0; pass < 2; pass++) {
 
 // Join the simdgroups, one query head after the other.
 for (int g = 0; g < G; g++) {
-  for (int c = 0; c < COLS; c++) {
+  for (int c = 0; active && c < COLS; c++) {
     outputs[simd_gid * D + simd_lid * COLS + c] = out[g][c];
   }
   if (simd_lid == 0) {

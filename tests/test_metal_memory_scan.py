@@ -81,13 +81,14 @@ def check(kind, splits=None, tolerance=1e-5, **shape):
     sinks=st.sampled_from([0, 3]),
     B=st.integers(1, 2),
     G=st.integers(1, 2),
-    splits=st.sampled_from([1, 2, 4]),
+    shape=st.sampled_from([(16, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4)]),
     decay=st.sampled_from([1e-3, 0.3, 80.0]),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_oracle(emulated_metal, kind, offset, more, window, sinks, **shape):
+def test_equals_the_oracle(emulated_metal, kind, offset, more, window, sinks, shape, **rest):
+    D, splits = shape
     L = more + max(0, window + sinks - offset)  # some token leaves
-    check(kind, offset=offset, L=L, window=window, sinks=sinks, **shape)
+    check(kind, splits, offset=offset, L=L, window=window, sinks=sinks, D=D, **rest)
 
 
 @pytest.mark.parametrize("offset", range(9, 18))

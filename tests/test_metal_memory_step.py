@@ -85,7 +85,7 @@ def close(found, expected, tolerance):
     B=st.integers(1, 2),
     Hkv=st.integers(1, 2),
     G=st.integers(1, 2),
-    D=st.sampled_from([64, 128]),
+    D=st.sampled_from([16, 32, 64, 128]),
     slots=st.integers(1, 5),
     decay=st.sampled_from([1e-3, 0.3, 80.0]),
     seed=st.integers(0, 1000),

@@ -64,6 +64,7 @@ def check(filled, sinks=0, tolerance=1e-5, far=True, **shape):
     B=st.integers(1, 2),
     Hkv=st.integers(1, 2),
     G=st.sampled_from([1, 2, 4]),
+    D=st.sampled_from([16, 32, 64]),
     seed=st.integers(0, 1000),
 )
 def test_equals_softmax(emulated_metal, filled, other, B, **shape):

@@ -66,6 +66,7 @@ def check(tolerance=1e-5, **shape):
     B=st.integers(1, 2),
     Hkv=st.integers(1, 2),
     G=st.sampled_from([1, 2]),
+    D=st.sampled_from([16, 32, 64]),
     seed=st.integers(0, 1000),
 )
 def test_equals_one_query_at_a_time(emulated_metal, **shape):

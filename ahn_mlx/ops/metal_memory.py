@@ -97,7 +97,8 @@ def scan(
     """
     B, H, T, D = q.shape
     if splits is None:
-        splits = next((p for p in (1, 2) if B * H * p >= THREADGROUPS), 4)
+        fits = [p for p in (1, 2, 4) if 4 * D // p >= 4 * STAGED]
+        splits = next((p for p in fits if B * H * p >= THREADGROUPS), fits[-1])
     ring = update.chunk if update.ring is None else update.ring
     first = update.end - T - update.window
     inputs = {
