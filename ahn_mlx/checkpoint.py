@@ -16,6 +16,7 @@ from .errors import AHNError
 from .tensorfile import TensorInfo, is_finite, read_header, show
 
 INDEX = "model.safetensors.index.json"
+UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
 MAX_JSON = 64 << 20  # bytes of an index; config.json is far smaller
 
 # Counts in config.json and the largest that is not absurd.
@@ -157,12 +158,13 @@ def read_headers(path: Path) -> dict[str, Source]:
 def _read_headers(path: Path, files: list[Path]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for file in files:
-        check_member(file)
-        for name, info in read_header(file).items():
-            if name in sources:
-                other = sources[name].file.name
-                raise AHNError(f"{file}: tensor {show(name)} is in {other} too; remove one file")
-            sources[name] = Source(name, file, info)
+        for source in _file_sources(file):
+            if other := sources.get(source.name):
+                raise AHNError(
+                    f"{file}: tensor {show(source.name)} is in {other.file.name} too; "
+                    "remove one file"
+                )
+            sources[source.name] = source
     if os.path.lexists(path / INDEX):
         for name, file_name in _weight_map(path / INDEX).items():
             if name not in sources or sources[name].file.name != file_name:
@@ -173,20 +175,41 @@ def _read_headers(path: Path, files: list[Path]) -> dict[str, Source]:
     return sources
 
 
+def read_unused(path: Path) -> dict[str, Source]:
+    """What an earlier conversion has set aside."""
+    if not os.path.lexists(path / UNUSED):
+        return {}
+    return {source.name: source for source in _file_sources(path / UNUSED)}
+
+
+def _file_sources(file: Path) -> list[Source]:
+    check_member(file)
+    return [Source(name, file, info) for name, info in read_header(file).items()]
+
+
 def read_tensors(path: Path) -> dict[str, mx.array]:
     """All tensors of a directory, validated, and not read until they are used."""
-    return load_sources(read_headers(path))
+    read = Reader()
+    return {name: read(source) for name, source in read_headers(path).items()}
 
 
-def load_sources(sources: dict[str, Source]) -> dict[str, mx.array]:
-    """The arrays that headers describe, under the keys of `sources`, lazily."""
-    loaded: dict[Path, dict[str, mx.array]] = {}
-    for file in {source.file for source in sources.values()}:
-        try:
-            loaded[file] = mx.load(str(file))  # type: ignore[assignment]
-        except (RuntimeError, ValueError) as e:
-            raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
-    return {key: loaded[source.file][source.name] for key, source in sources.items()}
+class Reader:
+    """Reads tensors lazily, and keeps none that it has handed out."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, dict[str, mx.array]] = {}
+
+    def __call__(self, source: Source) -> mx.array:
+        if source.name not in self._files.get(source.file, {}):
+            self._files[source.file] = _load(source.file)
+        return self._files[source.file].pop(source.name)
+
+
+def _load(file: Path) -> dict[str, mx.array]:
+    try:
+        return mx.load(str(file))  # type: ignore[return-value]
+    except (RuntimeError, ValueError) as e:
+        raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
 
 
 def check_model_dir(path: Path) -> dict[str, Any]:
@@ -196,14 +219,14 @@ def check_model_dir(path: Path) -> dict[str, Any]:
         raise AHNError(f"{path}: mlx_lm cannot load from a path with * ? or [; rename it")
     if os.path.lexists(path / "generation_config.json"):
         read_json(path / "generation_config.json")
-    _check_quantization(path, config)
+    check_quantization(path, config)
     weight_files(path)
     # mlx_lm loads every file of this pattern, whatever an index says.
     _read_headers(path, sorted(path.glob("model*.safetensors")))
     return config
 
 
-def _check_quantization(path: Path, config: dict[str, Any]) -> None:
+def check_quantization(path: Path, config: dict[str, Any]) -> None:
     """None, or MLX's own. mlx_lm would try to unpack what other programs write."""
     quantization = config.get("quantization")
     if quantization is None:

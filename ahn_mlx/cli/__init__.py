@@ -15,7 +15,7 @@ from ..errors import AHNError
 # Name -> (module, attribute, line in the overview).
 COMMANDS = {
     "generate": (".cli.generate", "generate", "Read a document and answer a question."),
-    "convert": (".convert", "main", "Convert a checkpoint of the PyTorch release."),
+    "convert": (".cli.convert", "convert", "Convert a checkpoint of the PyTorch release."),
     "doctor": (".cli.doctor", "doctor", "Say what this machine has and lacks."),
 }
 
