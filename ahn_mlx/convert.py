@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .card import origin, write_card
 from .checkpoint import (
     Source,
     check_member,
@@ -80,14 +81,15 @@ def convert(
     *,
     q_bits: int = 0,
     yarn: float | None = None,
+    title: str = "",
 ) -> None:
     """Write the MLX directory `out` from a base and an AHN-only checkpoint, or from a
     merged one given as `ahn` alone.
 
     dtype: "float32", "bfloat16" or "float16"; by default each tensor keeps its own.
     Decay parameters are float32 always. q_bits: 4 or 8 quantizes the base, 0 leaves it as
-    it is. yarn: stretch the base's rotary positions by this factor. force: replace a model
-    that is at `out`.
+    it is. yarn: stretch the base's rotary positions by this factor. title: of the model
+    card, `out`'s name by default. force: replace a model that is at `out`.
     Raises AHNError, and then leaves everything as it was.
     """
     inputs = [ahn] if base is None else [base, ahn]
@@ -102,6 +104,9 @@ def convert(
             write_unused(directory, checkpoint.unused)
             write_json(directory / "config.json", checkpoint.config)
             _copy_tokenizer(inputs, directory)
+            parts = ("model",) if base is None else ("base", "memory")
+            origins = [origin(part, path) for part, path in zip(parts, inputs, strict=True)]
+            write_card(directory, title or out.name, origins)
     except OSError as e:
         # Writing reports no file name, or one in the directory that is gone by now.
         file = Path(e.filename or out)
@@ -210,10 +215,9 @@ def _plan(checkpoint: Checkpoint, dtype: str | None, q_bits: int) -> dict[str, T
     checkpoint.unused = [
         s for n, s in given.items() if is_memory(n) and n not in used and s.info.dtype in FLOATS
     ]
-    checkpoint.parameters = sum(x.size for _, x in tree_flatten(model.parameters()))
+    checkpoint.parameters = sum(math.prod(x.shape) for x in _layouts(model).values())
     _quantize_as_given(model, checkpoint)
-    expected = {n: Layout(x.dtype, x.shape) for n, x in tree_flatten(model.parameters())}
-    _check_shapes(checkpoint, expected)
+    _check_shapes(checkpoint, _layouts(model))
     packed = _quantizable(model) if q_bits else set()
     plan = {}
     for name, source in checkpoint.sources.items():
@@ -226,6 +230,11 @@ def _plan(checkpoint: Checkpoint, dtype: str | None, q_bits: int) -> dict[str, T
         config["quantization"] = {"group_size": GROUP, "bits": q_bits, "mode": "affine"}
         config["quantization_config"] = config["quantization"]  # the hub's pages look here
     return plan
+
+
+def _layouts(model: nn.Module) -> dict[str, Layout]:
+    parameters: Any = tree_flatten(model.parameters())
+    return {name: Layout(x.dtype, x.shape) for name, x in parameters}
 
 
 def _quantizable(model: nn.Module) -> set[str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 REPO = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +50,21 @@ def edit_tensors(path: Path, **changes: mx.array | None) -> None:
             tensors[name] = value
     mx.eval(tensors)
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
+
+
+def byte_tokenizer(path: Path) -> Path:
+    """A directory with the tokenizer of the golden models: one token per byte."""
+    bpe = Tokenizer(
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    path.mkdir(parents=True)
+    bpe.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
 
 
 def model_dir(path: Path, config: object = None, **tensors: mx.array) -> Path:
