@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,9 @@ from .tensorfile import FLOATS, STORED, WRITTEN, Layout, show
 
 Q_BITS = (0, 4, 8)  # 0: not quantized by us
 MAX_YARN = 1000.0
+
+MODEL_FILE = "ahn_model.py"  # for stock mlx_lm
+RELEASE = "ahn_release"  # entry of our config.json for what only the release reads
 
 # Fields of the PyTorch release's config.json. The window of the memory takes the place
 # of Qwen's own, which has its name.
@@ -103,6 +107,7 @@ def convert(
             write_weights(directory, plan, checkpoint.parameters)
             write_unused(directory, checkpoint.unused)
             write_json(directory / "config.json", checkpoint.config)
+            shutil.copyfile(Path(__file__).with_name("shim.py"), directory / MODEL_FILE)
             _copy_tokenizer(inputs, directory)
             parts = ("model",) if base is None else ("base", "memory")
             origins = [origin(part, path) for part, path in zip(parts, inputs, strict=True)]
@@ -141,6 +146,9 @@ def _open(base: Path | None, ahn: Path) -> Checkpoint:
     config.setdefault("tie_word_embeddings", "lm_head.weight" not in sources)
     config = {k: v for k, v in _rope(config).items() if k not in RELEASE_FIELDS}
     config["ahn"] = settings.to_dict()
+    if release := {k: v for k, v in ahn_config.items() if k in RELEASE_FIELDS}:
+        config[RELEASE] = release
+    config["model_file"] = MODEL_FILE
     return Checkpoint(base or ahn, ahn, config, sources)
 
 
@@ -309,14 +317,19 @@ def _check_shapes(checkpoint: Checkpoint, expected: dict[str, Layout]) -> None:
         )
 
 
-def _copy_tokenizer(inputs: list[Path], directory: Path) -> None:
-    """Copy what makes text of tokens, from the base or else from the AHN checkpoint."""
-    for name in ("generation_config.json", *TOKENIZER_FILES):
+def copy_files(names: Iterable[str], inputs: list[Path], directory: Path) -> None:
+    """Copy each file from the first input that has it."""
+    for name in names:
         for path in inputs:
             if os.path.lexists(path / name):
                 check_member(path / name)
                 shutil.copyfile(path / name, directory / name)
                 break
+
+
+def _copy_tokenizer(inputs: list[Path], directory: Path) -> None:
+    """Copy what makes text of tokens, from the base or else from the AHN checkpoint."""
+    copy_files(("generation_config.json", *TOKENIZER_FILES), inputs, directory)
     if not any((directory / name).exists() for name in VOCABULARIES):
         print(
             f"warning: {inputs[0]} has no tokenizer files; "

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+from huggingface_hub import HfApi, errors, get_cached_repo_tree, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 from . import card
-from .checkpoint import read_config
+from .checkpoint import check_model_dir, read_config
 from .config import AHNConfig
 from .convert import Q_BITS, convert
 from .errors import AHNError
@@ -48,6 +48,12 @@ def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
         names = ", ".join(MODELS)
         raise AHNError(f"no model directory {name}; names: {names}; or give ORG/NAME") from None
     return models_dir() / f"{owner}--{repo}"
+
+
+def find(name_or_path: str) -> Path:
+    """A directory as it is, or what `resolve` has for a name."""
+    path = Path(name_or_path)
+    return path if path.is_dir() else resolve(name_or_path)
 
 
 def resolve(name: str, q_bits: int | None = None) -> Path:
@@ -98,6 +104,25 @@ def on_disk() -> list[Path]:
     """All complete model directories."""
     found = models_dir().iterdir() if models_dir().is_dir() else ()
     return sorted(p for p in found if p.is_dir() and not p.name.startswith("."))
+
+
+def upload(directory: Path, repo: str, private: bool = False) -> str:
+    """Put a model directory on the hub, its card with the new name; returns the page.
+
+    Files that are there already are not sent again. Raises AHNError, also without a token.
+    """
+    config = check_model_dir(directory)
+    if "ahn" not in config:
+        raise AHNError(f"{directory}: not a converted model; see ahn-mlx convert")
+    text = card.card(directory, repo, card.read_origins(directory))
+    try:
+        api = HfApi()
+        page = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"])
+        api.upload_file(repo_id=repo, path_in_repo=card.CARD, path_or_fileobj=text.encode())
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+    return str(page)
 
 
 def _check_q_bits(name: str, q_bits: int | None) -> int:

@@ -19,6 +19,8 @@ COMMANDS = {
     "pull": (".cli.models", "pull", "Download and convert a model."),
     "rm": (".cli.models", "rm", "Delete a converted model."),
     "convert": (".cli.convert", "convert", "Convert a checkpoint of the PyTorch release."),
+    "export-pytorch": (".cli.export", "export_pytorch", "Write a model back for PyTorch."),
+    "upload": (".cli.export", "upload", "Put a converted model on the hub."),
     "doctor": (".cli.doctor", "doctor", "Say what this machine has and lacks."),
 }
 
