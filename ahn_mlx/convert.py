@@ -146,8 +146,9 @@ def _open(base: Path | None, ahn: Path) -> Checkpoint:
     config.setdefault("tie_word_embeddings", "lm_head.weight" not in sources)
     config = {k: v for k, v in _rope(config).items() if k not in RELEASE_FIELDS}
     config["ahn"] = settings.to_dict()
-    if release := {k: v for k, v in ahn_config.items() if k in RELEASE_FIELDS}:
-        config[RELEASE] = release
+    release = RELEASE_FIELDS - {"save_ahn_only"}  # which is for the export to say
+    if kept := {k: v for k, v in ahn_config.items() if k in release}:
+        config[RELEASE] = kept
     config["model_file"] = MODEL_FILE
     return Checkpoint(base or ahn, ahn, config, sources)
 

@@ -16,7 +16,6 @@ from .checkpoint import (
     read_config,
     read_headers,
     read_unused,
-    rename_published,
 )
 from .config import PUBLISHED_NAMES, AHNConfig
 from .convert import RELEASE, TOKENIZER_FILES, copy_files
@@ -69,11 +68,10 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
 
 def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[str, Any]:
     """config.json as the release reads it."""
-    base = {k: v for k, v in config.items() if k not in OURS}
+    kind = f"{config['model_type'].capitalize()}MemDecoderLayer"
     return {
-        **base,
-        **TRAINING,
-        "_layer_implementation": f"{config['model_type'].capitalize()}MemDecoderLayer",
+        **({"_layer_implementation": kind, **TRAINING} if RELEASE not in config else {}),
+        **{k: v for k, v in config.items() if k not in OURS},
         **config.get(RELEASE, {}),
         "_ahn_implementation": {v: k for k, v in PUBLISHED_NAMES.items()}[ahn.memory],
         "fa_layer_ids": ",".join(map(str, ahn.fa_layer_ids)),
@@ -87,8 +85,7 @@ def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[
 
 def _plan(path: Path, config: dict[str, Any], layout: str) -> dict[str, Tensor]:
     """The release's names, and where their tensors are."""
-    # Renamed both ways, so that a merged checkpoint of the release can be split too.
-    sources = {published_name(k): s for k, s in rename_published(read_headers(path)).items()}
+    sources = {published_name(name): source for name, source in read_headers(path).items()}
     sources |= read_unused(path)
     if layout == "ahn-only":
         sources = {name: source for name, source in sources.items() if is_memory(name)}

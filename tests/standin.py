@@ -1,6 +1,7 @@
 """A stand-in for the hub on loopback: serves directories under real repository names to the
 real huggingface-hub client, remembers what was asked, and fails as told."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,8 +22,8 @@ class StandIn:
 
     token: what every request must bring, if anything. gated: repositories that need consent.
     cut: file -> bytes after which the connection breaks, once. altered: files with one byte
-    wrong. asked: (method, path, Range header) of all requests. stored: file -> content, of
-    what was uploaded.
+    wrong. asked: (method, path, Range header) of all requests. stored: large files that were
+    uploaded, by checksum.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,6 @@ class StandIn:
         self.altered: set[str] = set()
         self.asked: list[tuple[str, str, str]] = []
         self.stored: dict[str, bytes] = {}
-        self.created: list[str] = []
         self.hold = threading.Event()  # downloads of weights wait for it
         self.hold.set()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -76,6 +76,57 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer()
+
+    def do_PUT(self) -> None:
+        self.hub.stored[self.path.rsplit("/", 1)[1]] = self._body()
+        self._send(200, b"")
+
+    def do_POST(self) -> None:
+        body = self._body()
+        self.path = urlsplit(self.path).path
+        self.hub.asked.append(("POST", self.path, ""))
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self._fail(401, "RepoNotFound")
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.hub.repos:
+                return self._fail(409, "RepoExists")
+            self.hub.repos[repo] = {}
+            return self._json({"url": f"{self.hub.url}/{repo}"})
+        if self.path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if self.path.endswith("/preupload/main"):
+            files = [f["path"] for f in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
+            modes = [{"path": f, "uploadMode": modes[f.endswith(LFS)]} for f in files]
+            return self._json({"files": [{**m, "shouldIgnore": False} for m in modes]})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            objects = [self._upload_to(o) for o in json.loads(body)["objects"]]
+            return self._json({"transfer": "basic", "objects": objects})
+        if self.path.endswith("/commit/main"):
+            return self._commit(body)
+        self._fail(404, "EntryNotFound")
+
+    def _upload_to(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        href = f"{self.hub.url}/store/{wanted['oid']}"
+        return {**wanted, "actions": {"upload": {"href": href}}}
+
+    def _commit(self, body: bytes) -> None:
+        repo = "/".join(self.path.split("/")[3:5])
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                self.hub.repos[repo][value["path"]] = self.hub.stored[value["oid"]]
+        commit = self.hub.commit(repo)
+        page = f"{self.hub.url}/{repo}/commit/{commit}"
+        self._json({"commitUrl": page, "commitOid": commit, "commitMessage": ""})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)

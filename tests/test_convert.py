@@ -131,6 +131,10 @@ def test_config(parts):
     }
     assert not RELEASE_FIELDS & set(config)
     kept = {k: v for k, v in read_json(base).items() if k not in RELEASE_FIELDS}
+    release = {k: v for k, v in read_json(ahn).items() if k in RELEASE_FIELDS}
+    del release["save_ahn_only"]
+    assert config.pop("ahn_release") == release
+    assert (out / config.pop("model_file")).is_file()
     assert {k: v for k, v in config.items() if k != "ahn"} == kept
 
 

@@ -154,6 +154,27 @@ def test_repository_that_is_converted_already(machine: Machine, hub: StandIn, tm
     assert "converted already" in refused
 
 
+def test_upload(machine: Machine, hub: StandIn) -> None:
+    """What is uploaded runs elsewhere, and its card says so."""
+    upload = ("upload", "--model", NAME, "--repo", "me/mine")
+    hub.token = "secret"
+    refused = machine.refuse(*upload, HF_TOKEN="wrong")
+    assert "hf auth login" in refused
+    machine.run("pull", NAME, HF_TOKEN="secret")
+    plain = {"HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}
+    assert machine.run(*upload, **plain) == f"{hub.url}/me/mine\n"
+    model = machine.models / f"{NAME}-4bit"
+    uploaded = hub.repos["me/mine"]
+    assert uploaded.keys() == {p.name for p in model.iterdir()}
+    for file in model.glob("*.*"):
+        assert (uploaded[file.name] == file.read_bytes()) == (file.name != "README.md")
+    text = uploaded["README.md"].decode()
+    assert "ahn-mlx generate --model me/mine " in text and hub.commit(BASE) in text
+    ask = ("generate", "--model", "me/mine", "--prompt", "Hello", "--max-tokens", "2")
+    machine.run(*ask, HF_TOKEN="secret")
+    assert [p for _, p, _ in hub.asked if p.endswith("me/mine/resolve/main/ahn_model.py")] == []
+
+
 # --- what goes wrong ---
 
 
