@@ -141,7 +141,7 @@ def _numbered_shards(path: Path) -> list[Path]:
             found[int(m[1]), int(m[2])] = file
     if not found:
         others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pth", ".gguf"))
-        has = f"; it has {show(others[0])}, which cannot be read" if others else ""
+        has = f"; it has {show(others[0])}, see ahn-mlx convert --help" if others else ""
         raise AHNError(f"{path}: no model.safetensors{has}; save the checkpoint as safetensors")
     total = max(n for _, n in found)
     for i in range(1, total + 1):
@@ -189,23 +189,13 @@ def _file_sources(file: Path) -> list[Source]:
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
     """All tensors of a directory, validated, and not read until they are used."""
-    read = Reader()
-    return {name: read(source) for name, source in read_headers(path).items()}
+    sources = read_headers(path)
+    files = {file: load_safetensors(file) for file in {s.file for s in sources.values()}}
+    return {name: files[source.file][name] for name, source in sources.items()}
 
 
-class Reader:
-    """Reads tensors lazily, and keeps none that it has handed out."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, dict[str, mx.array]] = {}
-
-    def __call__(self, source: Source) -> mx.array:
-        if source.name not in self._files.get(source.file, {}):
-            self._files[source.file] = _load(source.file)
-        return self._files[source.file].pop(source.name)
-
-
-def _load(file: Path) -> dict[str, mx.array]:
+def load_safetensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file whose header has been judged, lazily."""
     try:
         return mx.load(str(file))  # type: ignore[return-value]
     except (RuntimeError, ValueError) as e:

@@ -23,13 +23,11 @@ from .checkpoint import (
     check_quantization,
     is_memory,
     published_name,
-    read_config,
-    read_headers,
-    read_unused,
     rename_published,
 )
 from .config import AHNConfig
 from .errors import AHNError
+from .formats import describe, gguf_tokenizer, is_gguf
 from .outdir import check_out, replacing
 from .shards import GROUP, Tensor, write_json, write_unused, write_weights
 from .tensorfile import FLOATS, STORED, WRITTEN, Layout, show
@@ -121,7 +119,7 @@ def convert(
 
 def _open(base: Path | None, ahn: Path) -> Checkpoint:
     """Read configs and headers; see that the two parts belong together."""
-    ahn_config, sources = read_config(ahn), read_headers(ahn) | read_unused(ahn)
+    ahn_config, sources = describe(ahn)
     try:
         settings = AHNConfig.from_dict(ahn_config)
     except AHNError as e:
@@ -134,9 +132,8 @@ def _open(base: Path | None, ahn: Path) -> Checkpoint:
     else:
         if plain is not None:
             raise AHNError(f"{ahn}: holds a whole model, {show(plain)} too; leave out --base")
-        config = read_config(base)
+        config, base_sources = describe(base)
         _check_same_base(base, config, ahn, ahn_config)
-        base_sources = read_headers(base)
         memory = next((name for name in base_sources if is_memory(name)), None)
         if memory is not None:
             raise AHNError(f"{base}: holds AHN tensors itself ({show(memory)}); give a plain base")
@@ -228,10 +225,14 @@ def _plan(checkpoint: Checkpoint, dtype: str | None, q_bits: int) -> dict[str, T
     _quantize_as_given(model, checkpoint)
     _check_shapes(checkpoint, _layouts(model))
     packed = _quantizable(model) if q_bits else set()
+    # GGUF keeps vectors in float32 whatever the rest is.
+    common = dtype or (config["torch_dtype"] if is_gguf(checkpoint.path) else None)
     plan = {}
     for name, source in checkpoint.sources.items():
-        stored = STORED[source.info.dtype]
-        target = DTYPES[dtype] if dtype and mx.issubdtype(stored, mx.floating) else stored
+        target = STORED[source.info.dtype]
+        wanted = dtype if is_memory(name) else common
+        if wanted and mx.issubdtype(target, mx.floating):
+            target = DTYPES[wanted]
         if name.rsplit(".", 1)[-1] in FLOAT32:
             target = mx.float32
         plan[name] = Tensor(source, target, q_bits if name in packed else 0)
@@ -331,9 +332,16 @@ def copy_files(names: Iterable[str], inputs: list[Path], directory: Path) -> Non
 def _copy_tokenizer(inputs: list[Path], directory: Path) -> None:
     """Copy what makes text of tokens, from the base or else from the AHN checkpoint."""
     copy_files(("generation_config.json", *TOKENIZER_FILES), inputs, directory)
-    if not any((directory / name).exists() for name in VOCABULARIES):
-        print(
-            f"warning: {inputs[0]} has no tokenizer files; "
-            "copy the base's to the converted model before you generate text",
-            file=sys.stderr,
-        )
+    if any((directory / name).exists() for name in VOCABULARIES):
+        return
+    missing = f"{inputs[0]} has no tokenizer files"
+    if is_gguf(inputs[0]):
+        try:
+            gguf_tokenizer(inputs[0]).save_pretrained(directory)
+            return
+        except AHNError as e:
+            missing = str(e)
+    print(
+        f"warning: {missing}; copy the base's to the converted model before you generate text",
+        file=sys.stderr,
+    )

@@ -9,7 +9,6 @@ import mlx.core as mx
 
 from .checkpoint import (
     INDEX,
-    Reader,
     Source,
     is_memory,
     published_name,
@@ -20,6 +19,7 @@ from .checkpoint import (
 from .config import PUBLISHED_NAMES, AHNConfig
 from .convert import RELEASE, TOKENIZER_FILES, copy_files
 from .errors import AHNError
+from .formats import Reader
 from .outdir import check_out, replacing
 from .shards import Tensor, write_json, write_weights
 from .tensorfile import FLOATS, STORED, show

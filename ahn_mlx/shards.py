@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from tqdm import tqdm
 
-from .checkpoint import INDEX, UNUSED, Reader, Source, check_finite
+from .checkpoint import INDEX, UNUSED, Source, check_finite
 from .errors import AHNError
+from .formats import Reader
 from .tensorfile import MLX_FORMAT, STORED, Layout, TensorWriter, is_finite, show
 
 SHARD_BYTES = 5 << 30  # as mlx_lm

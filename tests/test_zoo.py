@@ -31,7 +31,7 @@ def test_unpermute_undoes_llama_cpp() -> None:
     # llama.cpp's convert script, for one head after the other.
     stored = rows.reshape(heads, 2, dim // 2, width).swapaxes(1, 2).reshape(rows.shape)
     assert not mx.array_equal(stored, rows)
-    assert mx.array_equal(gguf._unpermute(stored, heads), rows)
+    assert mx.array_equal(gguf.unpermute(stored, heads), rows)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
