@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData, metadata_load
 
 from .checkpoint import check_member, read_config
+from .config import AHNConfig
 from .published import MODELS
 
 CARD = "README.md"
@@ -79,7 +80,7 @@ def write_card(directory: Path, title: str, origins: list[Origin]) -> None:
 def card(directory: Path, title: str, origins: list[Origin]) -> str:
     """The text of README.md. title: the name that runs it."""
     config = read_config(directory)
-    ahn, quantization = config["ahn"], config.get("quantization")
+    ahn, quantization = AHNConfig.from_dict(config), config.get("quantization")
     licences = {o.licence for o in origins}
     data = ModelCardData(
         library_name="mlx",
@@ -96,8 +97,8 @@ def card(directory: Path, title: str, origins: list[Origin]) -> str:
     )
     rows = [
         *((o.part, str(o)) for o in origins),
-        ("memory", ahn["memory"]),
-        ("window", f"{ahn['window']:,} tokens and {ahn['sinks']:,} sinks"),
+        ("memory", ahn.memory),
+        ("window", f"{ahn.window:,} tokens and {ahn.sinks:,} sinks"),
         ("quantization", packed),
         *((f"licence of the {o.part}", o.licence or "see there") for o in origins),
     ]

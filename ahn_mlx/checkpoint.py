@@ -31,7 +31,10 @@ LIMITS = {
     "max_position_embeddings": 1 << 40,
 }
 POSITIVE = ("rms_norm_eps", "rope_theta")
-OBJECTS = ("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config")
+OBJECTS = (
+    *("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config"),
+    "ahn_release",
+)
 
 T = TypeVar("T")
 
@@ -53,6 +56,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise AHNError(f"{path}: not a model directory, it has no config.json")
     config = read_json(file)
+    check_config(file, config)
+    return config
+
+
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raise AHNError if a number that matters makes no sense."""
     if not isinstance(config.get("model_type"), str):
         found = show(config.get("model_type"))
         raise AHNError(f"{file}: model_type must be a name such as qwen2, not {found}")
@@ -78,7 +87,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("tie_word_embeddings"), bool | None):
         found = show(config["tie_word_embeddings"])
         raise AHNError(f"{file}: tie_word_embeddings must be true or false, not {found}")
-    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:

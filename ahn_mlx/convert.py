@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from .card import origin, write_card
 from .checkpoint import (
     Source,
+    check_config,
     check_member,
     check_quantization,
     is_memory,
@@ -29,10 +30,10 @@ from .config import AHNConfig
 from .errors import AHNError
 from .formats import describe, gguf_tokenizer, is_gguf
 from .outdir import check_out, replacing
+from .published import Q_BITS
 from .shards import GROUP, Tensor, write_json, write_unused, write_weights
 from .tensorfile import FLOATS, STORED, WRITTEN, Layout, show
 
-Q_BITS = (0, 4, 8)  # 0: not quantized by us
 MAX_YARN = 1000.0
 
 MODEL_FILE = "ahn_model.py"  # for stock mlx_lm
@@ -142,6 +143,7 @@ def _open(base: Path | None, ahn: Path) -> Checkpoint:
     # Absent means false to transformers and true to mlx_lm; the tensors know.
     config.setdefault("tie_word_embeddings", "lm_head.weight" not in sources)
     config = {k: v for k, v in _rope(config).items() if k not in RELEASE_FIELDS}
+    check_config((base or ahn) / "config.json", config)
     config["ahn"] = settings.to_dict()
     release = RELEASE_FIELDS - {"save_ahn_only"}  # which is for the export to say
     if kept := {k: v for k, v in ahn_config.items() if k in release}:

@@ -70,9 +70,9 @@ def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[
     """config.json as the release reads it."""
     kind = f"{config['model_type'].capitalize()}MemDecoderLayer"
     return {
-        **({"_layer_implementation": kind, **TRAINING} if RELEASE not in config else {}),
+        **({"_layer_implementation": kind, **TRAINING} if not config.get(RELEASE) else {}),
         **{k: v for k, v in config.items() if k not in OURS},
-        **config.get(RELEASE, {}),
+        **(config.get(RELEASE) or {}),
         "_ahn_implementation": {v: k for k, v in PUBLISHED_NAMES.items()}[ahn.memory],
         "fa_layer_ids": ",".join(map(str, ahn.fa_layer_ids)),
         "num_attn_sinks": ahn.sinks,

@@ -21,11 +21,8 @@ from huggingface_hub.utils import validate_repo_id
 from . import card
 from .checkpoint import check_model_dir, read_config
 from .config import AHNConfig
-from .convert import Q_BITS, convert
 from .errors import AHNError
-from .published import DEFAULT, MODELS, Published
-
-DEFAULT_Q_BITS = 4
+from .published import DEFAULT, DEFAULT_Q_BITS, MODELS, Q_BITS, Published
 
 # What a checkpoint is made of; code is not.
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
@@ -153,6 +150,8 @@ def _make(
         made_from = [origin.revision for origin in card.read_origins(directory)]
         if made_from != [base.name, ahn.name]:
             bits = DEFAULT_Q_BITS if q_bits is None else q_bits
+            from .convert import convert  # takes a second, which errors need not wait for
+
             _say(f"{name}: converting, once, to {directory}")
             convert(base, ahn, directory, force=True, q_bits=bits, title=name)
         return directory

@@ -9,6 +9,8 @@ from typing import Any
 from .config import PUBLISHED_NAMES, AHNConfig
 
 DEFAULT = "ahn-gdn-smollm2-135m"
+Q_BITS = (0, 4, 8)  # that a base is converted to; 0 is as it is
+DEFAULT_Q_BITS = 4
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Small checkpoints for tests: the golden ones, and copies to be damaged."""
 
+import io
 import json
+import pickle
 import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -90,3 +93,22 @@ def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
     """The converter as a user starts it."""
     command = [sys.executable, str(REPO / "convert.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+class Evil:
+    """Leaves a trace if it is unpickled."""
+
+    def __init__(self, trace: str):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (self.trace, "w"))
+
+
+def pickled(path, value):
+    """A .bin file as torch lays it out, with any pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        z.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
+        z.writestr("archive/version", "3\n")
+    path.write_bytes(buffer.getvalue())

@@ -160,7 +160,31 @@ def test_other_bad_input(parts):
     (base / "model.safetensors").write_bytes(raw[:-1])
     refuse("in/base/model.safetensors: damaged", base, ahn, out)
     (ahn / "model.safetensors").rename(ahn / "pytorch_model.bin")
-    refuse("no model.safetensors; it has 'pytorch_model.bin'", base, ahn, out)
+    refuse("pytorch_model.bin: not a checkpoint of torch", base, ahn, out)
+    (ahn / "pytorch_model.bin").rename(ahn / "x.gguf")
+    refuse("no model.safetensors; it has 'x.gguf'", base, ahn, out)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 1 << 40},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": -4},
+        {"head_dim": 1 << 20},
+        {"vocab_size": "256"},
+        {"rope_theta": 2**63, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": {}}},
+        {"rope_parameters": {"rope_theta": []}, "rope_theta": None},
+        {"quantization": {"bits": 1 << 40, "group_size": 64}},
+    ],
+)
+def test_absurd_config(parts, fields):
+    """In both, so that they agree."""
+    base, ahn, out = parts
+    edit_config(base, **fields)
+    edit_config(ahn, **fields)
+    assert str(base.parent) in refuse("config.json|in/base: ", base, ahn, out)
 
 
 # --- where it may write ---

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import GDN, REPO, byte_tokenizer, read_json, same
+from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
 from standin import StandIn
 
 from ahn_mlx import card, published
@@ -299,6 +300,22 @@ def test_wrong_memory(machine: Machine, hub: StandIn) -> None:
     assert "holds a deltanet memory, not the gated_deltanet of its name" in machine.refuse(
         "pull", NAME
     )
+
+
+def test_hostile_repositories(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
+    whole = dict(hub.repos[AHN])
+    header = struct.pack("<Q", 1 << 60) + b"{}"
+    hub.repos[AHN] = {**whole, "model.safetensors": header}
+    assert "its header claims 1152921504606846976 bytes" in machine.refuse("pull", NAME)
+    absurd = whole["config.json"].replace(b'"hidden_size": 64', b'"hidden_size": 1099511627776')
+    hub.repos[AHN] = {**whole, "config.json": absurd}
+    assert "hidden_size must be a whole number from 1 to" in machine.refuse("pull", NAME)
+    del whole["model.safetensors"]
+    pickled(tmp_path / "evil.bin", Evil(str(tmp_path / "trace")))
+    hub.repos[AHN] = {**whole, "pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()}
+    refused = machine.refuse("pull", NAME)
+    assert "reading it takes torch" in refused or "nothing in it was run" in refused
+    assert not (tmp_path / "trace").exists()
 
 
 def test_file_names_that_lead_out(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
