@@ -32,9 +32,8 @@ An [Artificial Hippocampus Network](https://arxiv.org/abs/2510.07318) for
     pip install ahn-mlx
     ahn-mlx generate --model {title} --prompt-file book.txt --prompt "How does it end?"
 
-With that package installed, mlx-lm runs it too:
-
-    mlx_lm.generate --model {title} --trust-remote-code --prompt "Hello"
+With that package installed, mlx-lm runs this directory or repository too, with
+`--trust-remote-code`.
 """
 
 
@@ -47,8 +46,7 @@ class Origin(NamedTuple):
     licence: str = ""
 
     def __str__(self) -> str:
-        link = f"[{self.repo}](https://huggingface.co/{self.repo})" if self.revision else self.repo
-        return link + (f" at {self.revision}" if self.revision else "")
+        return f"{self.repo} at {self.revision}" if self.revision else self.repo
 
 
 def origin(part: str, path: Path) -> Origin:
@@ -97,7 +95,7 @@ def card(directory: Path, title: str, origins: list[Origin]) -> str:
     )
     rows = [
         *((o.part, str(o)) for o in origins),
-        ("memory", ahn.memory),
+        ("kind of memory", ahn.memory),
         ("window", f"{ahn.window:,} tokens and {ahn.sinks:,} sinks"),
         ("quantization", packed),
         *((f"licence of the {o.part}", o.licence or "see there") for o in origins),

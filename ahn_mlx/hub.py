@@ -25,7 +25,7 @@ from .errors import AHNError
 from .published import DEFAULT, DEFAULT_Q_BITS, MODELS, Q_BITS, Published
 
 # What a checkpoint is made of; code is not.
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
 PICKLES = ["*.bin"]
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ahn_mlx.model import load_model
+
 REPO = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 GDN = GOLDEN / "qwen2-gdn"
+IDS = mx.arange(40)[None] * 7 % 256
 
 
 def read_json(path: Path) -> dict:
@@ -27,6 +30,15 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and mx.array_equal(a[k], b[k]).item() for k in a
     )
+
+
+def logits(path: Path) -> mx.array:
+    """What a directory's model makes of IDS, beyond its window [L, V]."""
+    return load_model(path, dtype="float32")[0](IDS)[0]
+
+
+def close(a: mx.array, b: mx.array) -> bool:
+    return mx.abs(a - b).max().item() < 1e-4
 
 
 def copies(path: Path) -> tuple[Path, Path, Path]:

@@ -141,7 +141,8 @@ def test_card(quantized):
     for part in (
         "library_name: mlx",
         "| base | base |",
-        "| memory | gated_deltanet |",
+        "| memory | ahn_only |",
+        "| kind of memory | gated_deltanet |",
         "| window | 12 tokens and 4 sinks |",
         "| quantization | 4 bits in groups of 64; memory is not |",
         "ahn-mlx generate --model out --prompt-file",
