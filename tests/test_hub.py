@@ -338,6 +338,8 @@ def test_names_that_are_none(name: str, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(AHNError, match="no model directory"):
         hub.resolve(name)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(AHNError, match="comes inside the package"):
+        hub.find(published.DEFAULT)
 
 
 def wait(condition) -> None:
