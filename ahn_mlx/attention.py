@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import AHNCache
+from .cache import AHNCache, Turn, pack, unpack
 from .config import AHNConfig
 from .memory import MEMORIES, Router
 from .ops import window_attention
@@ -46,71 +46,133 @@ class AHNAttention(nn.Module):
         mask, made for full attention, is not used."""
         if cache is None:
             cache = AHNCache(self.config.window, self.config.sinks)
+        if x.shape[1] == 1 and cache.full:
+            return self._decode(x, cache)
+        offset = cache.offset
+        q, k, v, gates, raw = self._project(x)
+        q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
+        if x.shape[1] == 1:
+            return self._merge(attend(q, *cache.fill(k, v, gates), self.scale))
+        update = cache.update(k, v, gates)
+        heads = window_attention(q, update, self.scale, q_sink)
+        if T := update.evicts:
+            if self.config.query_projection:
+                q = self.rope(self.ahn.q_proj(raw), offset=offset)
+            last = update.end - cache.capacity
+            n = mx.arange(last - T + 1, last + 1)
+            tail, cache.memory = self._remember(
+                q[:, :, -T:], x[:, -T:], update.evicted(), cache.memory, n, cache.window
+            )
+            heads = _add_tail(heads, tail)
+        return self._merge(heads)
+
+    def _decode(self, x: mx.array, cache: AHNCache) -> mx.array:
+        """One token when the window is full: the same shapes for ever, so compiled once."""
+        if "_step" not in self.__dict__:
+            self._step = mx.compile(self._decode_step, inputs=self.state)
+        last = cache.offset + 1 - cache.capacity
+        out, turn, cache.memory = self._step(
+            x,
+            mx.array([cache.offset, cache.capacity]),
+            mx.array([last]),
+            tuple(cache.turn()),
+            cache.memory,
+            cache.window,
+            cache.sinks,
+            cache.bits,
+            cache.group_size,
+        )
+        cache.turned(Turn(*turn))
+        return out
+
+    def _decode_step(
+        self,
+        x: mx.array,
+        positions: mx.array,
+        n: mx.array,
+        turn: tuple[Any, ...],
+        memory: mx.array | None,
+        window: int,
+        sinks: int,
+        bits: int | None,
+        group_size: int,
+    ) -> tuple[mx.array, tuple[Any, ...], mx.array]:
+        """A pure function of arrays: positions [2], the token's and where sinks are clamped;
+        n [1], tokens evicted so far. Returns output, turn and memory."""
+        q, k, v, gates, raw = self._project(x)
+        B, H = q.shape[:2]
+        q_sink = None
+        if self.config.sink_positions == "clamped":
+            # One call for all three: a second batch row stands at the clamped position.
+            rows = mx.concatenate([q, k], axis=1)
+            rows = self.rope(mx.concatenate([rows, rows]), offset=mx.repeat(positions, B))
+            q, k, q_sink = rows[:B, :H], rows[:B, H:], rows[B:, :H]
+        else:
+            q, k = (self.rope(heads, offset=positions[0]) for heads in (q, k))
+        before = Turn(*turn)
+        after, (keys, values) = before.put(pack(k, v, gates, bits, group_size))
+        # Every slot is visible, in whatever order.
+        heads = attend(q, keys, values, self.scale, None, q_sink, sinks)
+        if self.config.query_projection:
+            q = self.rope(self.ahn.q_proj(raw), offset=positions[0])
+        evicted = unpack(before.leaving, bits, group_size)
+        m, memory = self._remember(q, x, evicted, memory, n, window)
+        return self._merge(heads + m), tuple(after), memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled function can be neither copied nor pickled; it is made again.
+        return {name: value for name, value in self.__dict__.items() if name != "_step"}
+
+    def _project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], and
+        the queries before their norm."""
         B, L, _ = x.shape
         raw = self.q_proj(x).reshape(B, L, self.n_heads, -1)
         k = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1)
-        v = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1)
         q = self.q_norm(raw) if "q_norm" in self else raw
         k = self.k_norm(k) if "k_norm" in self else k
-        q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
-        offset = cache.offset
-        q_sink = self._sink_queries(q, offset, cache.capacity)
-        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
-        gates = self.ahn.gates(x).transpose(0, 2, 1, 3).astype(x.dtype)  # [B, H, L, G]
+        gates = self.ahn.gates(x).astype(x.dtype)
+        q, k, v, gates, raw = (y.swapaxes(1, 2) for y in (q, k, v, gates, raw))
+        return q, k, v, gates, raw
 
-        keys, values, evicted = cache.update(k, v, gates)
-        if L == 1:
-            # Every slot in use is visible, in whatever order.
-            heads = attend(q, keys, values, self.scale, None, q_sink, cache.sinks)
-        else:
-            heads = window_attention(
-                q,
-                keys,
-                values,
-                offset=offset,
-                window=cache.window,
-                sinks=cache.sinks,
-                scale=self.scale,
-                q_sink=q_sink,
-            )
-        if evicted is not None:
-            T = evicted[0].shape[2]
-            if self.config.query_projection:
-                reading = self.rope(self.ahn.q_proj(raw.swapaxes(1, 2)), offset=offset)
-            else:
-                reading = q
-            heads = _add_tail(heads, self._remember(reading[:, :, -T:], x[:, -T:], evicted, cache))
-        return self.o_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
+    def _merge(self, heads: mx.array) -> mx.array:
+        """Heads [B, H, L, D] -> [B, L, C]."""
+        return self.o_proj(heads.swapaxes(1, 2).flatten(2))
 
-    def _sink_queries(self, q: mx.array, offset: int, capacity: int) -> mx.array | None:
-        """Unrotated q [B, H, L, D] rotated at min(t, capacity), or None where that is t."""
+    def _rotate(
+        self, q: mx.array, k: mx.array, offset: int, capacity: int
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Queries and keys [B, heads, L, D] at their positions t, and, where sinks are
+        clamped, the queries at min(t, capacity); None where that is t."""
         B, H, L, D = q.shape
-        if self.config.sink_positions == "absolute" or offset + L <= capacity:
-            return None
-        far = min(L, offset + L - capacity)
-        # Each query becomes a sequence of one token, to share one position.
-        one = q[:, :, L - far :].reshape(B, H * far, 1, D)
-        clamped = self.rope(one, offset=capacity).reshape(B, H, far, D)
-        if far == L:
-            return clamped
-        return mx.concatenate([self.rope(q[:, :, : L - far], offset=offset), clamped], axis=2)
+        clamped = self.config.sink_positions == "clamped" and offset + L > capacity
+        if not clamped:
+            return self.rope(q, offset=offset), self.rope(k, offset=offset), None
+        near = max(0, capacity - offset)
+        # Each query beyond becomes a sequence of one token, to share one position.
+        far = q[:, :, near:].reshape(B, -1, 1, D)
+        far = self.rope(far, offset=capacity).reshape(B, H, L - near, D)
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        return q, k, mx.concatenate([q[:, :, :near], far], axis=2) if near else far
 
     def _remember(
         self,
         q: mx.array,
         h: mx.array,
         evicted: tuple[mx.array, ...],
-        cache: AHNCache,
-    ) -> mx.array:
-        """Write the evicted tokens, read with q [B, H, T, D] and h [B, T, C] -> [B, H, T, D]."""
+        memory: mx.array | None,
+        n: mx.array,
+        window: int,
+    ) -> tuple[mx.array, mx.array]:
+        """Write the evicted tokens, read with q [B, H, T, D] and h [B, T, C]; n [T] of them
+        evicted so far. Returns what to add to the heads [B, H, T, D], and the memory."""
         k, v, gates = (e.swapaxes(1, 2) for e in evicted)
-        o, cache.memory = self.ahn.scan(q.swapaxes(1, 2), k, v, gates, cache.memory)
+        o, memory = self.ahn.scan(q.swapaxes(1, 2), k, v, gates, memory)
         m = self.ahn.output(o, h)
         if self.config.router:
-            last = cache.offset - cache.capacity
-            n = mx.arange(last - q.shape[2] + 1, last + 1)
-            m = (m * self.router(n, cache.window)).astype(h.dtype)
-        return m
+            m = (m * self.router(n, window)).astype(h.dtype)
+        return m, memory
 
 
 def _add_tail(x: mx.array, tail: mx.array) -> mx.array:

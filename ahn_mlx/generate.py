@@ -60,7 +60,8 @@ def prefill_step() -> int:
 class Run:
     """One prompt and its answer. Iterate over it once for the pieces of text.
 
-    The numbers are valid at any time, also after an interrupt.
+    The numbers are valid at any time, also after an interrupt. kv_bits, kv_group_size:
+    keep sinks and window quantized, as in mlx-lm.
     """
 
     model: nn.Module
@@ -71,6 +72,8 @@ class Run:
     top_p: float = 1.0
     seed: int | None = None
     step: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
     progress: Progress = lambda read, cache_bytes: None
     cache: list[Any] = field(init=False)
     read: int = field(default=0, init=False)
@@ -80,6 +83,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.cache = self.model.make_cache()
+        if self.kv_bits is not None:
+            self.cache = [c.to_quantized(self.kv_group_size, self.kv_bits) for c in self.cache]
 
     def __iter__(self) -> Iterator[str]:
         if self.seed is not None:

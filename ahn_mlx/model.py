@@ -4,6 +4,7 @@
 its forward pass included, stays mlx-lm's.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,8 +22,10 @@ from .attention import PROJECTIONS, AHNAttention
 from .cache import AHNCache
 from .checkpoint import check_model_dir, read_tensors, rename_published
 from .config import AHNConfig
+from .convert import VOCABULARIES
 from .errors import AHNError
 from .platform import default_dtype
+from .tensorfile import is_finite
 
 # Model files of mlx-lm whose attention is known to fit.
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -159,18 +162,30 @@ def load_model(
             raise
         raise AHNError(f"{path}: {e}") from None
     model.eval()
-    finish(model, dtype)
+    finish(model, dtype, path)
     return model, config
 
 
-def finish(model: nn.Module, dtype: str | None) -> None:
-    """Cast to the dtype asked for, or the fast one on the CPU, and read the weights."""
+def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
+    """Cast to the dtype asked for, or the fast one on the CPU, and read the weights.
+
+    Raises AHNError naming `source` and the first tensor that holds NaN or infinity.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise AHNError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     chosen = DTYPES[dtype] if dtype else default_dtype()
     if chosen is not None:
         cast(model, chosen)
-    mx.eval(model.parameters())
+    parameters: Any = tree_flatten(model.parameters())
+    floats = [(n, x) for n, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
+    # A sum is quick on any device; only where it is not finite each number is looked at.
+    sums = [x.sum().astype(mx.float32) for _, x in floats]
+    mx.eval(model.parameters(), sums)
+    for (name, x), total in zip(floats, sums, strict=True):
+        if not math.isfinite(total.item()) and not is_finite(x):
+            raise AHNError(
+                f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again"
+            )
 
 
 def load(
@@ -181,9 +196,13 @@ def load(
     dtype: str | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """As load_model, with the tokenizer, as mlx_lm.load returns them."""
+    path = Path(path)
+    if (path / "config.json").is_file() and not any((path / n).is_file() for n in VOCABULARIES):
+        # Without any vocabulary, transformers makes up an empty tokenizer.
+        raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
     model, config = load_model(path, window=window, sinks=sinks, dtype=dtype)
     try:
-        tokenizer = load_tokenizer(Path(path), eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as e:  # transformers raises many kinds for a missing tokenizer
         reason = " ".join(str(e).split())[:200]
         raise AHNError(f"{path}: no usable tokenizer ({reason}); copy the base's files") from None

@@ -35,11 +35,18 @@ class Blas:
     note: str = ""
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU now."""
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.cpu
+
+
 def default_dtype() -> "mx.Dtype | None":
     """float32 on the CPU, where half precision is slow; None on a GPU: as stored."""
     import mlx.core as mx
 
-    return mx.float32 if mx.default_device().type == mx.cpu else None
+    return mx.float32 if on_cpu() else None
 
 
 def _prepare() -> Blas:

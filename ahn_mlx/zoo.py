@@ -17,7 +17,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import gguf, hub, model
 from .config import AHNConfig
-from .convert import VOCABULARIES
 from .errors import AHNError
 from .platform import default_dtype
 from .published import DEFAULT
@@ -52,14 +51,7 @@ def load(
         return build(window, sinks, dtype)
     if not path.is_dir():
         path = hub.resolve(str(name_or_path), q_bits)
-    _check_tokenizer(path)
     return model.load(path, window=window, sinks=sinks, dtype=dtype)
-
-
-def _check_tokenizer(path: Path) -> None:
-    # Without any vocabulary, transformers makes up an empty tokenizer.
-    if (path / "config.json").is_file() and not any((path / n).is_file() for n in VOCABULARIES):
-        raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
 
 
 def smollm2_gguf() -> Path:
@@ -83,9 +75,11 @@ def _smollm2(window: int | None, sinks: int | None, dtype: str | None) -> Loaded
     base, metadata = gguf.load_llama(file)
     stored = set(_shapes(base))
     decoder = model.augment(base, config)
-    _load_memory(decoder, stored, WEIGHTS / f"{DEFAULT}.safetensors")
+    weights = WEIGHTS / f"{DEFAULT}.safetensors"
+    _load_memory(decoder, stored, weights)
     decoder.eval()
-    model.finish(decoder, dtype or ("bfloat16" if default_dtype() is None else "float32"))
+    chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
+    model.finish(decoder, chosen, weights if weights.is_file() else file)
     return decoder, gguf.load_tokenizer(metadata)
 
 
@@ -97,7 +91,10 @@ def _load_memory(decoder: nn.Module, base: set[str], file: Path) -> None:
             file=sys.stderr,
         )
         return
-    weights: dict[str, Any] = mx.load(str(file))  # type: ignore[assignment]
+    try:
+        weights: dict[str, Any] = mx.load(str(file))  # type: ignore[assignment]
+    except RuntimeError as e:
+        raise AHNError(f"{file}: {e}; reinstall") from None
     expected = {k: shape for k, shape in _shapes(decoder).items() if k not in base}
     wrong = {k for k in expected | weights if k not in weights or k not in expected}
     wrong |= {k for k in expected.keys() & weights if weights[k].shape != expected[k]}

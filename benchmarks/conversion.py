@@ -3,7 +3,7 @@
 Makes a random bfloat16 checkpoint of a published model's shape (6 GB for 3B), converts it,
 and has mlx_lm convert the same base without the memory.
 
-    python -m benchmarks.conversion ahn-gdn-3b --scratch /tmp/conversion
+    python -m benchmarks conversion ahn-gdn-3b --scratch /tmp/conversion
 """
 
 import json
@@ -69,7 +69,7 @@ def waited(process: subprocess.Popen) -> tuple[int, resource.struct_rusage]:
 @click.argument("name", default="ahn-gdn-3b")
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Filled, emptied.")
 @click.option("--rounds", default=2, help="The best of each counts.")
-def main(name: str, scratch: Path, rounds: int) -> None:
+def conversion(name: str, scratch: Path, rounds: int) -> None:
     """Print seconds and peak memory of both, quantized to 4 bits and not."""
     entry = MODELS[name]
     config = {**entry.base.config, "max_position_embeddings": 32768, "rope_theta": 1e6}
@@ -98,7 +98,3 @@ def main(name: str, scratch: Path, rounds: int) -> None:
                 print(f"{title:<9} {label:<8} {seconds:6.1f} s  peak {peak:.2f} GB")
     finally:
         shutil.rmtree(scratch)
-
-
-if __name__ == "__main__":
-    main()

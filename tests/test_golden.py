@@ -1,11 +1,12 @@
 """Converter and model against what the PyTorch release computes (tests/golden/README.md)."""
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from ahn_mlx import load_model
+from ahn_mlx import AHNError, load_model
 from ahn_mlx.convert import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,3 +88,19 @@ def test_without_cache_and_in_batches(case):
     cache = model.make_cache()
     alone = read(model, cache, ids[1:], 7)
     assert mx.abs(both[1] - alone).max() < 1e-3
+    cache = model.make_cache()
+    model(ids[:, :-6], cache=cache)
+    one_by_one = [model(ids[:, i : i + 1], cache=cache)[:, 0] for i in range(-6, -1)]
+    assert mx.abs(mx.stack(one_by_one, axis=1) - both[:, -6:-1]).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.ahn.fn.o_proj.weight"])
+def test_not_a_number_in_a_model_directory(name, tmp_path):
+    out = tmp_path / "model"
+    shutil.copytree(GOLDEN / "qwen2-gdn" / "merged", out)
+    weights = dict(mx.load(str(out / "model.safetensors")))
+    weights[name] = mx.full(weights[name].shape, mx.nan)
+    mx.save_safetensors(str(out / "model.safetensors"), weights)
+    ours = name.replace("ahn.fn", "self_attn.ahn")
+    with pytest.raises(AHNError, match=f"{out}: tensor {ours} holds NaN"):
+        load_model(out)

@@ -139,9 +139,10 @@ def test_reads_english_beyond_the_window(loaded: Any) -> None:
 
 
 @needs_model
-def test_untrained_memory_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
-    if (zoo.WEIGHTS / f"{zoo.DEFAULT}.safetensors").exists():
-        pytest.skip("trained parameters are here")
+def test_untrained_memory_is_announced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     zoo.load(zoo.DEFAULT)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -149,20 +150,29 @@ def test_untrained_memory_is_announced(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @needs_model
-def test_trained_memory_is_loaded_and_checked(loaded: Any, tmp_path: Path) -> None:
+def test_trained_memory_is_loaded_and_checked(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     model = loaded[0]
     plain, _ = gguf.load_llama(zoo.smollm2_gguf())
     base = set(zoo._shapes(plain))
     params: Any = tree_flatten(model.parameters())
     memory = {k: mx.ones_like(v) for k, v in params if k not in base}
     assert memory
-    file = tmp_path / "memory.safetensors"
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    file = tmp_path / f"{zoo.DEFAULT}.safetensors"
     mx.save_safetensors(str(file), memory)
     fresh, _ = zoo.load(zoo.DEFAULT)
-    zoo._load_memory(fresh, base, file)
     now: Any = dict(tree_flatten(fresh.parameters()))
     assert all(np.all(np.array(now[k]) == 1) for k in memory)
+    bad = {**memory, min(memory): mx.full(memory[min(memory)].shape, mx.nan)}
+    mx.save_safetensors(str(file), bad)
+    with pytest.raises(AHNError, match=f"{file}: tensor {min(memory)} holds NaN"):
+        zoo.load(zoo.DEFAULT)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(AHNError, match=f"{file}: .*reinstall"):
+        zoo.load(zoo.DEFAULT)
     memory.pop(min(memory))
     mx.save_safetensors(str(file), memory)
     with pytest.raises(AHNError, match="missing, extra or misshapen"):
-        zoo._load_memory(fresh, base, file)
+        zoo.load(zoo.DEFAULT)

@@ -30,6 +30,14 @@ DEFAULT = "ahn-gdn-smollm2-135m"
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--window", type=int, help="Tokens kept losslessly. Default: the model's.")
 @click.option("--sinks", type=int, help="First tokens kept for ever. Default: the model's.")
+@click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window.")
+@click.option(
+    "--kv-group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Numbers that share a scale.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -52,6 +60,7 @@ def generate(**options: Any) -> None:
     cat book.txt | ahn-mlx generate --prompt "How does it end?" --max-tokens 100
     ahn-mlx generate --model ahn-gdn-3b --prompt-file report.md --prompt "Summarize." --temp 0.7
     ahn-mlx generate --prompt-file story.txt --no-chat-template
+    ahn-mlx generate --prompt-file book.txt --prompt "Who dies?" --window 16384 --kv-bits 8
     """
     _check(options)
     document = _read_document(options["prompt_file"], bool(options["prompt"]))
@@ -87,6 +96,8 @@ def generate(**options: Any) -> None:
         top_p=options["top_p"],
         seed=options["seed"],
         step=options["prefill_step_size"],
+        kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+        kv_group_size=int(options["kv_group_size"]),
     )
     sys.exit(_stream(run))
 

@@ -15,6 +15,7 @@ import math
 
 import mlx.core as mx
 
+from ..platform import on_cpu
 from .chunks import causal, chunk_size, decay_matrix, from_chunks, to_chunks
 
 Result = tuple[mx.array, mx.array]
@@ -58,9 +59,8 @@ def _choose(
         state = mx.zeros((B, H, D, D), dtype=mx.float32)
     if q.shape[1] == 1:
         return step(q, k, v, g, beta, state)
-    if mx.default_device() == mx.gpu and mx.metal.is_available():
-        return mlx_fast(q, k, v, g, beta, state)
-    return chunked(q, k, v, g, beta, state)
+    form = chunked if on_cpu() else mlx_fast
+    return form(q, k, v, g, beta, state)
 
 
 def normalize(x: mx.array, scale: float = 1.0) -> mx.array:
@@ -102,22 +102,27 @@ def step(
     beta: mx.array,
     state: mx.array,
 ) -> Result:
-    """One token (T = 1): two row-times-matrix products and one outer product."""
+    """One token (T = 1). Key and query read the old state in one product:
+
+    d = beta (v - exp(g) M^T kn);  o = exp(g) M^T qn + (kn . qn) d;  M <- exp(g) M + kn d^T
+    """
     B, _, H, D = q.shape
     Hkv = k.shape[2]
-    G = H // Hkv
-
-    def per_head(x: mx.array) -> mx.array:
-        return x.astype(mx.float32).reshape(B, Hkv, G, 1, 1)
-
-    kn = normalize(k).reshape(B, Hkv, 1, 1, D)
-    vn = v.astype(mx.float32).reshape(B, Hkv, 1, 1, D)
-    qn = normalize(q, D**-0.5).reshape(B, Hkv, G, 1, D)
-    M = state.reshape(B, Hkv, G, D, D)
+    heads = (B, Hkv, H // Hkv, 1, D)
+    scalars = (*heads[:3], 1, 1)
+    kn = mx.broadcast_to(k.reshape(B, Hkv, 1, 1, D), heads)
+    both = normalize(mx.concatenate([kn, q.reshape(heads)], axis=-2))
+    kn, qn = both[..., :1, :], both[..., 1:, :]
+    M = state.reshape(*heads[:3], D, D)
+    read = both @ M
     if g is not None:
-        M = M * mx.exp(per_head(g))
-    M = M + kn.swapaxes(-1, -2) * (per_head(beta) * (vn - kn @ M))
-    return (qn @ M).reshape(B, 1, H, D), M.reshape(B, H, D, D)
+        decay = mx.exp(g.astype(mx.float32)).reshape(scalars)
+        read, M = decay * read, decay * M
+    new = v.astype(mx.float32).reshape(B, Hkv, 1, 1, D)
+    d = beta.astype(mx.float32).reshape(scalars) * (new - read[..., :1, :])
+    o = (read[..., 1:, :] + (kn * qn).sum(axis=-1, keepdims=True) * d) * D**-0.5
+    M = mx.addmm(M, kn.swapaxes(-1, -2), d)
+    return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
 def chunked(

@@ -65,17 +65,19 @@ def sequential(
 def step(
     q: mx.array, k: mx.array, v: mx.array, dt: mx.array, A: mx.array, state: mx.array
 ) -> Result:
-    """One token (T = 1): one outer product and one matrix-times-column product."""
+    """One token (T = 1): o = exp(dt a) M qn + dt (kn . qn) v, from the old state."""
     B, _, H, D = q.shape
     Hkv = k.shape[2]
-    G = H // Hkv
+    heads = (B, Hkv, H // Hkv)
     kn = normalize(k).reshape(B, Hkv, 1, 1, D)
-    vn = v.astype(mx.float32).reshape(B, Hkv, 1, D, 1)
-    qn = normalize(q).reshape(B, Hkv, G, D, 1)
-    dt = dt.astype(mx.float32).reshape(B, Hkv, G, 1, 1)
-    decay = mx.exp(dt * A.astype(mx.float32).reshape(Hkv, G, 1, 1))
-    M = state.reshape(B, Hkv, G, D, D) * decay + (dt * vn) * kn
-    return (M @ qn).reshape(B, 1, H, D), M.reshape(B, H, D, D)
+    qn = normalize(q).reshape(*heads, D, 1)
+    dt = dt.astype(mx.float32).reshape(*heads, 1, 1)
+    decay = mx.exp(dt * A.astype(mx.float32).reshape(*heads[1:], 1, 1))
+    write = dt * v.astype(mx.float32).reshape(B, Hkv, 1, D, 1)
+    M = state.reshape(*heads, D, D)
+    o = decay * (M @ qn) + (kn @ qn) * write
+    M = mx.addmm(decay * M, write, kn)
+    return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
 def chunked(

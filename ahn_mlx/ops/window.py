@@ -7,18 +7,28 @@ Clamped sinks: past position W + S a sink is scored with a second copy of the qu
 rotated at W + S, so that sinks never drift out of the range the model was trained on.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
+
+from ..platform import on_cpu
+from .ring import Update
 
 # Queries per tile. Larger tiles compute more scores outside the window.
 QUERY_TILE = 128
 
+# With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
+FEW_ROWS = 16
+
+# Keys or values [B, Hkv, K, D]: an array, or (packed, scales, biases) of mx.quantize.
+Stored = Any
+
 
 def attend(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Stored,
+    v: Stored,
     scale: float,
     mask: mx.array | None = None,
     q_sink: mx.array | None = None,
@@ -26,61 +36,66 @@ def attend(
 ) -> mx.array:
     """Softmax attention; the first `sinks` keys may be scored by a query of their own.
 
-    q, q_sink: [B, H, L, D]; k, v: [B, Hkv, K, D]; mask: bool [L, K] or None.
-    Returns [B, H, L, D].
+    q, q_sink: [B, H, L, D]; k, v: [B, Hkv, K, D], or quantized so; mask: bool [L, K] or
+    None. Returns [B, H, L, D].
     """
     if q_sink is None or sinks == 0:
-        if q.shape[2] == 1 or not on_cpu():
+        if isinstance(k, mx.array) and not on_cpu():
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         q_sink, sinks = q, 0
-    if q.shape[2] == 1 and mask is None:
-        return _two_queries_step(q, k, v, scale, None, q_sink, sinks)
-    return _two_queries(q, k, v, scale, mask, q_sink, sinks)
-
-
-def on_cpu() -> bool:
-    """Whether MLX runs on the CPU, where exp() is what attention waits for."""
-    return mx.default_device().type == mx.DeviceType.cpu
-
-
-def _two_queries(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    mask: mx.array | None,
-    q_sink: mx.array,
-    sinks: int,
-) -> mx.array:
     B, H, L, D = q.shape
-    Hkv, K = k.shape[1:3]
-
-    def scores(queries: mx.array, keys: mx.array) -> mx.array:
-        # One product per key/value head: its query heads stand below each other.
-        s = (queries * scale).reshape(B, Hkv, -1, D) @ keys.swapaxes(-1, -2)
-        return s.reshape(B, H, L, -1)
-
-    s = scores(q, k[..., sinks:, :])
+    Hkv = _rows(k)[0].shape[1]
+    # One product per key/value head: its query heads stand below each other.
+    q, q_sink = ((x * scale).reshape(B, Hkv, -1, D) for x in (q, q_sink))
+    s = _scores(q, _rows(k, sinks))
     if sinks:
-        s = mx.concatenate([scores(q_sink, k[..., :sinks, :]), s], axis=-1)
+        s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks)), s], axis=-1)
     if mask is not None:
-        s = mx.where(mask, s, mx.finfo(s.dtype).min)
-    if L > 1 and s.dtype == mx.float32 and on_cpu():
-        p = fast_exp(s - s.max(axis=-1, keepdims=True))
-        total = p.sum(axis=-1, keepdims=True)
-        return (p.reshape(B, Hkv, -1, K) @ v).reshape(B, H, L, D) / total
-    p = mx.softmax(s, axis=-1, precise=True).reshape(B, Hkv, -1, K)
-    return (p @ v).reshape(B, H, L, D)
+        s = mx.where(mask, s.reshape(B, H, L, -1), mx.finfo(s.dtype).min).reshape(s.shape)
+    if s.dtype == mx.float32 and on_cpu():
+        p = fast_exp(s, s.max(axis=-1, keepdims=True))
+        o = _mix(p, v, D) / p.sum(axis=-1, keepdims=True)
+    else:
+        o = _mix(mx.softmax(s, axis=-1, precise=True), v, D)
+    return o.reshape(B, H, L, D)
 
 
-@mx.compile
-def fast_exp(x: mx.array) -> mx.array:
-    """exp(x) for x <= 0, float32, as exp(x / 64) ^ 64 with a polynomial of degree 7.
+def _rows(x: Stored, start: int = 0, stop: int | None = None) -> tuple[mx.array, ...]:
+    """The array, or the three of a quantized one, with keys start ... stop - 1."""
+    return tuple(a[:, :, start:stop] for a in ((x,) if isinstance(x, mx.array) else x))
+
+
+def _scores(q: mx.array, k: tuple[mx.array, ...]) -> mx.array:
+    """q [B, Hkv, R, D], k of K keys -> [B, Hkv, R, K]."""
+    if len(k) == 3:
+        packed, scales, biases = k
+        return mx.quantized_matmul(q, packed, scales, biases, **_format(k, q.shape[-1]))
+    if q.shape[2] < FEW_ROWS:
+        return (k[0] @ mx.contiguous(q.swapaxes(-1, -2))).swapaxes(-1, -2)
+    return q @ k[0].swapaxes(-1, -2)
+
+
+def _mix(p: mx.array, v: Stored, D: int) -> mx.array:
+    """Weights p [B, Hkv, R, K] times values -> [B, Hkv, R, D]."""
+    if isinstance(v, mx.array):
+        return p @ v
+    packed, scales, biases = v
+    return mx.quantized_matmul(p, packed, scales, biases, transpose=False, **_format(v, D))
+
+
+def _format(x: tuple[mx.array, ...], D: int) -> dict[str, Any]:
+    """How rows of D numbers were quantized, read off their shapes."""
+    return {"group_size": D // x[1].shape[-1], "bits": 32 * x[0].shape[-1] // D}
+
+
+@partial(mx.compile, shapeless=True)
+def fast_exp(x: mx.array, top: mx.array) -> mx.array:
+    """exp(x - top) for x <= top, float32, as exp((x - top) / 64) ^ 64 with a polynomial.
 
     Six times as fast as MLX's exp on the CPU. Relative error up to 1e-5 above -20, 1e-4
     down to -40; smaller values count as exp(-40), which no softmax can see.
     """
-    y = mx.maximum(x, -40.0) * (1 / 64)
+    y = mx.maximum(x - top, -40.0) * (1 / 64)
     p = 1 + y * (1 / 7)
     for n in range(6, 0, -1):
         p = 1 + y * p * (1 / n)
@@ -89,11 +104,22 @@ def fast_exp(x: mx.array) -> mx.array:
     return p
 
 
-# Decoding always has the same shapes; prefill tiles do not.
-_two_queries_step = mx.compile(_two_queries)
-
-
 def window_attention(
+    q: mx.array, update: Update, scale: float, q_sink: mx.array | None = None
+) -> mx.array:
+    """Attention of a chunk of tokens to sinks and window.
+
+    q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
+    positions) or is None. Returns [B, H, L, D].
+    """
+    keys, values = update.seen()
+    offset, window, sinks = update.offset, update.window, update.sinks
+    return tiled(
+        q, keys, values, offset=offset, window=window, sinks=sinks, scale=scale, q_sink=q_sink
+    )
+
+
+def tiled(
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -104,12 +130,10 @@ def window_attention(
     scale: float,
     q_sink: mx.array | None = None,
 ) -> mx.array:
-    """Attention of the tokens offset ... offset + L - 1.
+    """Attention of the tokens offset ... offset + L - 1, tile by tile.
 
-    q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
-    positions) or is None. k, v: [B, Hkv, K, D], the sinks that exist and then all
-    tokens from some position up to offset + L - 1, without a gap in the window.
-    Returns [B, H, L, D].
+    k, v: [B, Hkv, K, D], the sinks that exist and then all tokens from some position up
+    to offset + L - 1, without a gap in the window. Otherwise as window_attention.
     """
     L, K = q.shape[2], k.shape[2]
     end = offset + L

@@ -1,0 +1,26 @@
+"""python -m benchmarks NAME: tables and plots, each a comparison within one run.
+
+python -m benchmarks recurrence
+python -m benchmarks decode --plots docs/plots
+"""
+
+import click
+
+from .conversion import conversion
+from .decode import decode
+from .far import far
+from .memory import memory
+from .prefill import prefill
+from .quantized import quantized
+from .recurrence import recurrence
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+for command in (conversion, decode, far, memory, prefill, quantized, recurrence):
+    main.add_command(command)
+
+main()
