@@ -3,7 +3,7 @@
 Makes a random bfloat16 checkpoint of a published model's shape (6 GB for 3B), converts it,
 and has mlx_lm convert the same base without the memory.
 
-    python -m benchmarks conversion ahn-gdn-3b --scratch /tmp/conversion
+    python -m benchmarks conversion ahn-gdn-3b --scratch DIR
 """
 
 import json
