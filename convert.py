@@ -1,6 +1,9 @@
 """python convert.py --base DIR --ahn DIR --out DIR: the same as `ahn-mlx convert`."""
 
-from ahn_mlx.convert import main
+import sys
+
+from ahn_mlx.cli import main
 
 if __name__ == "__main__":
+    sys.argv.insert(1, "convert")
     main()

@@ -16,6 +16,7 @@ from .errors import AHNError
 from .tensorfile import TensorInfo, is_finite, read_header, show
 
 INDEX = "model.safetensors.index.json"
+UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
 MAX_JSON = 64 << 20  # bytes of an index; config.json is far smaller
 
 # Counts in config.json and the largest that is not absurd.
@@ -30,7 +31,10 @@ LIMITS = {
     "max_position_embeddings": 1 << 40,
 }
 POSITIVE = ("rms_norm_eps", "rope_theta")
-OBJECTS = ("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config")
+OBJECTS = (
+    *("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config"),
+    "ahn_release",
+)
 
 T = TypeVar("T")
 
@@ -52,6 +56,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise AHNError(f"{path}: not a model directory, it has no config.json")
     config = read_json(file)
+    check_config(file, config)
+    return config
+
+
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raise AHNError if a number that matters makes no sense."""
     if not isinstance(config.get("model_type"), str):
         found = show(config.get("model_type"))
         raise AHNError(f"{file}: model_type must be a name such as qwen2, not {found}")
@@ -77,7 +87,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("tie_word_embeddings"), bool | None):
         found = show(config["tie_word_embeddings"])
         raise AHNError(f"{file}: tie_word_embeddings must be true or false, not {found}")
-    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def _numbered_shards(path: Path) -> list[Path]:
             found[int(m[1]), int(m[2])] = file
     if not found:
         others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pth", ".gguf"))
-        has = f"; it has {show(others[0])}, which cannot be read" if others else ""
+        has = f"; it has {show(others[0])}, see ahn-mlx convert --help" if others else ""
         raise AHNError(f"{path}: no model.safetensors{has}; save the checkpoint as safetensors")
     total = max(n for _, n in found)
     for i in range(1, total + 1):
@@ -157,12 +166,13 @@ def read_headers(path: Path) -> dict[str, Source]:
 def _read_headers(path: Path, files: list[Path]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for file in files:
-        check_member(file)
-        for name, info in read_header(file).items():
-            if name in sources:
-                other = sources[name].file.name
-                raise AHNError(f"{file}: tensor {show(name)} is in {other} too; remove one file")
-            sources[name] = Source(name, file, info)
+        for source in _file_sources(file):
+            if other := sources.get(source.name):
+                raise AHNError(
+                    f"{file}: tensor {show(source.name)} is in {other.file.name} too; "
+                    "remove one file"
+                )
+            sources[source.name] = source
     if os.path.lexists(path / INDEX):
         for name, file_name in _weight_map(path / INDEX).items():
             if name not in sources or sources[name].file.name != file_name:
@@ -173,20 +183,31 @@ def _read_headers(path: Path, files: list[Path]) -> dict[str, Source]:
     return sources
 
 
+def read_unused(path: Path) -> dict[str, Source]:
+    """What an earlier conversion has set aside."""
+    if not os.path.lexists(path / UNUSED):
+        return {}
+    return {source.name: source for source in _file_sources(path / UNUSED)}
+
+
+def _file_sources(file: Path) -> list[Source]:
+    check_member(file)
+    return [Source(name, file, info) for name, info in read_header(file).items()]
+
+
 def read_tensors(path: Path) -> dict[str, mx.array]:
     """All tensors of a directory, validated, and not read until they are used."""
-    return load_sources(read_headers(path))
+    sources = read_headers(path)
+    files = {file: load_safetensors(file) for file in {s.file for s in sources.values()}}
+    return {name: files[source.file][name] for name, source in sources.items()}
 
 
-def load_sources(sources: dict[str, Source]) -> dict[str, mx.array]:
-    """The arrays that headers describe, under the keys of `sources`, lazily."""
-    loaded: dict[Path, dict[str, mx.array]] = {}
-    for file in {source.file for source in sources.values()}:
-        try:
-            loaded[file] = mx.load(str(file))  # type: ignore[assignment]
-        except (RuntimeError, ValueError) as e:
-            raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
-    return {key: loaded[source.file][source.name] for key, source in sources.items()}
+def load_safetensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file whose header has been judged, lazily."""
+    try:
+        return mx.load(str(file))  # type: ignore[return-value]
+    except (RuntimeError, ValueError) as e:
+        raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
 
 
 def check_model_dir(path: Path) -> dict[str, Any]:
@@ -196,14 +217,14 @@ def check_model_dir(path: Path) -> dict[str, Any]:
         raise AHNError(f"{path}: mlx_lm cannot load from a path with * ? or [; rename it")
     if os.path.lexists(path / "generation_config.json"):
         read_json(path / "generation_config.json")
-    _check_quantization(path, config)
+    check_quantization(path, config)
     weight_files(path)
     # mlx_lm loads every file of this pattern, whatever an index says.
     _read_headers(path, sorted(path.glob("model*.safetensors")))
     return config
 
 
-def _check_quantization(path: Path, config: dict[str, Any]) -> None:
+def check_quantization(path: Path, config: dict[str, Any]) -> None:
     """None, or MLX's own. mlx_lm would try to unpack what other programs write."""
     quantization = config.get("quantization")
     if quantization is None:

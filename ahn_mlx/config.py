@@ -78,12 +78,11 @@ class AHNConfig:
         if published is None:
             raise AHNError("config.json has no AHN fields ('ahn' or '_ahn_implementation')")
         _one_of("_ahn_implementation", published, tuple(PUBLISHED_NAMES))
-        if config.get("sliding_window") is None:
-            raise AHNError("config.json has '_ahn_implementation' but no 'sliding_window'")
+        window, sinks = config.get("sliding_window"), config.get("num_attn_sinks")
         return cls(
             memory=PUBLISHED_NAMES[published],
-            window=config["sliding_window"],
-            sinks=config.get("num_attn_sinks") or 0,
+            window=cls.window if window is None else window,
+            sinks=cls.sinks if sinks is None else sinks,
             fa_layer_ids=config.get("fa_layer_ids") or (),
             router=config.get("use_ahn_router") or False,
             query_projection=config.get("use_q_proj") or False,

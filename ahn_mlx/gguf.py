@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .errors import AHNError
@@ -30,10 +30,31 @@ NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+
+
+# Names of pre-tokenizers in GGUF -> how a text falls into words.
+SPLITS = {
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
 }
 
 
@@ -85,7 +106,7 @@ def _weights(tensors: dict[str, mx.array], config: dict[str, Any]) -> dict[str, 
         value = _expand(tensors, stem)
         *block, part = stem.split(".")  # blk.3.attn_q
         if part in heads:
-            value = _unpermute(value, heads[part])
+            value = unpermute(value, heads[part])
         prefix = f"model.layers.{block[1]}." if block else ""
         weights[f"{prefix}{NAMES[part]}.weight"] = value
     return weights
@@ -102,33 +123,32 @@ def _expand(tensors: dict[str, mx.array], stem: str) -> mx.array:
     return mx.dequantize(weight, scales, biases, group_size=GROUP, bits=bits)
 
 
-def _unpermute(rows: mx.array, heads: int) -> mx.array:
+def unpermute(rows: mx.array, heads: int) -> mx.array:
     """From RoPE pairs (2i, 2i + 1), as stored, to pairs (i, i + D/2), as in mlx-lm."""
-    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])  # [H, D/2, 2, in]
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [H, D/2, 2, in]
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def load_tokenizer(metadata: dict[str, Any]) -> TokenizerWrapper:
     """The byte-level BPE tokenizer in a file's metadata, with its chat template."""
     kind = (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"])
-    if kind != ("gpt2", "smollm"):
-        raise AHNError(f"GGUF tokenizer {'/'.join(kind)} is not supported; only gpt2/smollm is")
+    if kind[0] != "gpt2" or kind[1] not in SPLITS:
+        known = ", ".join(f"gpt2/{name}" for name in SPLITS)
+        raise AHNError(f"GGUF tokenizer {'/'.join(kind)} is not supported; only {known}")
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ")) for m in metadata["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[kind[1]])
+    if kind[1] == "qwen2":
+        bpe.normalizer = normalizers.NFC()
     bpe.decoder = decoders.ByteLevel()
     types = metadata["tokenizer.ggml.token_type"].tolist()
     special = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
 
-    def token(role: str) -> str:
-        return tokens[metadata[f"tokenizer.ggml.{role}_token_id"].item()]
+    def token(role: str) -> str | None:
+        number = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        return None if number is None else tokens[number.item()]
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -136,9 +156,11 @@ def load_tokenizer(metadata: dict[str, Any]) -> TokenizerWrapper:
         eos_token=token("eos"),
         pad_token=token("padding"),
         unk_token=token("unknown"),
-        chat_template=metadata["tokenizer.chat_template"],
+        chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
-    # A chat turn ends with eos, a document with the unknown token <|endoftext|>.
-    ends = [tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=ends)
+    # A chat turn ends with eos, a document with <|endoftext|>, under either role.
+    ends = {tokenizer.eos_token_id, tokenizer.unk_token_id, bpe.token_to_id("<|endoftext|>")}
+    return TokenizerWrapper(
+        tokenizer, BPEStreamingDetokenizer, eos_token_ids=sorted(i for i in ends if i is not None)
+    )

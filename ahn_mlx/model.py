@@ -96,7 +96,7 @@ def build(config: dict[str, Any]) -> nn.Module:
     model_class, args_class = mlx_lm.utils._get_classes(config)
     try:
         model = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError) as e:
+    except (TypeError, ArithmeticError, LookupError, ValueError, RuntimeError, AssertionError) as e:
         raise AHNError(f"config.json does not describe a {family} model: {e}") from None
     return augment(model, ahn)
 

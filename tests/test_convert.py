@@ -12,9 +12,10 @@ from checkpoints import GDN, GOLDEN, REPO, copies, edit_config, edit_tensors, re
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from ahn_mlx import convert as convert_module
+from ahn_mlx import shards
 from ahn_mlx.checkpoint import check_model_dir, read_headers, read_tensors, rename_published
-from ahn_mlx.convert import RELEASE_FIELDS, convert, main
+from ahn_mlx.cli.convert import convert as command
+from ahn_mlx.convert import RELEASE_FIELDS, convert
 from ahn_mlx.model import build, load_model
 
 VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
@@ -60,9 +61,9 @@ def test_shards_in(tmp_path):
 
 
 def test_shards_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     convert(None, GDN / "merged", tmp_path / "out")
-    files = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
+    files = sorted(f.name for f in (tmp_path / "out").glob("model*.safetensors"))
     assert files == [
         f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))
     ]
@@ -130,6 +131,10 @@ def test_config(parts):
     }
     assert not RELEASE_FIELDS & set(config)
     kept = {k: v for k, v in read_json(base).items() if k not in RELEASE_FIELDS}
+    release = {k: v for k, v in read_json(ahn).items() if k in RELEASE_FIELDS}
+    del release["save_ahn_only"]
+    assert config.pop("ahn_release") == release
+    assert (out / config.pop("model_file")).is_file()
     assert {k: v for k, v in config.items() if k != "ahn"} == kept
 
 
@@ -189,10 +194,10 @@ def test_script(parts):
 
 
 def test_help_and_usage():
-    result = CliRunner().invoke(main, ["--help"])
+    result = CliRunner().invoke(command, ["--help"])
     assert result.exit_code == 0 and "convert --base Qwen2.5-3B-Instruct" in result.output
     for args in ([], ["--ahn", "x"], ["--ahn", "x", "--out", "y", "--dtype", "int4"]):
-        assert CliRunner().invoke(main, args).exit_code == 2
+        assert CliRunner().invoke(command, args).exit_code == 2
 
 
 def test_memory_stays_at_a_few_tensors(tmp_path):

@@ -15,7 +15,7 @@ from ahn_mlx.checkpoint import (
     read_tensors,
 )
 from ahn_mlx.errors import AHNError
-from ahn_mlx.tensorfile import is_finite, read_header, write_tensors
+from ahn_mlx.tensorfile import Layout, TensorWriter, is_finite, read_header
 
 SMALL = GDN / "ahn_only"
 
@@ -40,18 +40,30 @@ def test_written_file_is_what_others_read(tmp_path):
         "full": mx.random.normal((3, 3)).T,  # not contiguous
         "none": mx.zeros((0, 4)),
     }
-    seen: list[str] = []
     file = tmp_path / "model.safetensors"
-    left = dict(tensors)
-    write_tensors(file, left, lambda name, x: seen.append(name))
-    assert left == {} and sorted(seen) == sorted(tensors)
+    layout = {name: Layout(x.dtype, x.shape) for name, x in tensors.items()}
+    with TensorWriter(file, layout) as writer:
+        for name in sorted(tensors):  # not the order of the file
+            writer.put(name, tensors[name])
     assert same(mx.load(str(file)), tensors)
     with safetensors.safe_open(file, "numpy") as f:
         assert f.metadata() == {"format": "mlx"}
         assert np.array_equal(f.get_tensor("full"), np.array(tensors["full"]))
     assert all(i.begin % 4 == 0 for i in read_header(file).values() if i.dtype == "F32")
     with pytest.raises(FileExistsError):
-        write_tensors(file, dict(tensors), lambda name, x: None)
+        TensorWriter(file, layout)
+
+
+def test_written_file_is_what_was_promised(tmp_path):
+    layout = {"a": Layout(mx.float32, (2, 3)), "b": Layout(mx.uint32, (2,))}
+    with (
+        pytest.raises(RuntimeError, match="b was promised"),
+        TensorWriter(tmp_path / "half", layout) as writer,
+    ):
+        writer.put("a", mx.zeros((2, 3)))
+    for x in (mx.zeros((3, 2)), mx.zeros((2, 3), mx.float16)):
+        with pytest.raises(RuntimeError, match="not what was promised"):
+            TensorWriter(tmp_path / f"{x.dtype}", layout).put("a", x)
 
 
 # --- damaged files ---

@@ -31,7 +31,7 @@ def test_unpermute_undoes_llama_cpp() -> None:
     # llama.cpp's convert script, for one head after the other.
     stored = rows.reshape(heads, 2, dim // 2, width).swapaxes(1, 2).reshape(rows.shape)
     assert not mx.array_equal(stored, rows)
-    assert mx.array_equal(gguf._unpermute(stored, heads), rows)
+    assert mx.array_equal(gguf.unpermute(stored, heads), rows)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -58,6 +58,12 @@ def test_other_tokenizers_are_refused() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(AHNError, match=zoo.DEFAULT):
         ahn_mlx.load("ahn-gdn-nonsense")
+
+
+def test_bits_are_for_published_names(tmp_path: Path) -> None:
+    for name in (zoo.DEFAULT, str(tmp_path)):
+        with pytest.raises(AHNError, match="has the bits it has"):
+            ahn_mlx.load(name, q_bits=4)
 
 
 def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

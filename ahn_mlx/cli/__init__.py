@@ -15,7 +15,12 @@ from ..errors import AHNError
 # Name -> (module, attribute, line in the overview).
 COMMANDS = {
     "generate": (".cli.generate", "generate", "Read a document and answer a question."),
-    "convert": (".convert", "main", "Convert a checkpoint of the PyTorch release."),
+    "models": (".cli.models", "models", "List models by name, and what is on this machine."),
+    "pull": (".cli.models", "pull", "Download and convert a model."),
+    "rm": (".cli.models", "rm", "Delete a converted model."),
+    "convert": (".cli.convert", "convert", "Convert a checkpoint of the PyTorch release."),
+    "export-pytorch": (".cli.export", "export_pytorch", "Write a model back for PyTorch."),
+    "upload": (".cli.export", "upload", "Put a converted model on the hub."),
     "doctor": (".cli.doctor", "doctor", "Say what this machine has and lacks."),
 }
 
@@ -47,7 +52,8 @@ def cli() -> None:
 
     \b
     ahn-mlx generate --prompt-file book.txt --prompt "Who is the narrator?"
-    ahn-mlx convert --base Qwen2.5-3B-Instruct --ahn AHN-GDN-3B --out ahn-3b
+    ahn-mlx generate --model ahn-gdn-3b --prompt-file book.txt --prompt "How does it end?"
+    ahn-mlx models
     ahn-mlx doctor
     """
 

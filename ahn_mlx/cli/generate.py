@@ -18,7 +18,9 @@ DEFAULT = "ahn-gdn-smollm2-135m"
 
 
 @click.command()
-@click.option("--model", "name", default=DEFAULT, show_default=True, help="Directory or name.")
+@click.option(
+    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
+)
 @click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
 @click.option("--prompt", default="", help="Question, put after the text.")
 @click.option("--system", default="", help="System message. Default: the chat template's.")
@@ -41,6 +43,9 @@ DEFAULT = "ahn-gdn-smollm2-135m"
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Default: float32 on the CPU, else as stored.",
 )
+@click.option(
+    "--q-bits", type=click.Choice(["0", "4", "8"]), help="Base of a published name. [default: 4]"
+)
 @click.option("--prefill-step-size", type=int, help="Tokens read at once. [512 on CPU, else 2048]")
 @click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
@@ -53,7 +58,7 @@ def generate(**options: Any) -> None:
     ahn-mlx generate --prompt "What is the capital of France?"
     ahn-mlx generate --prompt-file book.txt --prompt "How does it end?"
     cat book.txt | ahn-mlx generate --prompt "How does it end?" --max-tokens 100
-    ahn-mlx generate --model ./ahn-qwen-3b --prompt-file report.md --prompt "Summarize." --temp 0.7
+    ahn-mlx generate --model ahn-gdn-3b --prompt-file report.md --prompt "Summarize." --temp 0.7
     ahn-mlx generate --prompt-file story.txt --no-chat-template
     ahn-mlx generate --prompt-file book.txt --prompt "Who dies?" --window 16384 --kv-bits 8
     """
@@ -67,7 +72,11 @@ def generate(**options: Any) -> None:
 
     _warn_slow()
     model, tokenizer = zoo.load(
-        options["name"], window=options["window"], sinks=options["sinks"], dtype=options["dtype"]
+        options["name"],
+        window=options["window"],
+        sinks=options["sinks"],
+        dtype=options["dtype"],
+        q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
     )
     prompt = make_prompt(
         tokenizer,

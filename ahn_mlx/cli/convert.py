@@ -1,0 +1,43 @@
+"""ahn-mlx convert: a checkpoint of the PyTorch release in, an MLX directory out."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--base", type=click.Path(path_type=Path), help="Base model: a directory or GGUF.")
+@click.option(
+    "--ahn",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="AHN parameters of the PyTorch release, or a merged checkpoint (then without --base).",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of all parameters but the decays, which stay float32. Default: as they are.",
+)
+@click.option(
+    "--q-bits",
+    type=click.Choice(["0", "4", "8"]),
+    default="0",
+    help="Quantize the base; the memory never is. Default: 0, as it is.",
+)
+@click.option("--yarn", type=float, metavar="FACTOR", help="Stretch the base's positions by YaRN.")
+@click.option("--force", is_flag=True, help="Replace a model that is at --out.")
+def convert(q_bits: str, **options: Any) -> None:
+    """Convert a checkpoint of the PyTorch release of AHN to MLX.
+
+    \b
+    Base and AHN parameters in the published layout:
+      convert --base Qwen2.5-3B-Instruct --ahn AHN-GDN-for-Qwen-2.5-Instruct-3B --out ahn-gdn-3b
+    A merged checkpoint, in half the space:
+      convert --ahn merged --out ahn-gdn-3b --dtype bfloat16
+    """
+    from ..convert import convert
+
+    convert(q_bits=int(q_bits), **options)
+    click.echo(f"wrote {options['out']}")

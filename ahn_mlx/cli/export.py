@@ -1,0 +1,45 @@
+"""ahn-mlx export-pytorch, upload: a converted model on its way out."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("export-pytorch")
+@click.option("--model", "name", required=True, help="Name, ORG/NAME or directory.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--layout",
+    type=click.Choice(["ahn-only", "merged"]),
+    default="merged",
+    show_default=True,
+    help="The memory's parameters alone, or with the base's.",
+)
+@click.option("--force", is_flag=True, help="Replace a model that is at --out.")
+def export_pytorch(name: str, out: Path, layout: str, force: bool) -> None:
+    """Write a model back in a layout of the PyTorch release, in safetensors.
+
+    \b
+    ahn-mlx export-pytorch --model ./trained --layout ahn-only --out AHN-GDN-mine
+    ahn-mlx export-pytorch --model ./trained --out merged
+    """
+    from ..export import export_pytorch
+    from ..hub import find
+
+    export_pytorch(find(name), out, layout, force)
+    click.echo(f"wrote {out}")
+
+
+@click.command()
+@click.option("--model", "name", required=True, help="Name, ORG/NAME or directory.")
+@click.option("--repo", required=True, metavar="ORG/NAME", help="Repository; made if need be.")
+@click.option("--private", is_flag=True, help="If it has to be made.")
+def upload(name: str, repo: str, private: bool) -> None:
+    """Put a converted model, with a model card, on the hub. Needs a token: `hf auth login`.
+
+    \b
+    ahn-mlx upload --model ./ahn-gdn-3b --repo my-org/ahn-gdn-3b-4bit
+    """
+    from ..hub import find, upload
+
+    click.echo(upload(find(name), repo, private))

@@ -1,0 +1,165 @@
+"""What conversion does can be undone, and what it writes runs without us."""
+
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from checkpoints import GDN, GOLDEN, byte_tokenizer, edit_config, read_json, same
+
+from ahn_mlx import AHNError, card
+from ahn_mlx.checkpoint import read_tensors
+from ahn_mlx.convert import convert
+from ahn_mlx.export import export_pytorch
+from ahn_mlx.model import load
+
+VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A converted directory with a 4-bit base."""
+    path = tmp_path_factory.mktemp("quantized")
+    base = shutil.copytree(GDN / "base", path / "base")
+    shutil.copytree(byte_tokenizer(path / "tokenizer"), base, dirs_exist_ok=True)
+    convert(base, GDN / "ahn_only", path / "out", q_bits=4)
+    return path / "out"
+
+
+def is_pytorch(path):
+    with open(path / "model.safetensors", "rb") as f:
+        return b'"format":"pt"' in f.read(200)
+
+
+# --- back to PyTorch ---
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back(variant, tmp_path):
+    """Every tensor and setting, those that MLX has no use for included."""
+    source = GOLDEN / variant
+    convert(None, source / "merged", tmp_path / "mlx")
+    for layout, given in (("merged", "merged"), ("ahn-only", "ahn_only")):
+        export_pytorch(tmp_path / "mlx", tmp_path / layout, layout)
+        assert same(read_tensors(tmp_path / layout), read_tensors(source / given))
+        assert read_json(tmp_path / layout) == read_json(source / given)
+        files = {p.name for p in (source / given).iterdir()}
+        assert {p.name for p in (tmp_path / layout).iterdir()} == files
+        assert is_pytorch(tmp_path / layout)
+
+
+def test_bfloat16_there_and_back(tmp_path):
+    """Decays are widened on the way there."""
+    convert(None, GDN / "merged_bf16", tmp_path / "mlx")
+    assert read_tensors(tmp_path / "mlx")["model.layers.0.self_attn.ahn.A_log"].dtype == mx.float32
+    export_pytorch(tmp_path / "mlx", tmp_path / "back")
+    assert same(read_tensors(tmp_path / "back"), read_tensors(GDN / "merged_bf16"))
+
+
+def test_float32_decays_beside_bfloat16(tmp_path):
+    convert(None, GDN / "merged", tmp_path / "mlx", "bfloat16")
+    export_pytorch(tmp_path / "mlx", tmp_path / "back", "ahn-only")
+    back, given = read_tensors(tmp_path / "back"), read_tensors(GDN / "ahn_only")
+    for name, x in given.items():
+        keeps = name.endswith((".A_log", ".dt_bias", ".D"))
+        assert same({name: back[name]}, {name: x if keeps else x.astype(mx.bfloat16)})
+
+
+def test_twice_there_and_back(tmp_path):
+    convert(None, GDN / "merged", tmp_path / "a")
+    convert(None, tmp_path / "a", tmp_path / "b")
+    export_pytorch(tmp_path / "b", tmp_path / "back")
+    assert same(read_tensors(tmp_path / "back"), read_tensors(GDN / "merged"))
+
+
+def test_release_is_split(tmp_path):
+    export_pytorch(GDN / "merged_sharded", tmp_path / "out", "ahn-only")
+    assert same(read_tensors(tmp_path / "out"), read_tensors(GDN / "ahn_only"))
+
+
+def test_memory_of_a_quantized_base(quantized, tmp_path):
+    export_pytorch(quantized, tmp_path / "out", "ahn-only")
+    assert same(read_tensors(tmp_path / "out"), read_tensors(GDN / "ahn_only"))
+    with pytest.raises(AHNError, match="base is quantized"):
+        export_pytorch(quantized, tmp_path / "merged", "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_memory_that_the_release_has_not_made(tmp_path):
+    """Settings that only training needs are filled in."""
+    convert(None, GDN / "merged", tmp_path / "mlx")
+    edit_config(tmp_path / "mlx", ahn_release=None)
+    export_pytorch(tmp_path / "mlx", tmp_path / "out", "ahn-only")
+    made, given = read_json(tmp_path / "out"), read_json(GDN / "ahn_only")
+    assert {k for k in made.keys() | given.keys() if made.get(k) != given.get(k)} <= {
+        "max_window_layers"
+    }
+    with pytest.raises(AHNError, match="not empty"):
+        export_pytorch(tmp_path / "mlx", tmp_path / "out", "ahn-only")
+    with pytest.raises(AHNError, match="no AHN fields"):
+        export_pytorch(GDN / "base", tmp_path / "other")
+
+
+# --- in stock mlx_lm ---
+
+
+def test_stock_mlx_lm_loads_it(quantized):
+    """The same model as ours, in a process that has not heard of us."""
+    program = (
+        "import sys, mlx_lm, mlx.core as mx; "
+        "model, tokenizer = mlx_lm.load(sys.argv[1], trust_remote_code=True); "
+        "ids = mx.array([tokenizer.encode('Where does a window end, and a memory begin?')]); "
+        "cache = model.make_cache(); "
+        "print(type(cache[0]).__name__, mx.argmax(model(ids, cache=cache)[0], -1).tolist())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(quantized)]
+    theirs = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    model, tokenizer = load(quantized)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        mlx_lm.load(str(quantized))
+    ids = mx.array([tokenizer.encode("Where does a window end, and a memory begin?")])
+    assert ids.shape[1] > 2 * 16
+    ours = mx.argmax(model(ids, cache=model.make_cache())[0], -1).tolist()
+    assert theirs.stdout == f"AHNCache {ours}\n"
+
+
+def test_stock_mlx_lm_generates(quantized):
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(quantized)]
+    command += ["--trust-remote-code", "--prompt", "A memory " * 5, "--max-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Generation: 3 tokens" in done.stdout
+
+
+# --- model cards ---
+
+
+def test_card(quantized):
+    text = (quantized / card.CARD).read_text()
+    for part in (
+        "library_name: mlx",
+        "| base | base |",
+        "| memory | ahn_only |",
+        "| kind of memory | gated_deltanet |",
+        "| window | 12 tokens and 4 sinks |",
+        "| quantization | 4 bits in groups of 64; memory is not |",
+        "ahn-mlx generate --model out --prompt-file",
+    ):
+        assert part in text
+    assert str(quantized.parent) not in text
+
+
+def test_card_quotes_what_anyone_wrote(tmp_path):
+    base = shutil.copytree(GDN / "base", tmp_path / "base")
+    (base / card.CARD).write_text('---\nlicense: "a | b\\n# c"\n---\n')
+    convert(base, GDN / "ahn_only", tmp_path / "out")
+    assert "| licence of the base | a \\| b # c |" in (tmp_path / "out" / card.CARD).read_text()
+    for broken in ("---\n[\n---\n", "---\nlicense: [1, 2]\n---\n", "no front matter", "\0\xff"):
+        (base / card.CARD).write_text(broken)
+        assert card.origin("base", base).licence == ""
+    (base / card.CARD).unlink()
+    (base / card.CARD).symlink_to("/etc/passwd")
+    with pytest.raises(AHNError, match="a link out"):
+        card.origin("base", base)

@@ -1,0 +1,381 @@
+"""Models by name, through the real huggingface-hub client against a hub on loopback."""
+
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
+from standin import StandIn
+
+from ahn_mlx import card, published
+from ahn_mlx.checkpoint import read_tensors
+from ahn_mlx.convert import convert
+from ahn_mlx.model import load_model
+
+NAME = "ahn-gdn-3b"
+BASE = published.MODELS[NAME].base.repo
+AHN = published.MODELS[NAME].repo
+
+
+class Machine:
+    """A user's machine: its caches, and the commands run there."""
+
+    def __init__(self, path: Path, hub: StandIn):
+        self.models = path / "cache/ahn-mlx/models"
+        self.hub_cache = path / "hf/hub"
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))},
+            "PYTHONPATH": str(REPO),
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(path / "hf"),
+            "XDG_CACHE_HOME": str(path / "cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+
+    def start(self, *args: str, **env: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "ahn_mlx", *args]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env={**self.env, **env}, text=True, **pipes)
+
+    def run(self, *args: str, **env: str) -> str:
+        """What a command that succeeds prints."""
+        process = self.start(*args, **env)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        return out
+
+    def refuse(self, *args: str, **env: str) -> str:
+        """The one line of a command that does not, which leaves no model."""
+        process = self.start(*args, **env)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (2, ""), err
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and err.endswith(errors[0] + "\n") and "Traceback" not in err
+        assert self.there() == []
+        return errors[0]
+
+    def there(self) -> list[str]:
+        """All that is in the models' directory, but for the locks."""
+        found = self.models.iterdir() if self.models.exists() else ()
+        return sorted(p.name for p in found if p.suffix != ".lock")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[StandIn]:
+    standin = StandIn()
+    standin.add(BASE, GDN / "base", byte_tokenizer(tmp_path / "tokenizer"), README__md=b"# Qwen\n")
+    standin.add(AHN, GDN / "ahn_only", README__md=b"---\nlicense: apache-2.0\n---\n# AHN\n")
+    yield standin
+    standin.close()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, hub: StandIn) -> Machine:
+    return Machine(tmp_path, hub)
+
+
+# --- first use ---
+
+
+def test_first_use_by_name(machine: Machine, hub: StandIn) -> None:
+    ask = ("generate", "--model", NAME, "--prompt", "Hello", "--max-tokens", "4")
+    process = machine.start(*ask)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "generation 4 tokens" in err and "converting, once" in err
+    assert machine.there() == [f"{NAME}-4bit"]
+    model = machine.models / f"{NAME}-4bit"
+    config = read_json(model)
+    assert config["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}
+    assert (config["ahn"]["window"], config["ahn"]["sinks"]) == (12, 4)  # the checkpoint's
+    origins = card.read_origins(model)
+    assert [(o.repo, o.revision) for o in origins] == [
+        (BASE, hub.commit(BASE)),
+        (AHN, hub.commit(AHN)),
+    ]
+    assert [o.licence for o in origins] == ["qwen-research", "apache-2.0"]
+    # The second time nothing is asked, and the answer is the same.
+    hub.asked.clear()
+    assert machine.run(*ask) == out
+    assert hub.asked == []
+
+
+def test_quantizations_live_side_by_side(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
+    machine.run("pull", NAME)
+    hub.asked.clear()
+    machine.run("pull", NAME, "--q-bits", "0")
+    assert hub.downloads() == []
+    assert machine.there() == [NAME, f"{NAME}-4bit"]
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "same")
+    assert same(read_tensors(machine.models / NAME), read_tensors(tmp_path / "same"))
+    listed = machine.run("models")
+    assert next(x for x in listed.splitlines() if x.startswith(NAME)).count("GB") == 3
+    assert machine.run("rm", NAME).count("removed") == 2
+    assert machine.there() == []
+    assert f"{NAME}: not on this machine" in machine.refuse("rm", NAME)
+
+
+def test_pull_brings_it_up_to_date(machine: Machine, hub: StandIn) -> None:
+    machine.run("pull", NAME)
+    before = (machine.models / f"{NAME}-4bit/model.safetensors").stat()
+    machine.run("pull", NAME)
+    assert (machine.models / f"{NAME}-4bit/model.safetensors").stat() == before
+    old = hub.commit(AHN)
+    new = hub.add(AHN, GDN / "ahn_only", README__md=b"# newer\n")
+    machine.run("pull", NAME)
+    assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == new != old
+    # And back, pinned; the hub still has the old revision in the user's cache alone.
+    machine.run("pull", NAME, "--revision", old, HF_HUB_OFFLINE="1")
+    assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == old
+
+
+def test_repository_that_is_converted_already(machine: Machine, hub: StandIn, tmp_path) -> None:
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "ours")
+    hub.add("me/small", tmp_path / "ours", byte_tokenizer(tmp_path / "more"))
+    ask = ("generate", "--model", "me/small", "--prompt", "Hello", "--max-tokens", "2")
+    out = machine.run(*ask)
+    assert machine.there() == ["me--small"]
+    assert not any("custom" in path or path.endswith(".py") for _, path, _ in hub.asked)
+    hub.asked.clear()
+    assert machine.run(*ask) == out
+    assert hub.asked == []
+    assert "me/small" in machine.run("models")
+    machine.run("rm", "me/small")
+    assert machine.there() == [] and any(machine.hub_cache.rglob("model.safetensors"))
+    refused = machine.refuse("generate", "--model", "me/small", "--q-bits", "8", "--prompt", "x")
+    assert "converted already" in refused
+
+
+def test_upload(machine: Machine, hub: StandIn) -> None:
+    """What is uploaded runs elsewhere, and its card says so."""
+    upload = ("upload", "--model", NAME, "--repo", "me/mine")
+    hub.token = "secret"
+    refused = machine.refuse(*upload, HF_TOKEN="wrong")
+    assert "hf auth login" in refused
+    machine.run("pull", NAME, HF_TOKEN="secret")
+    plain = {"HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}
+    assert machine.run(*upload, **plain) == f"{hub.url}/me/mine\n"
+    model = machine.models / f"{NAME}-4bit"
+    uploaded = hub.repos["me/mine"]
+    assert uploaded.keys() == {p.name for p in model.iterdir()}
+    for file in model.glob("*.*"):
+        assert (uploaded[file.name] == file.read_bytes()) == (file.name != "README.md")
+    text = uploaded["README.md"].decode()
+    assert "ahn-mlx generate --model me/mine " in text and hub.commit(BASE) in text
+    ask = ("generate", "--model", "me/mine", "--prompt", "Hello", "--max-tokens", "2")
+    machine.run(*ask, HF_TOKEN="secret")
+    assert [p for _, p, _ in hub.asked if p.endswith("me/mine/resolve/main/ahn_model.py")] == []
+
+
+# --- what goes wrong ---
+
+
+def test_cut_connection_is_resumed(machine: Machine, hub: StandIn) -> None:
+    # The client saves in steps of 10 MiB, and the golden files are smaller.
+    hub.repos[BASE]["more.safetensors"] = bytes(24 << 20)
+    hub.cut["more.safetensors"] = 21 << 20
+    machine.run("pull", NAME)
+    ranges = [span for _, _, span in hub.downloads("more.safetensors")]
+    assert ranges == ["", f"bytes={20 << 20}-"]
+    assert machine.there() == [f"{NAME}-4bit"]
+
+
+def test_killed_while_downloading(machine: Machine, hub: StandIn) -> None:
+    hub.hold.clear()
+    process = machine.start("pull", NAME)
+    wait(lambda: hub.downloads("model.safetensors"))
+    process.kill()
+    process.communicate(timeout=30)
+    hub.hold.set()
+    assert machine.there() == []
+    machine.run("pull", NAME)
+    load_model(machine.models / f"{NAME}-4bit")
+
+
+def test_killed_while_converting(machine: Machine, hub: StandIn) -> None:
+    machine.run("pull", NAME, "--q-bits", "0")
+    left = machine.models / f".{NAME}-4bit.0123.part"
+    shutil.copytree(machine.models / NAME, left)
+    (left / "model.safetensors").write_bytes(b"half of")
+    machine.run("pull", NAME)
+    assert machine.there() == [NAME, f"{NAME}-4bit"]
+
+
+def test_damaged_download_is_found_and_mended(machine: Machine, hub: StandIn) -> None:
+    for file in ("model.safetensors", "config.json"):
+        hub.altered = {file}
+        assert f"{file} arrived damaged and was deleted" in machine.refuse("pull", NAME)
+    hub.altered = set()
+    machine.run("pull", NAME)
+
+
+def test_what_the_hub_denies(machine: Machine, hub: StandIn) -> None:
+    assert "has no revision v9" in machine.refuse("pull", NAME, "--revision", "v9")
+    hub.gated = {BASE}
+    refused = machine.refuse("pull", NAME)
+    assert refused.startswith(f"error: {BASE}: needs your consent") and "hf auth login" in refused
+    hub.gated = set()
+    hub.token = "secret"
+    assert f"{BASE}: no such repository, or it is private" in machine.refuse("pull", NAME)
+    machine.run("pull", NAME, HF_TOKEN="secret")
+    machine.run("rm", NAME)
+    hub.token = ""
+    del hub.repos[AHN]
+    assert f"{AHN}: no such repository" in machine.refuse("pull", NAME, HF_HOME=str(machine.models))
+
+
+def test_offline(machine: Machine, hub: StandIn) -> None:
+    refused = machine.refuse("pull", NAME, HF_HUB_OFFLINE="1")
+    assert f"{AHN}: is not in the cache and HF_HUB_OFFLINE is set" in refused
+    assert "hub cannot be reached" in machine.refuse("pull", NAME, HF_ENDPOINT="http://127.0.0.1:9")
+    machine.run("pull", NAME)
+    machine.run("rm", NAME)
+    hub.asked.clear()
+    machine.run("pull", NAME, HF_HUB_OFFLINE="1")  # from what was downloaded
+    assert hub.asked == [] and machine.there() == [f"{NAME}-4bit"]
+
+
+def test_disk_full(machine: Machine, hub: StandIn) -> None:
+    """A limit on file size fails in a write, as a full disk does."""
+    command = [sys.executable, "-m", "ahn_mlx", "pull", NAME, "--q-bits", "0"]
+    for kilobytes in (100, 500):  # the download, then what is made of it
+        limit = kilobytes << 10
+        done = subprocess.run(
+            command,
+            env=machine.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=lambda n=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)),
+        )
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("error: "), done.stderr
+        assert "File too large" in last and machine.there() == []
+    machine.run(*command[3:])
+    assert machine.there() == [NAME]
+
+
+def test_two_at_once(machine: Machine, hub: StandIn) -> None:
+    hub.hold.clear()
+    first = machine.start("pull", NAME)
+    wait(lambda: hub.downloads("model.safetensors"))
+    ask = ("generate", "--model", NAME, "--prompt", "Hello", "--max-tokens", "2")
+    second = machine.start(*ask)
+    assert second.stderr
+    assert "another process is at work on it; waiting" in second.stderr.readline()
+    hub.hold.set()
+    for process in (first, second):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    assert len(hub.downloads("model.safetensors")) == 2  # base and AHN, once
+    assert machine.there() == [f"{NAME}-4bit"]
+
+
+def test_ctrl_c_while_downloading(machine: Machine, hub: StandIn) -> None:
+    hub.hold.clear()
+    process = machine.start("pull", NAME)
+    wait(lambda: hub.downloads("model.safetensors"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    hub.hold.set()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert machine.there() == []
+
+
+# --- repositories that are not what they should be ---
+
+
+def test_wrong_memory(machine: Machine, hub: StandIn) -> None:
+    hub.add(AHN, GDN.parent / "qwen2-dn/ahn_only")
+    assert "holds a deltanet memory, not the gated_deltanet of its name" in machine.refuse(
+        "pull", NAME
+    )
+
+
+def test_hostile_repositories(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
+    whole = dict(hub.repos[AHN])
+    header = struct.pack("<Q", 1 << 60) + b"{}"
+    hub.repos[AHN] = {**whole, "model.safetensors": header}
+    assert "its header claims 1152921504606846976 bytes" in machine.refuse("pull", NAME)
+    absurd = whole["config.json"].replace(b'"hidden_size": 64', b'"hidden_size": 1099511627776')
+    hub.repos[AHN] = {**whole, "config.json": absurd}
+    assert "hidden_size must be a whole number from 1 to" in machine.refuse("pull", NAME)
+    del whole["model.safetensors"]
+    pickled(tmp_path / "evil.bin", Evil(str(tmp_path / "trace")))
+    hub.repos[AHN] = {**whole, "pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()}
+    refused = machine.refuse("pull", NAME)
+    assert "reading it takes torch" in refused or "nothing in it was run" in refused
+    assert not (tmp_path / "trace").exists()
+
+
+def test_file_names_that_lead_out(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
+    before = sorted(p for p in tmp_path.rglob("*") if "hf" not in p.parts)
+    for name in ("../../../../../evil.json", "/evil.json", "a/../../../../../evil.json"):
+        hub.repos[AHN] = {name: b"{}", **hub.repos[AHN]}
+        machine.refuse("pull", NAME)
+        assert not any(tmp_path.rglob("evil.json"))
+        assert not Path("/evil.json").exists()
+        del hub.repos[AHN][name]
+    after = sorted(p for p in tmp_path.rglob("*") if "hf" not in p.parts and "cache" not in p.parts)
+    assert after == [p for p in before if "cache" not in p.parts]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../b", "x/..", "ahn-gdn-4b", "a/b/c", "-/-", "./x"])
+def test_names_that_are_none(name: str, tmp_path: Path, monkeypatch) -> None:
+    from ahn_mlx import AHNError, hub
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(AHNError, match="no model directory"):
+        hub.resolve(name)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(AHNError, match="comes inside the package"):
+        hub.find(published.DEFAULT)
+
+
+def wait(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# --- what the names stand for ---
+
+
+def test_published_parameters() -> None:
+    """The counts of the paper's table, in millions."""
+    table = {
+        "3b": {"mamba2": 11.9, "dn": 11.8, "gdn": 13.0},
+        "7b": {"mamba2": 18.6, "dn": 18.5, "gdn": 21.3},
+        "14b": {"mamba2": 51.4, "dn": 51.1, "gdn": 61.0},
+    }
+    base = {"3b": 3085938688, "7b": 7615616512, "14b": 14770033664}
+    names = [f"ahn-{memory}-{size}" for size in table for memory in table[size]]
+    assert sorted([published.DEFAULT, *names]) == sorted(published.MODELS)
+    for size, row in table.items():
+        for memory, millions in row.items():
+            found = published.parameters(f"ahn-{memory}-{size}")
+            assert found[0] == base[size] and round(found[1] / 1e6, 1) == millions
+    entry = published.MODELS["ahn-mamba2-14b"]
+    assert entry.repo == "ByteDance-Seed/AHN-Mamba2-for-Qwen-2.5-Instruct-14B"
+    assert (entry.ahn.window, entry.ahn.sinks) == (32_640, 128)
+
+
+def test_default_window(hub: StandIn, machine: Machine) -> None:
+    hub_config = hub.repos[AHN]["config.json"]
+    assert b'"sliding_window": 12' in hub_config
+    text = hub_config.replace(b'"sliding_window": 12,', b"").replace(b'"num_attn_sinks": 4,', b"")
+    hub.repos[AHN]["config.json"] = text
+    machine.run("pull", NAME)
+    ahn = read_json(machine.models / f"{NAME}-4bit")["ahn"]
+    assert (ahn["window"], ahn["sinks"]) == (32_640, 128)
