@@ -1,3 +1,8 @@
 """Imports ahn_mlx before any test imports MLX: only then does the fast BLAS take effect."""
 
+import signal
+
 import ahn_mlx  # noqa: F401
+
+# A shell's background job ignores Ctrl-C, and the programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
