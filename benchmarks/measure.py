@@ -27,10 +27,16 @@ plots_option = click.option(
 def take_turns(
     steps: Mapping[str, Callable[[], Any]], rounds: int, label: str = ""
 ) -> dict[str, float]:
-    """Median seconds of each step; the steps take turns, so that a busy moment hits all."""
+    """Median seconds of each step; the steps take turns, so that a busy moment hits all.
+
+    Every round starts with another step: none always follows the one that empties the
+    processor's caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps.items())
     for _ in tqdm(range(rounds), desc=label, leave=False):
-        for name, step in steps.items():
+        order.append(order.pop(0))
+        for name, step in order:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
