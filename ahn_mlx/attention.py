@@ -13,8 +13,9 @@ import mlx.nn as nn
 from .cache import AHNCache, Turn, pack, unpack
 from .config import AHNConfig
 from .memory import MEMORIES, Router
+from .memory.metal import scan, step
 from .ops import window_attention
-from .ops.window import attend
+from .ops.window import attend, attend_to_all
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -58,12 +59,13 @@ class AHNAttention(nn.Module):
         if T := update.evicts:
             if self.config.query_projection:
                 q = self.rope(self.ahn.q_proj(raw), offset=offset)
-            last = update.end - cache.capacity
-            n = mx.arange(last - T + 1, last + 1)
-            tail, cache.memory = self._remember(
-                q[:, :, -T:], x[:, -T:], update.evicted(), cache.memory, n, cache.window
-            )
-            heads = _add_tail(heads, tail)
+            o, cache.memory = scan(self.ahn, q[:, :, -T:], update, cache.memory)
+            m = self.ahn.output(o, x[:, -T:])
+            if self.config.router:
+                last = update.end - cache.capacity
+                loudness = self.router(mx.arange(last - T + 1, last + 1), cache.window)
+                m = (m * loudness).astype(m.dtype)
+            heads = _add_tail(heads, m)
         return self._merge(heads)
 
     def _decode(self, x: mx.array, cache: AHNCache) -> mx.array:
@@ -112,12 +114,13 @@ class AHNAttention(nn.Module):
         before = Turn(*turn)
         after, (keys, values) = before.put(pack(k, v, gates, bits, group_size))
         # Every slot is visible, in whatever order.
-        heads = attend(q, keys, values, self.scale, None, q_sink, sinks)
+        heads = attend_to_all(q, keys, values, self.scale, q_sink, sinks)
         if self.config.query_projection:
             q = self.rope(self.ahn.q_proj(raw), offset=positions[0])
         evicted = unpack(before.leaving, bits, group_size)
-        m, memory = self._remember(q, x, evicted, memory, n, window)
-        return self._merge(heads + m), tuple(after), memory
+        loudness = self.router(n, window) if self.config.router else None
+        heads, memory = step(self.ahn, q, evicted, memory, heads, x, loudness)
+        return self._merge(heads), tuple(after), memory
 
     def __getstate__(self) -> dict[str, Any]:
         # A compiled function can be neither copied nor pickled; it is made again.
@@ -155,24 +158,6 @@ class AHNAttention(nn.Module):
         far = self.rope(far, offset=capacity).reshape(B, H, L - near, D)
         q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         return q, k, mx.concatenate([q[:, :, :near], far], axis=2) if near else far
-
-    def _remember(
-        self,
-        q: mx.array,
-        h: mx.array,
-        evicted: tuple[mx.array, ...],
-        memory: mx.array | None,
-        n: mx.array,
-        window: int,
-    ) -> tuple[mx.array, mx.array]:
-        """Write the evicted tokens, read with q [B, H, T, D] and h [B, T, C]; n [T] of them
-        evicted so far. Returns what to add to the heads [B, H, T, D], and the memory."""
-        k, v, gates = (e.swapaxes(1, 2) for e in evicted)
-        o, memory = self.ahn.scan(q.swapaxes(1, 2), k, v, gates, memory)
-        m = self.ahn.output(o, h)
-        if self.config.router:
-            m = (m * self.router(n, window)).astype(h.dtype)
-        return m, memory
 
 
 def _add_tail(x: mx.array, tail: mx.array) -> mx.array:

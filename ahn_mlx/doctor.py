@@ -12,8 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import mlx.core as mx
 
+from . import metal
+from .memory.metal import SCANS, STEPS
+from .ops.window import DECODE, PREFILL
 from .platform import BLAS, BLAS_COMMANDS, default_dtype
 
+KERNELS = (DECODE, PREFILL, *STEPS.values(), *SCANS.values())
+TIMED = 2048  # tokens in the window of a kernel that is timed
 SIZE = 768  # of the matrices multiplied to measure the BLAS
 SLOW = 15.0  # GFLOP/s; the reference BLAS stays below, OpenBLAS far above on one core
 
@@ -28,8 +33,36 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; takes about a second."""
-    return [check() for check in CHECKS]
+    """Look at everything; takes about a second, and some more where kernels can run."""
+    return [check() for check in CHECKS] + examine_kernels()
+
+
+def examine_kernels() -> list[Finding]:
+    """Compile, check and time every Metal kernel of ours, whatever was found before."""
+    if not mx.metal.is_available():
+        return [Finding("kernels", "no Metal device; MLX's own operations serve")]
+    if not metal.available():
+        return [Finding("kernels", "switched off by AHN_METAL=0 or a CPU as default device")]
+    return [_kernel(check) for check in KERNELS]
+
+
+def _kernel(check: metal.Check) -> Finding:
+    D, errors = 128, []
+    try:
+        for dtype, name in ((mx.float32, "float32"), (mx.bfloat16, "bfloat16")):
+            error = check.error(D, dtype)
+            if not error <= metal.tolerance(dtype):
+                return Finding(check.name, f"is off by {error:.1e} in {name}; not used", _REPORT)
+            errors.append(f"{error:.0e} in {name}")
+        ratio = check.ratio(D, mx.bfloat16, TIMED)
+    except Exception as e:  # a compiler's or driver's error has no type of its own
+        return Finding(check.name, f"fails: {' '.join(str(e).split())[:200]}", _REPORT)
+    calls = f"{check.dispatches} dispatch{'es' if check.dispatches > 1 else ''}"
+    text = f"compiled, error {' and '.join(errors)}, {calls}, {ratio:.2f}x the time of MLX's own"
+    return Finding(check.name, text)
+
+
+_REPORT = "please report this line; until then MLX's own operations serve"
 
 
 def matmul_gflops() -> float:
@@ -53,11 +86,9 @@ def _system() -> Finding:
 
 def _device() -> Finding:
     device = mx.default_device()
-    info = mx.device_info()
-    name = info.get("device_name", "") if isinstance(info, dict) else ""
     kind = "GPU" if device.type == mx.gpu else "CPU"
-    metal = "Metal" if mx.metal.is_available() else "no Metal"
-    return Finding("device", ", ".join(filter(None, (kind, str(name), metal))))
+    has_metal = "Metal" if mx.metal.is_available() else "no Metal"
+    return Finding("device", ", ".join(filter(None, (kind, metal.device_name(), has_metal))))
 
 
 def _versions() -> Finding:

@@ -75,7 +75,8 @@ print(b.fast, np.allclose(np.array(x @ y), np.array(x) @ np.array(y), atol=1e-5)
 def test_doctor_measures_every_fact() -> None:
     findings = {f.name: f for f in doctor.examine()}
     assert list(findings) == [
-        *("system", "device", "MLX", "dtype", "BLAS", "compile", "default model")
+        *("system", "device", "MLX", "dtype", "BLAS", "compile", "default model"),
+        *([c.name for c in doctor.KERNELS] if mx.metal.is_available() else ["kernels"]),
     ]
     assert mx.__version__ in findings["MLX"].value
     assert "GFLOP/s" in findings["BLAS"].value

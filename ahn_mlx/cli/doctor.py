@@ -5,7 +5,8 @@ import click
 
 @click.command()
 def doctor() -> None:
-    """Say what this machine has and lacks: device, MLX, BLAS and its speed, compiler.
+    """Say what this machine has and lacks: device, MLX, BLAS and its speed, compiler, and
+    of every Metal kernel whether it compiles, its error and its time.
 
     \b
     ahn-mlx doctor
@@ -14,7 +15,7 @@ def doctor() -> None:
 
     findings = examine()
     for finding in findings:
-        click.echo(f"{finding.name:<14} {finding.value}")
+        click.echo(f"{finding.name:<26} {finding.value}")
     missing = [finding for finding in findings if finding.mend]
     for finding in missing:
         click.echo(f"to mend {finding.name}: {finding.mend}")

@@ -7,6 +7,6 @@ from .router import Router
 
 Memory = GatedDeltaNet | DeltaNet | Mamba2
 
-MEMORIES = {"gated_deltanet": GatedDeltaNet, "deltanet": DeltaNet, "mamba2": Mamba2}
+MEMORIES = {memory.kind: memory for memory in (GatedDeltaNet, DeltaNet, Mamba2)}
 
 __all__ = ["MEMORIES", "DeltaNet", "GatedDeltaNet", "Mamba2", "Memory", "Router"]

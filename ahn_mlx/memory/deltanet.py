@@ -14,7 +14,9 @@ class DeltaNet(nn.Module):
     hidden: C; heads: H query heads; head_dim: D.
     """
 
+    kind = "deltanet"
     gate_count = 1  # write strength
+    rates = None  # nothing decays
 
     def __init__(self, hidden: int, heads: int, head_dim: int):
         super().__init__()
@@ -22,6 +24,11 @@ class DeltaNet(nn.Module):
         self.g_proj = GateProjection(hidden, heads)
         self.o_norm = Scale(head_dim)
         self.o_proj = HeadProjection(heads, head_dim, head_dim)
+
+    @property
+    def norm_weight(self) -> mx.array:
+        """[D]."""
+        return self.o_norm.weight
 
     def gates(self, h: mx.array) -> mx.array:
         """h [B, L, C] -> [B, L, H, 1], beta, float32."""

@@ -14,7 +14,9 @@ class GatedDeltaNet(nn.Module):
     projection of the raw queries.
     """
 
+    kind = "gated_deltanet"
     gate_count = 2  # write strength and log decay
+    rates = None  # of decay, where gates alone do not say it
 
     def __init__(self, hidden: int, heads: int, head_dim: int, query_projection: bool = False):
         super().__init__()
@@ -27,6 +29,11 @@ class GatedDeltaNet(nn.Module):
         if query_projection:
             # [H, D, C / H] in the PyTorch release; C / H is the width of a raw query.
             self.q_proj = HeadProjection(heads, head_dim, hidden // heads)
+
+    @property
+    def norm_weight(self) -> mx.array:
+        """[D]."""
+        return self.o_norm.weight
 
     def gates(self, h: mx.array) -> mx.array:
         """h [B, L, C] -> [B, L, H, 2], beta and log decay g, float32."""

@@ -13,6 +13,7 @@ class Mamba2(nn.Module):
     hidden: C; heads: H query heads; head_dim: D.
     """
 
+    kind = "mamba2"
     gate_count = 1  # step size
 
     def __init__(self, hidden: int, heads: int, head_dim: int):
@@ -23,6 +24,16 @@ class Mamba2(nn.Module):
         self.norm = Scale(heads * head_dim)
         self.o_proj = HeadProjection(heads, head_dim, head_dim)
 
+    @property
+    def norm_weight(self) -> mx.array:
+        """[H D]."""
+        return self.norm.weight
+
+    @property
+    def rates(self) -> mx.array:
+        """A [H] < 0, of decay per step size."""
+        return -mx.exp(self.A_log)
+
     def gates(self, h: mx.array) -> mx.array:
         """h [B, L, C] -> [B, L, H, 1], dt after softplus, float32."""
         return nn.softplus(self.dt_proj(h).astype(mx.float32) + self.dt_bias)[..., None]
@@ -31,7 +42,7 @@ class Mamba2(nn.Module):
         self, q: mx.array, k: mx.array, v: mx.array, gates: mx.array, state: mx.array | None
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.ssd."""
-        return ops.ssd(q, k, v, gates[..., 0], -mx.exp(self.A_log), state)
+        return ops.ssd(q, k, v, gates[..., 0], self.rates, state)
 
     def output(self, o: mx.array, h: mx.array) -> mx.array:
         """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""

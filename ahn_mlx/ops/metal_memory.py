@@ -16,7 +16,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 def delta_step(
     q: mx.array,
-    evicted: tuple[mx.array, mx.array, mx.array],
+    evicted: tuple[mx.array, ...],
     slot: mx.array,
     state: mx.array,
     local: mx.array,
@@ -45,7 +45,7 @@ def delta_step(
 
 def mamba2_step(
     q: mx.array,
-    evicted: tuple[mx.array, mx.array, mx.array],
+    evicted: tuple[mx.array, ...],
     slot: mx.array,
     state: mx.array,
     local: mx.array,

@@ -12,7 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..metal import Check, usable
 from ..platform import on_cpu
+from . import metal_window
 from .ring import Update
 
 # Queries per tile. Larger tiles compute more scores outside the window.
@@ -58,6 +60,38 @@ def attend(
     else:
         o = _mix(mx.softmax(s, axis=-1, precise=True), v, D)
     return o.reshape(B, H, L, D)
+
+
+def attend_to_all(
+    q: mx.array,
+    k: Stored,
+    v: Stored,
+    scale: float,
+    q_sink: mx.array | None = None,
+    sinks: int = 0,
+) -> mx.array:
+    """One token (L = 1) and a full window, all of which it sees. As attend."""
+    if isinstance(k, mx.array) and usable(DECODE, q.shape[-1], q.dtype):
+        return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks)
+    return _attend_to_all_ops(q, k, v, scale, q_sink, sinks)
+
+
+def _attend_to_all_kernel(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    q_sink: mx.array | None,
+    sinks: int,
+) -> mx.array:
+    filled = mx.full(q.shape[0], k.shape[2], dtype=mx.int32)
+    return metal_window.decode(q, k, v, filled, scale, q_sink, sinks)
+
+
+def _attend_to_all_ops(
+    q: mx.array, k: Stored, v: Stored, scale: float, q_sink: mx.array | None, sinks: int
+) -> mx.array:
+    return attend(q, k, v, scale, None, q_sink, sinks)
 
 
 def _rows(x: Stored, start: int = 0, stop: int | None = None) -> tuple[mx.array, ...]:
@@ -112,6 +146,14 @@ def window_attention(
     q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
     positions) or is None. Returns [B, H, L, D].
     """
+    if usable(PREFILL, q.shape[-1], q.dtype):
+        return metal_window.prefill(q, update, scale, q_sink)
+    return _window_attention_ops(q, update, scale, q_sink)
+
+
+def _window_attention_ops(
+    q: mx.array, update: Update, scale: float, q_sink: mx.array | None
+) -> mx.array:
     keys, values = update.seen()
     offset, window, sinks = update.offset, update.window, update.sinks
     return tiled(
@@ -198,3 +240,38 @@ def sequential(
         weights = mx.softmax(mx.stack(scores, axis=-1).astype(mx.float32), axis=-1)
         outputs.append((weights[..., None] * v[:, :, mx.array(seen)]).sum(axis=2))
     return mx.stack(outputs, axis=2)
+
+
+def _prefill_example(D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
+    """A ring of `tokens` slots, as many tokens more, and their queries."""
+    Hkv, H = 2, 4
+    ring, chunk = mx.random.normal((2, 2, 1, Hkv, tokens, D)).astype(dtype)
+    gates = mx.zeros((1, H, tokens, 1), dtype=dtype)
+    update = Update((*ring, gates), (*chunk, gates), offset=tokens, window=tokens - 3, sinks=3)
+    q, q_sink = mx.random.normal((2, 1, H, tokens, D)).astype(dtype)
+    return q, update, D**-0.5, q_sink
+
+
+def _decode_example(D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
+    q, update, scale, q_sink = _prefill_example(D, dtype, tokens)
+    k, v, _ = update.chunk
+    return q[:, :, :1], k, v, scale, q_sink[:, :, :1], 3
+
+
+PREFILL = Check(
+    name="window_prefill",
+    files=("window_prefill.metal",),
+    dispatches=1,
+    example=_prefill_example,
+    ours=metal_window.prefill,
+    theirs=_window_attention_ops,
+)
+
+DECODE = Check(
+    name="window_decode",
+    files=("window_decode.metal", "window_decode_merge.metal"),
+    dispatches=2,
+    example=_decode_example,
+    ours=_attend_to_all_kernel,
+    theirs=_attend_to_all_ops,
+)

@@ -24,10 +24,12 @@ class EmulatedMetal:
         self.calls: list[tuple[str, Result]] = []  # kernel name, result
 
     def in_place(self) -> AbstractContextManager[Any]:
-        """While this lasts, MLX has the emulator for its Metal."""
+        """While this lasts, MLX has the emulator for its Metal, and that as its default."""
         stack = ExitStack()
         stack.enter_context(mock.patch.object(mx.fast, "metal_kernel", self.metal_kernel))
         stack.enter_context(mock.patch.object(mx.metal, "is_available", lambda: True))
+        gpu = mx.Device(mx.gpu)
+        stack.enter_context(mock.patch.object(mx, "default_device", lambda: gpu))
         return stack
 
     @property
