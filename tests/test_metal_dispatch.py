@@ -18,6 +18,7 @@ pytest_plugins = ["emulator.plugin"]
 def fresh(tmp_path, monkeypatch):
     """No kernel built, no verdict known, and decoding not compiled: the emulator is no graph."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "TIMED", 24)  # the emulator is slow
     metal.kernel.cache_clear()
     metal._agrees.cache_clear()
     mx.disable_compile()
@@ -111,8 +112,7 @@ def test_what_does_not_fit_or_is_switched_off(emulated_metal, monkeypatch):
     assert not emulated_metal.calls
 
 
-def test_doctor_lists_every_kernel(emulated_metal, monkeypatch):
-    monkeypatch.setattr(doctor, "TIMED", 24)
+def test_doctor_lists_every_kernel(emulated_metal):
     findings = doctor.examine_kernels()
     assert [f.name for f in findings] == [check.name for check in KERNELS]
     for finding in findings:
