@@ -10,6 +10,7 @@ from .conversion import conversion
 from .decode import decode
 from .far import far
 from .memory import memory
+from .metal import metal
 from .prefill import prefill
 from .quantized import quantized
 from .recurrence import recurrence
@@ -20,7 +21,7 @@ def main() -> None:
     pass
 
 
-for command in (conversion, decode, far, memory, prefill, quantized, recurrence):
+for command in (conversion, decode, far, memory, metal, prefill, quantized, recurrence):
     main.add_command(command)
 
 main()

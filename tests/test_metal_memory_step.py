@@ -90,14 +90,14 @@ def close(found, expected, tolerance):
     decay=st.sampled_from([1e-3, 0.3, 80.0]),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_oracle(emulated_metal, kind, **shape):
+def test_equals_the_oracle(any_metal, kind, **shape):
     memory, args = case(kind, **shape)
     close(kernel(kind, memory, *args), oracle(kind, memory, *args), 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_half_precision(emulated_metal, kind, dtype):
+def test_half_precision(any_metal, kind, dtype):
     memory, args = case(kind, D=128, dtype=dtype, seed=1)
     found, expected = kernel(kind, memory, *args), oracle(kind, memory, *args)
     assert found[0].dtype == dtype and found[1].dtype == mx.float32
@@ -105,7 +105,7 @@ def test_half_precision(emulated_metal, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_keys_and_queries(emulated_metal, kind):
+def test_zero_keys_and_queries(any_metal, kind):
     memory, args = case(kind)
     q, k, *rest = args
     args = (mx.zeros_like(q), mx.zeros_like(k), *rest)

@@ -69,17 +69,17 @@ def check(tolerance=1e-5, **shape):
     D=st.sampled_from([16, 32, 64]),
     seed=st.integers(0, 1000),
 )
-def test_equals_one_query_at_a_time(emulated_metal, **shape):
+def test_equals_one_query_at_a_time(any_metal, **shape):
     check(**shape)
 
 
 @pytest.mark.parametrize("offset", range(10, 19))
-def test_every_rotation(emulated_metal, offset):
+def test_every_rotation(any_metal, offset):
     check(offset=offset, L=3, window=8, sinks=2)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_wide_heads(emulated_metal, dtype):
+def test_wide_heads(any_metal, dtype):
     tolerance = 1e-5 if dtype == mx.float32 else 1e-2
     check(tolerance, offset=30, L=34, window=20, sinks=3, D=128, dtype=dtype)
 

@@ -1,0 +1,122 @@
+"""What the Metal kernels move, counted on the emulator, beside those of mlx-lm."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+from tqdm import tqdm
+
+from ahn_mlx.doctor import KERNELS
+from ahn_mlx.memory.metal import SCANS, STEPS
+from ahn_mlx.ops import metal_memory
+from ahn_mlx.ops.window import DECODE, PREFILL
+
+from .measure import table
+
+D = 128
+TOKENS = 64
+# A state and a projection are read once whatever a kernel does; the table leaves them out.
+STATES = ("state", "new_state", "state_in", "state_out", "projection")
+
+
+def ours() -> list[tuple[str, str, int, Callable[[], Any]]]:
+    """Kernel, unit of the row, units per call, and the call."""
+    found = []
+    for kind, check in SCANS.items():
+        memory, q, update, state = check.example(D, mx.float32, TOKENS)
+        heads, tokens = q.shape[1], update.evicts
+        for splits in (1, 4):
+
+            def scan(
+                kind: str = kind,
+                q: mx.array = q[:, :, -tokens:],
+                update: Any = update,
+                state: mx.array = state,
+                rates: mx.array | None = memory.rates,
+                splits: int = splits,
+            ) -> Any:
+                return metal_memory.scan(kind, q, update, state, rates, splits)
+
+            found.append((f"{check.name}, P = {splits}", "token, head", heads * tokens, scan))
+    for check in (*STEPS.values(), DECODE, PREFILL):
+        args = check.example(D, mx.float32, TOKENS)
+        heads = 4
+        unit, n = {
+            DECODE.name: ("key, K/V head", 2 * TOKENS),
+            PREFILL.name: ("query, head", heads * TOKENS),
+        }.get(check.name, ("head", heads))
+        found.append((check.name, unit, n, lambda check=check, args=args: check.ours(*args)))
+    return found
+
+
+def theirs(emulated: Any) -> list[tuple[str, str, int, Callable[[], Any]]]:
+    """mlx-lm's kernels on as many tokens, with one key head for two value heads as above."""
+    from emulator import import_with_metal
+
+    delta = import_with_metal("mlx_lm.models.gated_delta", emulated)
+    ssm = import_with_metal("mlx_lm.models.ssm", emulated)
+
+    def gated(name: str, rows: int, T: int) -> Callable[[], Any]:
+        q, k = mx.random.normal((2, 1, T, 2, D))
+        v, g, beta = mx.random.normal((1, T, 4, D)), *mx.random.uniform(shape=(2, 1, T, 4))
+        return lambda: getattr(delta, name)(
+            inputs=[q, k, v, g, beta, mx.zeros((1, 4, D, D)), T],
+            template=[
+                *(("InT", mx.float32), ("StT", mx.float32)),
+                *(("Dk", D), ("Dv", D), ("Hk", 2), ("Hv", 4)),
+            ],
+            grid=(32, D // rows, 4),
+            threadgroup=(32, 2 if rows > 1 else 4, 1),
+            output_shapes=[v.shape, (1, 4, D, D)],
+            output_dtypes=[mx.float32, mx.float32],
+        )
+
+    def update() -> Any:
+        x, (B, C) = mx.random.normal((1, 1, 4, D)), mx.random.normal((2, 1, 1, 2, D))
+        A_log, dt_bias, skip = mx.random.uniform(shape=(3, 4))
+        dt, state = mx.random.normal((1, 1, 4)), mx.zeros((1, 4, D, D))
+        return ssm.ssm_update_kernel(x, A_log, B, C, skip, dt, dt_bias, state, (1e-3, 100.0))
+
+    packed, standard = "_gated_delta_kernel_packed", "_gated_delta_kernel"
+    return [
+        ("mlx-lm gated delta, packed", "token, head", 4 * TOKENS, gated(packed, 8, TOKENS)),
+        ("mlx-lm gated delta, standard", "token, head", 4 * TOKENS, gated(standard, 1, TOKENS)),
+        ("mlx-lm gated delta, packed, T = 1", "head", 4, gated(packed, 8, 1)),
+        ("mlx-lm gated delta, standard, T = 1", "head", 4, gated(standard, 1, 1)),
+        ("mlx-lm ssm update", "head", 4, update),
+    ]
+
+
+@click.command()
+def metal() -> None:
+    """Bytes and shuffles per token, head or key; float32, D = 128, states left out.
+
+    Needs a checkout and g++, no Metal: the kernels run on the emulator of the tests.
+    """
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from emulator import EmulatedMetal
+
+    emulated = EmulatedMetal()
+    emulated.mode = "count"
+    dispatches = {check.name: str(check.dispatches) for check in KERNELS}
+    rows = []
+    with emulated.in_place():
+        for name, unit, n, call in tqdm(ours() + theirs(emulated), leave=False):
+            emulated.calls.clear()
+            mx.eval(call())
+            counted = [result.counters for _, result in emulated.calls]
+            moved = []
+            for what in ("read_per_threadgroup", "unique_read", "written_per_threadgroup"):
+                bytes_ = sum(
+                    c.total(what, without=[s for s in STATES if s in c.buffers]) for c in counted
+                )
+                moved.append(f"{bytes_ / n / 1024:.2f}")
+            shuffles = sum(c.shuffles for c in counted) / n
+            memory = max(c.threadgroup_memory for c in counted) / 1024
+            calls = dispatches.get(name.split(",")[0], "1")
+            rows.append([name, unit, *moved, f"{shuffles:.0f}", f"{memory:.1f}", calls])
+    head = ["kernel", "per", "read, KB", "of that unique", "written, KB", "shuffles"]
+    table([*head, "threadgroup memory, KB", "dispatches"], rows)
