@@ -40,7 +40,7 @@ def divergence(p: mx.array, q: mx.array) -> float:
 @click.command()
 @click.argument("text", type=click.File(encoding="utf-8"))
 @click.option("--tokens", default=4096, show_default=True)
-@click.option("--gain", default=1.0, show_default=True, help="Of an untrained memory's output.")
+@click.option("--gain", default=0.05, show_default=True, help="Of an untrained memory's output.")
 def quantized(text: TextIO, tokens: int, gain: float) -> None:
     """Mean KL against the unquantized model over the first tokens of TEXT.
 

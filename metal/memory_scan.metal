@@ -2,7 +2,7 @@
 // each of them a query reads. KIND 0 Gated DeltaNet, 1 DeltaNet, 2 Mamba2.
 //
 // Evicted token i is the token e = first[b] + i. It lies in the ring, as it was before
-// the chunk, while e < offset[b], in slot e or, behind S sinks, S + (e - S) % W; else in
+// the chunk, while e < offset[b], in slot S + (e - S) % W, for sinks never leave; else in
 // row e - offset[b] of the chunk.
 //
 // q: [B, H, T, D]. ring_k, ring_v: [B, HKV, slots, D], ring_gates: [B, H, slots, G];
@@ -72,7 +72,7 @@ for (int start = 0; start < tokens; start += BT) {
   if (row < count) {
     const int e = first[b] + start + row;
     const bool in_ring = e < offset[b];
-    const int at = in_ring ? (e < S ? e : S + (e - S) % W) : e - offset[b];
+    const int at = in_ring ? S + (e - S) % W : e - offset[b];
     float kk = 0.0f, qq = 0.0f;
     for (int i = 0; i < WIDTH; i++) {
       const int d = i * LANES + tid % LANES;

@@ -98,7 +98,8 @@ for (int pass = 0; pass < 2; pass++) {
       block[i] = value;
     }
 
-    // Softmax so far: four lanes per row.
+    // Softmax so far: four lanes per row. A row that has seen no key yet counts the others
+    // alike, until its first real score takes their weight away.
     float higher = top;
     float weight[SPAN];
     for (int i = 0; i < SPAN; i++) {
@@ -111,7 +112,7 @@ for (int pass = 0; pass < 2; pass++) {
     higher = max(higher, simd_shuffle_xor(higher, 2));
     float added = 0.0f;
     for (int i = 0; i < SPAN; i++) {
-      weight[i] = weight[i] > -1e29f ? metal::exp(weight[i] - higher) : 0.0f;
+      weight[i] = metal::exp(weight[i] - higher);
       added += weight[i];
       my_scores[my_row * BK + (simd_lid % 4) * SPAN + i] = weight[i];
     }
@@ -140,7 +141,7 @@ for (int pass = 0; pass < 2; pass++) {
 }
 
 if (simd_lid % 4 == 0) {
-  my_diagonal[my_row * 9] = sum > 0.0f ? 1.0f / sum : 0.0f;  // no query: a row behind the last
+  my_diagonal[my_row * 9] = 1.0f / sum;
 }
 simdgroup_barrier(mem_flags::mem_threadgroup);
 simdgroup_float8x8 divide;

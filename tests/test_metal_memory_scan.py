@@ -80,6 +80,7 @@ def check(kind, splits=None, tolerance=1e-5, **shape):
     window=st.sampled_from([1, 7, 16]),
     sinks=st.sampled_from([0, 3]),
     B=st.integers(1, 2),
+    Hkv=st.integers(1, 2),
     G=st.integers(1, 2),
     shape=st.sampled_from([(16, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4)]),
     decay=st.sampled_from([1e-3, 0.3, 80.0]),
@@ -94,7 +95,7 @@ def test_equals_the_oracle(any_metal, kind, offset, more, window, sinks, shape, 
 @pytest.mark.parametrize("offset", range(9, 18))
 def test_every_rotation_and_one_token(any_metal, offset):
     check("gated_deltanet", offset=offset, L=1, window=6, sinks=3)
-    check("gated_deltanet", offset=offset, L=14, window=6, sinks=3, Hkv=2, G=1)
+    check("gated_deltanet", offset=offset, L=14, window=6, sinks=3, Hkv=2, G=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,6 +78,11 @@ def test_every_rotation(any_metal, offset):
     check(offset=offset, L=3, window=8, sinks=2)
 
 
+def test_fewer_tokens_than_sinks(any_metal):
+    check(offset=0, L=5, window=7, sinks=18)
+    check(offset=3, L=5, window=7, sinks=18)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_wide_heads(any_metal, dtype):
     tolerance = 1e-5 if dtype == mx.float32 else 1e-2
