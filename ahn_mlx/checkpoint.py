@@ -205,7 +205,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 def load_safetensors(file: Path) -> dict[str, mx.array]:
     """The tensors of a file whose header has been judged, lazily."""
     try:
-        return mx.load(str(file))  # type: ignore[return-value]
+        return mx.load(str(file), format="safetensors")  # type: ignore[return-value]
     except (RuntimeError, ValueError) as e:
         raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
 
