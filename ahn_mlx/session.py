@@ -154,6 +154,7 @@ class Session:
                     yield text
             finally:
                 await loop.run_in_executor(worker, answer.close)  # type: ignore[attr-defined]
+                await loop.run_in_executor(worker, mx.clear_streams)
 
     def fork(self) -> "Session":
         """Another session with the same past. It costs nothing until one of them goes on."""
