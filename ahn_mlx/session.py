@@ -8,7 +8,7 @@ one that read all at once.
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ PREVIEW = 200  # characters
 class Session:
     """A conversation whose memory has a fixed size.
 
-    name: what the model is called in files. system: system message, kept in the sinks.
+    origin: how the model was got, for whoever loads a file: its "name", and arguments of
+    zoo.load. system: system message, kept in the sinks.
     step: tokens read at a time. kv_bits, kv_group_size: as in AHNCache. chat: speak through
     the tokenizer's chat template; otherwise texts are continued as they are.
 
@@ -44,15 +45,16 @@ class Session:
         self,
         model: nn.Module,
         tokenizer: TokenizerWrapper,
-        name: str = "",
         *,
+        origin: Mapping[str, Any] | None = None,
         system: str = "",
         step: int | None = None,
         kv_bits: int | None = None,
         kv_group_size: int = 64,
         chat: bool = True,
     ):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer = model, tokenizer
+        self.origin = {"name": "", **(origin or {})}
         self.template = Template(tokenizer, system) if chat else None
         self.step = step or prefill_step()
         self.caches: list[Cache] = model.make_cache()
@@ -66,6 +68,7 @@ class Session:
         # Where the conversation stands: "start", "read" (a message is open), "answered"
         # (the end of the answer has been read too) or "cut" (it has not).
         self.turn = "start"
+        self._whole = True  # no layer is ahead of another
 
     @property
     def tokens(self) -> int:
@@ -91,17 +94,23 @@ class Session:
         return self.tokenizer.encode(opening + text, add_special_tokens=first)
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
-        """Read token ids, as many as fill steps. An exception leaves the session as it was."""
+        """Read token ids, as many as fill steps; the rest waits.
+
+        To stop, raise from `progress`, between steps: the session is then as after so many
+        ids. After an exception inside of a step it cannot go on, and says so.
+        """
+        self._check()
+        before = len(self.pending)
         waiting = [*self.pending, *ids]
-        caches = _fork(self.caches)
-        start = 0
-        while len(waiting) - start >= self.step:
-            self.model(mx.array([waiting[start : start + self.step]]), cache=caches)
-            mx.eval([c.state for c in caches])
-            start += self.step
-            progress(min(len(ids), start - len(self.pending)))
-        mx.clear_cache()
-        self.caches, self.pending = caches, waiting[start:]
+        for start in range(0, len(waiting) - self.step + 1, self.step):
+            self._whole = False
+            self.model(mx.array([waiting[start : start + self.step]]), cache=self.caches)
+            mx.eval([c.state for c in self.caches])
+            mx.clear_cache()
+            self._whole = True
+            self.pending = []
+            progress(start + self.step - before)
+        self.pending = waiting[len(waiting) // self.step * self.step :]
         progress(len(ids))
 
     def ask(
@@ -118,6 +127,7 @@ class Session:
         Closing the iterator ends the answer there. Any other exception before or in it
         leaves the session as it was. Raises AHNError if there is nothing to answer.
         """
+        self._check()
         ids = [*self.pending, *self._question(question)]
         if not ids:
             raise AHNError("nothing to continue; read a text or ask a question first")
@@ -164,8 +174,9 @@ class Session:
 
     def save(self, path: str | Path, **facts: Any) -> None:
         """Write all of it to one file, by a temporary name. Raises OSError."""
+        self._check()
         window, sinks = self.model.ahn.window, self.model.ahn.sinks
-        identity = {"name": self.name, **memoryfile.model_identity(self.model)}
+        identity = {**self.origin, **memoryfile.model_identity(self.model)}
         known = {
             "model": identity,
             "tokenizer": memoryfile.tokenizer_identity(self.tokenizer),
@@ -190,7 +201,7 @@ class Session:
         session = cls(
             model,
             tokenizer,
-            facts["model"]["name"],
+            origin={k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")},
             system=facts["system"],
             step=facts["step"],
             chat=facts["chat"],
@@ -198,6 +209,10 @@ class Session:
         session.caches, session.pending = caches, pending
         session.preview, session.turn = facts["preview"], facts["turn"]
         return session
+
+    def _check(self) -> None:
+        if not self._whole:
+            raise AHNError("the session was interrupted inside of a step; load or make another")
 
     def _question(self, question: str) -> list[int]:
         """Token ids from here to where the answer begins."""

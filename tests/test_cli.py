@@ -48,7 +48,7 @@ def test_overview_lists_the_commands() -> None:
 
 
 def test_default_model_is_in_the_zoo() -> None:
-    from ahn_mlx.cli.generate import DEFAULT
+    from ahn_mlx.cli.options import DEFAULT
 
     assert DEFAULT == zoo.DEFAULT
 

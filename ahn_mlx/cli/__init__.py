@@ -15,6 +15,10 @@ from ..errors import AHNError
 # Name -> (module, attribute, line in the overview).
 COMMANDS = {
     "generate": (".cli.generate", "generate", "Read a document and answer a question."),
+    "digest": (".cli.digest", "digest", "Read a document once and keep what it left."),
+    "ask": (".cli.ask", "ask", "Ask about a digested document."),
+    "chat": (".cli.chat", "chat", "Talk without end in constant memory."),
+    "memory": (".cli.memory", "memory", "Look into a digested document's file."),
     "models": (".cli.models", "models", "List models by name, and what is on this machine."),
     "pull": (".cli.models", "pull", "Download and convert a model."),
     "rm": (".cli.models", "rm", "Delete a converted model."),

@@ -10,42 +10,25 @@ from tqdm import tqdm
 
 from ..errors import AHNError
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
+from .options import (
+    check_numbers,
+    load_model,
+    loading_options,
+    sampling_options,
+    window_bits_options,
+)
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-DEFAULT = "ahn-gdn-smollm2-135m"
-
 
 @click.command()
-@click.option(
-    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
-)
+@loading_options
 @click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
 @click.option("--prompt", default="", help="Question, put after the text.")
 @click.option("--system", default="", help="System message. Default: the chat template's.")
-@click.option("--max-tokens", default=256, show_default=True, help="Longest answer.")
-@click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--window", type=int, help="Tokens kept losslessly. Default: the model's.")
-@click.option("--sinks", type=int, help="First tokens kept for ever. Default: the model's.")
-@click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window.")
-@click.option(
-    "--kv-group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="64",
-    show_default=True,
-    help="Numbers that share a scale.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Default: float32 on the CPU, else as stored.",
-)
-@click.option(
-    "--q-bits", type=click.Choice(["0", "4", "8"]), help="Base of a published name. [default: 4]"
-)
+@sampling_options
+@window_bits_options
 @click.option("--prefill-step-size", type=int, help="Tokens read at once. [512 on CPU, else 2048]")
 @click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
@@ -62,22 +45,15 @@ def generate(**options: Any) -> None:
     ahn-mlx generate --prompt-file story.txt --no-chat-template
     ahn-mlx generate --prompt-file book.txt --prompt "Who dies?" --window 16384 --kv-bits 8
     """
-    _check(options)
-    document = _read_document(options["prompt_file"], bool(options["prompt"]))
+    check_numbers(options)
+    document = read_document(options["prompt_file"], bool(options["prompt"]))
     if not (document.strip() or options["prompt"].strip()):
         raise AHNError("the prompt is empty; give a text to read or --prompt")
     # MLX and transformers take a second to import: after the checks.
-    from .. import zoo
     from ..generate import Run, make_prompt
 
-    _warn_slow()
-    model, tokenizer = zoo.load(
-        options["name"],
-        window=options["window"],
-        sinks=options["sinks"],
-        dtype=options["dtype"],
-        q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
-    )
+    warn_slow()
+    model, tokenizer = load_model(options)
     prompt = make_prompt(
         tokenizer,
         document,
@@ -86,7 +62,7 @@ def generate(**options: Any) -> None:
         chat_template=not options["no_chat_template"],
     )
     if options["verbose"]:
-        _say(f"{options['name']}: {model.ahn}, {len(model.layers)} layers, {len(prompt)} tokens")
+        say(f"{options['name']}: {model.ahn}, {len(model.layers)} layers, {len(prompt)} tokens")
     run = Run(
         model,
         tokenizer,
@@ -134,25 +110,11 @@ def _stream(run: Any) -> int:
         bar.close()
     if last and not last.endswith("\n"):
         print(flush=True)
-    _say(run.summary())
+    say(run.summary())
     return code
 
 
-def _check(options: dict[str, Any]) -> None:
-    for name, low in (("max_tokens", 1), ("window", 1), ("sinks", 0), ("prefill_step_size", 1)):
-        value = options[name]
-        if value is not None and value < low:
-            raise AHNError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
-    if not options["temp"] >= 0:
-        raise AHNError(f"--temp must be at least 0, not {options['temp']}")
-    if not 0 < options["top_p"] <= 1:
-        raise AHNError(f"--top-p must be above 0 and at most 1, not {options['top_p']}")
-    seed = options["seed"]
-    if seed is not None and not 0 <= seed < 2**64:
-        raise AHNError(f"--seed must be from 0 to 2**64 - 1, not {seed}")
-
-
-def _read_document(file: str | None, has_prompt: bool) -> str:
+def read_document(file: str | None, has_prompt: bool) -> str:
     """The text to read; without a file, what is piped in."""
     if file is None:
         if sys.stdin is None or sys.stdin.isatty():
@@ -174,10 +136,10 @@ def _read_document(file: str | None, has_prompt: bool) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _warn_slow() -> None:
+def warn_slow() -> None:
     if not BLAS.fast and default_dtype() is not None:
-        _say(f"note: reading will be slow ({BLAS.name}); {' or '.join(BLAS_COMMANDS)}")
+        say(f"note: reading will be slow ({BLAS.name}); {' or '.join(BLAS_COMMANDS)}")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

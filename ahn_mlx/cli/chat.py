@@ -1,0 +1,139 @@
+"""ahn-mlx chat: a conversation without end in constant memory."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import AHNError
+from .ask import load_session, print_answer
+from .digest import stop_between_steps
+from .generate import read_document, say, warn_slow
+from .options import (
+    check_numbers,
+    load_model,
+    loading_options,
+    sampling_options,
+    window_bits_options,
+)
+
+HELP = """/read FILE    read a text as part of the conversation
+/save FILE    write the conversation's memory
+/load FILE    go on with a saved one
+/stats        tokens, and bytes of memory
+/reset        forget everything
+/help, /quit  (Ctrl-C stops an answer, Ctrl-D quits)"""
+
+
+@click.command()
+@loading_options
+@sampling_options
+@window_bits_options
+@click.option("--system", default="", help="System message, kept in the sinks.")
+@click.option(
+    "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
+)
+def chat(**options: Any) -> None:
+    """Talk without end: the memory of the conversation does not grow.
+
+    /help lists what can be done besides talking.
+
+    \b
+    ahn-mlx chat
+    ahn-mlx chat --memory book.ahn
+    ahn-mlx chat --model ahn-gdn-3b --system "You are a patient teacher."
+    """
+    check_numbers(options)
+    if options["memory"]:
+        _talk(load_session(options["memory"], None, options["seed"]), options)
+        return
+    from ..session import Session
+
+    warn_slow()
+    model, tokenizer = load_model(options)
+    if options["seed"] is not None:
+        import mlx.core as mx
+
+        mx.random.seed(options["seed"])
+    fresh = Session(
+        model,
+        tokenizer,
+        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+        system=options["system"],
+        kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+        kv_group_size=int(options["kv_group_size"]),
+    )
+    assert fresh.template is not None
+    beginning = len(tokenizer.encode(fresh.template.start, add_special_tokens=False))
+    if options["system"] and beginning > model.ahn.sinks:
+        sinks = model.ahn.sinks
+        say(f"note: the system message has {beginning} tokens, of which the sinks keep {sinks}")
+    _talk(fresh, options)
+
+
+def _talk(origin: Any, options: dict[str, Any]) -> None:
+    """Read lines and answer them; /reset goes back to `origin`."""
+    sampling = {k: options[k] for k in ("max_tokens", "temp", "top_p")}
+    session = origin.fork()
+    ask_user = _reader()
+    while True:
+        try:
+            line = ask_user().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # an empty line, as in a shell
+            continue
+        if not line:
+            continue
+        if not line.startswith("/"):
+            print_answer(session, line, sampling)
+            continue
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            session = _command(command, argument.strip(), session, origin)
+        except (AHNError, OSError) as e:
+            say(f"error: {e}")
+
+
+def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
+    """Carry out a line that begins with a slash. Returns the session to go on with."""
+    if command in ("/read", "/save", "/load") and not argument:
+        raise AHNError(f"{command} needs a file: {command} FILE")
+    if command == "/read":
+        text = read_document(argument, has_prompt=False)
+        other = session.fork()  # Ctrl-C leaves the conversation as it was
+        with stop_between_steps() as check:
+            try:
+                other.read(text, lambda read: check())
+            except KeyboardInterrupt:
+                say("stopped; nothing of it was kept")
+                return session
+        say(f"read {other.tokens - session.tokens:,} tokens")
+        return other
+    if command == "/save":
+        session.save(argument)
+        say(f"saved {session.tokens:,} tokens")
+    elif command == "/load":
+        return type(session).load(argument, session.model, session.tokenizer)
+    elif command == "/stats":
+        say(f"{session.tokens:,} tokens, {session.nbytes / 1e6:.1f} MB of memory")
+    elif command == "/reset":
+        return origin.fork()
+    elif command == "/help":
+        say(HELP)
+    else:
+        raise AHNError(f"no such command: {command}; /help lists them")
+    return session
+
+
+def _reader() -> Callable[[], str]:
+    """How to get a line from the user: with editing and history where that is possible."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return lambda: input()
+    from prompt_toolkit import PromptSession
+
+    return PromptSession("> ").prompt

@@ -1,0 +1,153 @@
+"""ahn-mlx digest: a document in, its memory as a file out."""
+
+import hashlib
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from ..errors import AHNError
+from .generate import read_document, say, warn_slow
+from .options import check_numbers, load_model, loading_options
+
+
+@click.command()
+@loading_options
+@click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--append", is_flag=True, help="Go on reading where OUT stopped.")
+@click.option("--bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window.")
+@click.option("--system", default="", help="System message. Default: the chat template's.")
+@click.option("--no-chat-template", is_flag=True, help="Read the text as it is.")
+@click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
+def digest(**options: Any) -> None:
+    """Read a document once; ask about it any number of times with ahn-mlx ask.
+
+    What was read so far is kept in OUT.partial. Ctrl-C saves there too, and the same command
+    goes on from there.
+
+    \b
+    ahn-mlx digest --prompt-file book.txt -o book.ahn
+    ahn-mlx digest --prompt-file volume2.txt -o book.ahn --append
+    ahn-mlx digest --model ahn-gdn-3b --prompt-file book.txt -o book.ahn --bits 8
+    """
+    check_numbers(options)
+    out: Path = options["out"]
+    if out.exists() and not options["append"]:
+        raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
+    if not out.parent.is_dir():
+        raise AHNError(f"{out.parent}: no such directory; make it first")
+    text = read_document(options["prompt_file"], has_prompt=False)
+    if not text.strip():
+        raise AHNError("the text is empty; give a text to read")
+    from .. import memoryfile
+    from ..session import Session
+
+    memoryfile.remove_stale(out)
+    partial = out.with_name(f"{out.name}.partial")
+    warn_slow()
+    if options["append"]:
+        facts = memoryfile.read_facts(out)
+        model, tokenizer = load_model(loading(facts))
+        session = Session.load(out, model, tokenizer)
+    else:
+        model, tokenizer = load_model(options)
+        session = Session(
+            model,
+            tokenizer,
+            origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+            system=options["system"],
+            kv_bits=int(options["bits"]) if options["bits"] else None,
+            chat=not options["no_chat_template"],
+        )
+    start = session.tokens
+    ids = session.encode(text)
+    job = hashlib.sha256(f"{start} {session.turn} {ids}".encode()).hexdigest()
+    session, done = _resume(partial, session, job)
+    with stop_between_steps() as check, _bar(len(ids), done) as bar:
+        try:
+            for at in range(done, len(ids), options["checkpoint_every"]):
+                block = ids[at : at + options["checkpoint_every"]]
+
+                def progress(read: int, at: int = at) -> None:
+                    bar.update(at + read - bar.n)
+                    check()
+
+                session.read_ids(block, progress)
+                if at + len(block) < len(ids):
+                    session.save(partial, job=job, done=at + len(block))
+        except KeyboardInterrupt:
+            read = session.tokens - start
+            session.save(partial, job=job, done=read)
+            say(f"stopped after {read:,} of {len(ids):,} tokens; the same command goes on")
+            sys.exit(130)
+    session.save(out)
+    partial.unlink(missing_ok=True)
+    say(f"{out}: {session.tokens:,} tokens in {out.stat().st_size / 1e6:.1f} MB")
+
+
+def loading(facts: dict[str, Any]) -> dict[str, Any]:
+    """The loading options that fit a memory: its own model, window and sinks."""
+    kept = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")}
+    return {**kept, "window": facts["window"], "sinks": facts["sinks"]}
+
+
+def _resume(partial: Path, session: Any, job: str) -> tuple[Any, int]:
+    """The session of an interrupted run of the same job, and ids read, or what was given."""
+    from .. import memoryfile
+    from ..session import Session
+
+    if not partial.is_file():
+        return session, 0
+    try:
+        facts = memoryfile.read_facts(partial)
+        if facts.get("job") != job:
+            say(f"note: {partial} is of another text or setting; starting anew")
+            return session, 0
+        resumed = Session.load(partial, session.model, session.tokenizer)
+    except AHNError as e:
+        say(f"note: {e}; starting anew")
+        return session, 0
+    say(f"going on after {facts['done']:,} tokens")
+    return resumed, facts["done"]
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Any]:
+    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed, at a moment when
+    it breaks nothing. A second Ctrl-C does not wait."""
+    pressed = False
+
+    def note(*_: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bar(total: int, done: int) -> Any:
+    return tqdm(
+        total=total,
+        initial=done,
+        desc="reading",
+        unit=" tokens",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,89 @@
+"""Options that several commands have, and what they mean."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..errors import AHNError
+
+DEFAULT = "ahn-gdn-smollm2-135m"
+
+model_option = click.option(
+    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
+)
+
+_LOADING = (
+    model_option,
+    click.option("--window", type=int, help="Tokens kept losslessly. Default: the model's."),
+    click.option("--sinks", type=int, help="First tokens kept for ever. Default: the model's."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Default: float32 on the CPU, else as stored.",
+    ),
+    click.option(
+        "--q-bits",
+        type=click.Choice(["0", "4", "8"]),
+        help="Base of a published name. [default: 4]",
+    ),
+)
+_SAMPLING = (
+    click.option("--max-tokens", default=256, show_default=True, help="Longest answer."),
+    click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 is greedy."),
+    click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling."),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+)
+_WINDOW_BITS = (
+    click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window."),
+    click.option(
+        "--kv-group-size",
+        type=click.Choice(["32", "64", "128"]),
+        default="64",
+        show_default=True,
+        help="Numbers that share a scale.",
+    ),
+)
+
+
+def _all(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+loading_options = _all(_LOADING)
+sampling_options = _all(_SAMPLING)
+window_bits_options = _all(_WINDOW_BITS)
+
+
+def check_numbers(options: dict[str, Any]) -> None:
+    """Raise AHNError for a number out of range, of whichever of these options are there."""
+    lows = {"max_tokens": 1, "window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1}
+    for name, low in lows.items():
+        value = options.get(name)
+        if value is not None and value < low:
+            raise AHNError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    if not options.get("temp", 0) >= 0:
+        raise AHNError(f"--temp must be at least 0, not {options['temp']}")
+    if not 0 < options.get("top_p", 1) <= 1:
+        raise AHNError(f"--top-p must be above 0 and at most 1, not {options['top_p']}")
+    seed = options.get("seed")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise AHNError(f"--seed must be from 0 to 2**64 - 1, not {seed}")
+
+
+def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer of the loading options."""
+    from .. import zoo
+
+    return zoo.load(
+        options["name"],
+        window=options["window"],
+        sinks=options["sinks"],
+        dtype=options["dtype"],
+        q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
+    )
