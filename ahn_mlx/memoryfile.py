@@ -66,7 +66,7 @@ def save(file: Path, caches: list[Cache], pending: list[int], facts: Mapping[str
                 arrays[f"layers.{i}.memory"] = memory
         else:
             layers.append([cache.offset])
-            buffers = list(cache.state) if cache.offset else []
+            buffers = [] if cache.empty() else [cache.keys, cache.values]
         arrays |= {f"layers.{i}.{j}": x for j, x in enumerate(buffers)}
     arrays["pending"] = mx.array(pending, dtype=mx.uint32)
     text = json.dumps({**facts, "version": VERSION, "layers": layers}, sort_keys=True)
@@ -116,7 +116,7 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     if len(layer) == 1:
         full = KVCache()
         if buffers:
-            full.state = tuple(buffers)
+            full.state = (*buffers, layer[0])
         return full
     offset, window, sinks, kv_bits, group_size = layer
     cache = AHNCache(window, sinks, kv_bits, group_size)

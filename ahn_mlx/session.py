@@ -231,6 +231,7 @@ def _fork(caches: list[Cache]) -> list[Cache]:
         other = copy.copy(cache)
         if isinstance(other, KVCache) and not other.empty():
             # It assigns to slices, which changes the very array object.
-            other.state = tuple(mx.array(x) for x in cache.state)
+            keys, values, offset = cache.state
+            other.state = mx.array(keys), mx.array(values), offset
         forks.append(other)
     return forks

@@ -1,0 +1,318 @@
+"""Sessions and memory files: whatever way the tokens came, the same numbers."""
+
+import asyncio
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoints import GOLDEN, byte_tokenizer
+from mlx_lm.models import llama
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from ahn_mlx import AHNConfig, AHNError, augment, load_model, memoryfile
+from ahn_mlx.convert import convert
+from ahn_mlx.session import Session
+
+VARIANTS = ("qwen2-gdn", "qwen2-dn", "qwen2-mamba2")
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MORE = "It was the season of Light, it was the season of Darkness. " * 2
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, Path]:
+    found = {}
+    for variant in VARIANTS:
+        out = tmp_path_factory.mktemp(variant) / "model"
+        convert(GOLDEN / variant / "base", GOLDEN / variant / "ahn_only", out)
+        shutil.copytree(byte_tokenizer(out.with_name("tokenizer")), out, dirs_exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+        (out / "tokenizer_config.json").write_text(json.dumps(config))
+        found[variant] = out
+    return found
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def loaded(request, directories):
+    path = directories[request.param]
+    model, _ = load_model(path, dtype="float32")
+    return model, load_tokenizer(path), str(path)
+
+
+def new(loaded, **options) -> Session:
+    model, tokenizer, name = loaded
+    return Session(model, tokenizer, origin={"name": name}, step=16, **options)
+
+
+def logits(session: Session) -> mx.array:
+    """What the model makes of the next tokens; the session stays as it is."""
+    other = session.fork()
+    ids = mx.array([[*other.pending, 7, 8, 9]])
+    return other.model(ids, cache=other.caches)
+
+
+def arrays(cache) -> list[mx.array]:
+    return [x for x in cache.state if isinstance(x, mx.array)]
+
+
+def same(a: Session, b: Session) -> bool:
+    states = zip(a.caches, b.caches, strict=True)
+    return (
+        a.pending == b.pending
+        and a.tokens == b.tokens
+        and all(
+            mx.array_equal(x, y)
+            for c, d in states
+            for x, y in zip(arrays(c), arrays(d), strict=True)
+        )
+        and mx.array_equal(logits(a), logits(b)).item()
+    )
+
+
+@pytest.fixture(params=["gated_deltanet", "deltanet", "mamba2"])
+def wide(request, loaded):
+    """A model with heads that can be quantized, and a layer of full attention."""
+    args = llama.ModelArgs("llama", 64, 3, 64, 2, rms_norm_eps=1e-5, vocab_size=256)
+    mx.random.seed(0)
+    config = AHNConfig(request.param, 12, 4, "clamped", fa_layer_ids=(1,))
+    model = augment(llama.Model(args), config)
+    for layer in (model.layers[0], model.layers[2]):
+        projection = layer.self_attn.ahn.o_proj
+        projection.weight = mx.random.normal(projection.weight.shape)
+    return model, loaded[1], "wide"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_same_with_a_quantized_window(wide, bits, tmp_path):
+    check_one_go(wide, tmp_path, kv_bits=bits, kv_group_size=32)
+
+
+def test_saved_forked_and_appended_are_bit_for_bit_one_go(loaded, tmp_path):
+    check_one_go(loaded, tmp_path)
+
+
+def check_one_go(loaded, tmp_path, **group):
+    whole, first = new(loaded, **group), new(loaded, **group)
+    whole.read(TEXT + MORE)
+    first.read(TEXT)
+    first.save(tmp_path / "a.ahn")
+    model, tokenizer, _ = loaded
+    second = Session.load(tmp_path / "a.ahn", model, tokenizer)
+    assert same(first, second)
+    fork = second.fork()
+    second.read(MORE)
+    assert same(whole, second)
+    assert same(first, fork)  # untouched by what the other read
+    fork.read(MORE)
+    assert same(whole, fork)
+    assert "".join(whole.ask("Why?", max_tokens=5)) == "".join(fork.ask("Why?", max_tokens=5))
+    whole.save(tmp_path / "b.ahn")
+    assert same(whole, Session.load(tmp_path / "b.ahn", model, tokenizer))
+
+
+def test_read_in_pieces(loaded):
+    whole, pieces = new(loaded), new(loaded)
+    whole.read(TEXT)
+    ids = new(loaded).encode(TEXT)
+    pieces.encode("")
+    for at in range(0, len(ids), 21):
+        pieces.read_ids(ids[at : at + 21])
+    assert same(whole, pieces)
+
+
+def test_stopping_between_steps_and_inside_of_one(loaded):
+    session, other = new(loaded), new(loaded)
+    ids = session.encode(TEXT)
+
+    def stop(read: int) -> None:
+        if read >= 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.read_ids(ids, stop)
+    other.encode("")
+    other.read_ids(ids[:32])
+    assert same(session, other)
+    session.read_ids(ids[32:])
+    other.read_ids(ids[32:])
+    assert same(session, other)
+    model = session.model
+    session.model = lambda *_, **__: 1 / 0  # type: ignore[assignment, return-value]
+    with pytest.raises(ZeroDivisionError):
+        session.read_ids(ids)
+    session.model = model
+    for act in (lambda: session.read("x"), lambda: session.save("x"), session.ask("x").__next__):
+        with pytest.raises(AHNError, match="interrupted inside"):
+            act()
+
+
+def test_an_answer_that_is_closed_or_fails(loaded):
+    session, before = new(loaded), new(loaded)
+    for s in (session, before):
+        s.read(TEXT)
+    answer = session.ask("Why?", max_tokens=9)
+    next(answer)
+    next(answer)
+    answer.close()
+    assert session.turn == "cut"
+    assert session.tokens > before.tokens and session.pending == []
+
+    def stop(read: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(before.ask("Why?", progress=stop))
+    untouched = new(loaded)
+    untouched.read(TEXT)
+    assert same(before, untouched)
+
+
+def test_a_conversation_is_what_the_chat_template_says(loaded):
+    session = new(loaded, system="Be brief.")
+    session.step = 1000  # nothing is read
+    session.read("One.")
+    tokenizer = session.tokenizer
+    said = [*session.pending, *session._question("Two?")]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One.\n\nTwo?"},
+    ]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(said) == expected
+    session.turn = "cut"
+    messages += [{"role": "assistant", "content": "A."}, {"role": "user", "content": "B?"}]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert whole == expected + "A." + tokenizer.decode(session._question("B?"))
+
+
+def test_asynchronous(loaded):
+    one, other = new(loaded), new(loaded)
+    for s in (one, other):
+        s.read(TEXT)
+
+    async def answer() -> str:
+        return "".join([text async for text in one.stream("Why?", max_tokens=5)])
+
+    assert asyncio.run(answer()) == "".join(other.ask("Why?", max_tokens=5))
+    assert same(one, other)
+
+
+@pytest.fixture
+def saved(loaded, tmp_path):
+    session = new(loaded)
+    session.read(TEXT)
+    session.save(tmp_path / "book.ahn")
+    return tmp_path / "book.ahn"
+
+
+def test_bit_flips_and_truncation(saved):
+    data = saved.read_bytes()
+    for at in (3, 20, 200, len(data) // 2, len(data) - 1):
+        saved.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(AHNError, match=r"book\.ahn"):
+            memoryfile.load(saved)
+    for size in (0, 5, 100, len(data) - 1):
+        saved.write_bytes(data[:size])
+        with pytest.raises(AHNError, match=r"book\.ahn"):
+            memoryfile.load(saved)
+
+
+def rewrite(file: Path, **facts) -> None:
+    """Change facts, with a checksum that fits."""
+    arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+    text = json.dumps({**json.loads(metadata["ahn"]), **facts}, sort_keys=True)
+    mx.eval(arrays)
+    target = file.with_suffix(".safetensors")
+    checked = memoryfile._checksum(text, arrays)
+    mx.save_safetensors(str(target), arrays, {"ahn": text, "sha256": checked})
+    target.rename(file)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"version": 2}, "version 2, this program reads 1"),
+        ({"window": 99}, "has window 99, not 12"),
+        ({"sinks": 9}, "has sinks 9, not 4"),
+        ({"tokenizer": "x"}, "another tokenizer"),
+        ({"model": {"name": "other"}}, "another model, 'other'"),
+        ({"layers": [[1, 2]]}, "damaged"),
+        ({"layers": None}, "damaged"),
+    ],
+)
+def test_what_does_not_fit(loaded, saved, facts, message):
+    rewrite(saved, **facts)
+    with pytest.raises(AHNError, match=message):
+        Session.load(saved, loaded[0], loaded[1])
+
+
+def test_other_weights_and_other_files(directories, saved, loaded, tmp_path):
+    other, _ = load_model(Path(loaded[2]), dtype="float32")
+    other.layers[0].self_attn.ahn.o_proj.weight += 1
+    with pytest.raises(AHNError, match="weights differ"):
+        Session.load(saved, other, loaded[1])
+    with pytest.raises(AHNError, match="no such file"):
+        memoryfile.load(tmp_path / "none.ahn")
+    with pytest.raises(AHNError, match="is not a memory"):
+        memoryfile.load(Path(loaded[2]) / "model.safetensors")
+    (tmp_path / "huge.ahn").write_bytes(struct.pack("<Q", 1 << 60))
+    with pytest.raises(AHNError, match="claims"):
+        memoryfile.load(tmp_path / "huge.ahn")
+
+
+def test_disk_full_keeps_the_old_file(saved, loaded):
+    before = saved.read_bytes()
+    session = new(loaded)
+    session.read(MORE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memoryfile.TensorWriter, "put", lambda *_: (_ for _ in ()).throw(OSError(28)))
+        with pytest.raises(OSError):
+            session.save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ahn_mlx", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
+
+
+def test_commands(directories, tmp_path):
+    book, memory = tmp_path / "book.txt", tmp_path / "book.ahn"
+    book.write_text(10 * TEXT)
+    model = directories["qwen2-gdn"]
+    done = run("digest", "--model", model, "--prompt-file", book, "-o", memory)
+    assert done.returncode == 0, done.stderr
+    assert "tokens in" in done.stderr
+    before = memory.read_bytes()
+    done = run("ask", "--memory", memory, "Why?", "--max-tokens", 3)
+    assert done.returncode == 0 and "first token after" in done.stderr, done.stderr
+    assert memory.read_bytes() == before
+    info = run("memory", "info", memory)
+    assert "It was the best of times" in info.stdout and "state" in info.stdout
+    assert run("memory", "verify", memory).stdout.strip().endswith("sound")
+    lines = f"Hello\n/stats\n/read {book}\n/save {tmp_path}/c.ahn\n/reset\n/load {tmp_path}/c.ahn\n"
+    lines += "/nonsense\n/save\n/stats\n/quit\nnever said\n"
+    done = run("chat", "--memory", memory, "--max-tokens", 2, input=lines)
+    assert done.returncode == 0, done.stderr
+    assert "no such command: /nonsense" in done.stderr and "needs a file" in done.stderr
+    assert run("memory", "verify", tmp_path / "c.ahn").returncode == 0
+    done = run("digest", "--model", model, "--prompt-file", book, "-o", memory)
+    assert done.returncode == 2 and "--append" in done.stderr
+    done = run("digest", "--prompt-file", book, "-o", memory, "--append")
+    assert done.returncode == 0, done.stderr
+    data = bytearray(memory.read_bytes())
+    data[-1] ^= 1
+    memory.write_bytes(data)
+    for command in (["memory", "verify", memory], ["ask", "--memory", memory, "Why?"]):
+        done = run(*command)
+        assert done.returncode == 2 and "checksum" in done.stderr
+        assert "Traceback" not in done.stderr
