@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from .errors import AHNError as AHNError
     from .model import augment as augment
     from .model import load_model as load_model
+    from .session import Session as Session
     from .zoo import load as load
 
 __version__ = "0.1.0"
-__all__ = ["AHNConfig", "AHNError", "__version__", "augment", "load", "load_model"]
+__all__ = ["AHNConfig", "AHNError", "Session", "__version__", "augment", "load", "load_model"]
 
 _HOME = {
     "AHNConfig": ".config",
     "AHNError": ".errors",
+    "Session": ".session",
     "augment": ".model",
     "load": ".zoo",
     "load_model": ".model",

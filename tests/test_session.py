@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import random
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -316,3 +318,45 @@ def test_commands(directories, tmp_path):
         done = run(*command)
         assert done.returncode == 2 and "checksum" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_fifty_kills_lose_at_most_a_checkpoint(directories, tmp_path):
+    book, memory, once = tmp_path / "book.txt", tmp_path / "book.ahn", tmp_path / "once.ahn"
+    book.write_text(60 * TEXT)
+    options = ["--model", directories["qwen2-gdn"], "--prompt-file", book]
+    command = ["digest", *options, "--checkpoint-every", 512, "-o"]
+    begin = time.perf_counter()
+    assert run(*command, once).returncode == 0
+    seconds = time.perf_counter() - begin
+    partial = tmp_path / "book.ahn.partial"
+    chance, kills, done = random.Random(0), 0, 0
+    while kills < 50:
+        arguments = [sys.executable, "-m", "ahn_mlx", *map(str, command), str(memory)]
+        child = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+        try:
+            assert child.wait(chance.uniform(0.3, 1.0) * seconds) == 0
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+        if memory.exists():
+            assert content(memory) == content(once)
+            memory.unlink()
+            partial.unlink(missing_ok=True)
+            done = 0
+        elif partial.exists():
+            read = memoryfile.load(partial)[2]["done"]
+            assert read % 512 == 0 and read >= done
+            done = read
+    assert run(*command, memory).returncode == 0
+    assert content(memory) == content(once)
+    assert {f.name for f in tmp_path.iterdir()} == {"book.txt", "book.ahn", "once.ahn"}
+
+
+def content(file: Path) -> tuple:
+    """All of a memory but when it was saved."""
+    arrays = mx.load(str(file), format="safetensors")
+    facts = memoryfile.read_facts(file)
+    return {k: v for k, v in facts.items() if k != "saved"}, {
+        name: bytes(memoryview(x.view(mx.uint8))) for name, x in arrays.items()
+    }
