@@ -26,6 +26,10 @@ from .tensorfile import Layout, TensorWriter, bits, read_header, show
 
 VERSION = 1
 
+# What a session says of itself; `digest` adds where it stopped.
+FACTS = {"model", "tokenizer", "tokens", "window", "sinks", "step", "turn", "chat", "system"}
+FACTS |= {"preview", "saved", "layers"}
+
 Cache = AHNCache | KVCache
 
 
@@ -135,7 +139,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with _well_formed(file):
         facts = json.loads(metadata["ahn"])
         version = facts["version"]
-        facts["layers"], facts["tokens"], facts["model"]["name"]
+        if version == VERSION and not (set(facts) >= FACTS and "name" in facts["model"]):
+            raise ValueError("it does not say all that a memory says")
     if version != VERSION:
         raise AHNError(f"{file}: version {show(version)}, this program reads {VERSION}; upgrade")
     return facts, metadata
@@ -159,6 +164,8 @@ def check_fits(
     for part, value in ours.items():
         if theirs.get(part) != value:
             raise AHNError(f"{file}: of another model, {name} ({part} differ); use that model")
+    if len(facts["layers"]) != len(model.layers):
+        raise AHNError(f"{file}: damaged, it has {len(facts['layers'])} layers; digest again")
     if facts["tokenizer"] != tokenizer_identity(tokenizer):
         raise AHNError(f"{file}: of another tokenizer; use {name} as it was")
     for part in ("window", "sinks"):

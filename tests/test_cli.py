@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ahn_mlx import __version__, zoo
+from ahn_mlx import __version__
 from ahn_mlx.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +45,6 @@ def test_help_has_examples(command: str) -> None:
 def test_overview_lists_the_commands() -> None:
     done = run("--help")
     assert all(f"  {name} " in done.stdout.decode() for name in COMMANDS)
-
-
-def test_default_model_is_in_the_zoo() -> None:
-    from ahn_mlx.cli.options import DEFAULT
-
-    assert DEFAULT == zoo.DEFAULT
 
 
 def test_doctor() -> None:

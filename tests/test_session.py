@@ -248,12 +248,25 @@ def rewrite(file: Path, **facts) -> None:
         ({"model": {"name": "other"}}, "another model, 'other'"),
         ({"layers": [[1, 2]]}, "damaged"),
         ({"layers": None}, "damaged"),
+        ({"layers": []}, "damaged"),
     ],
 )
 def test_what_does_not_fit(loaded, saved, facts, message):
     rewrite(saved, **facts)
     with pytest.raises(AHNError, match=message):
         Session.load(saved, loaded[0], loaded[1])
+
+
+def test_a_memory_that_says_too_little(loaded, saved):
+    arrays, metadata = mx.load(str(saved), format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    facts = json.loads(metadata["ahn"])
+    for missing in facts:
+        text = json.dumps({k: v for k, v in facts.items() if k != missing})
+        checked = memoryfile._checksum(text, arrays)
+        mx.save_safetensors(str(saved) + ".safetensors", arrays, {"ahn": text, "sha256": checked})
+        with pytest.raises(AHNError, match="damaged"):
+            Session.load(str(saved) + ".safetensors", loaded[0], loaded[1])
 
 
 def test_other_weights_and_other_files(directories, saved, loaded, tmp_path):

@@ -6,8 +6,7 @@ from typing import Any
 import click
 
 from ..errors import AHNError
-
-DEFAULT = "ahn-gdn-smollm2-135m"
+from ..published import DEFAULT
 
 model_option = click.option(
     "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
