@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": (".cli.convert", "convert", "Convert a checkpoint of the PyTorch release."),
     "export-pytorch": (".cli.export", "export_pytorch", "Write a model back for PyTorch."),
     "upload": (".cli.export", "upload", "Put a converted model on the hub."),
+    "estimate": (".cli.estimate", "estimate", "Count FLOPs and bytes of a model."),
     "doctor": (".cli.doctor", "doctor", "Say what this machine has and lacks."),
 }
 
