@@ -26,6 +26,7 @@ COMMANDS = {
     "export-pytorch": (".cli.export", "export_pytorch", "Write a model back for PyTorch."),
     "upload": (".cli.export", "upload", "Put a converted model on the hub."),
     "estimate": (".cli.estimate", "estimate", "Count FLOPs and bytes of a model."),
+    "bench": (".cli.bench", "bench", "Measure a model on this machine."),
     "doctor": (".cli.doctor", "doctor", "Say what this machine has and lacks."),
 }
 

@@ -50,7 +50,7 @@ def estimate(**options: Any) -> None:
         return
     from ..cost import shape_of
 
-    shape = shape_of(_config(options))
+    shape = shape_of(config_of(options))
     found = {kind: _count(shape, kind, options["context"], options) for kind in kinds}
     curve = {n: {kind: _count(shape, kind, n, options) for kind in kinds} for n in CURVE}
     if options["as_json"]:
@@ -61,7 +61,7 @@ def estimate(**options: Any) -> None:
         _plot(options["plot"], curve, kinds)
 
 
-def _config(options: dict[str, Any]) -> dict[str, Any]:
+def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
     from ..checkpoint import read_config
     from ..config import AHNConfig
@@ -139,7 +139,7 @@ def _print(
     if options["chip"]:
         table += _bounds(found, options["chip"])
     table += [["fits in, GB", *(_fits(c) for c in found.values())]]
-    _table(["", *found], table)
+    print_table(["", *found], table)
     click.echo()
     contexts = [
         [f"{n:,}"]
@@ -148,7 +148,7 @@ def _print(
         for n, at in curve.items()
     ]
     heads = [f"{kind}, cache GB" for kind in found] + [f"{kind}, GFLOP/token" for kind in found]
-    _table(["context", *heads], contexts)
+    print_table(["context", *heads], contexts)
 
 
 def _bounds(found: dict[str, Any], name: str) -> list[list[str]]:
@@ -198,10 +198,11 @@ def _paper() -> None:
         f"{kind}: {what} %" for kind in ("window", "AHN") for what in ("mixing", "model", "cache")
     ]
     absolute = ["PFLOP, full / AHN", "cache GB, full / AHN"]
-    _table(["of full attention", *kinds, *absolute, "our count: model %", "cache %"], rows)
+    print_table(["of full attention", *kinds, *absolute, "our count: model %", "cache %"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a markdown table that is a table to the eye as well."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, ["-" * width for width in widths], *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

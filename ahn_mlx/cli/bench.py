@@ -1,0 +1,90 @@
+"""ahn-mlx bench: what a model really takes on this machine, beside what was counted."""
+
+import sys
+import time
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from ..chips import CHIPS
+from ..errors import AHNError
+from .estimate import config_of, print_table
+from .generate import warn_slow
+from .options import check_numbers, load_model, loading_options
+
+
+@click.command()
+@loading_options
+@click.option("--context", default=2048, show_default=True, help="Tokens read first.")
+@click.option("--tokens", default=32, show_default=True, help="Tokens decoded.")
+@click.option("--chip", type=click.Choice(list(CHIPS)), help="Also give this one's bounds.")
+def bench(**options: Any) -> None:
+    """Read random tokens, decode some, and print what was measured beside what was counted.
+
+    \b
+    ahn-mlx bench
+    ahn-mlx bench --model ahn-gdn-3b --context 65536 --chip m4-pro
+    """
+    check_numbers(options)
+    for name in ("context", "tokens"):
+        if options[name] < 1:
+            raise AHNError(f"--{name} must be at least 1, not {options[name]}")
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from .. import cost
+    from ..generate import prefill_step
+
+    warn_slow()
+    model, _ = load_model(options)
+    memory = {"window": model.ahn.window, "sinks": model.ahn.sinks, "memory": None}
+    shape = cost.shape_of(config_of({**options, **memory}))
+    context, tokens = options["context"], options["tokens"]
+    dtype = model.layers[0].input_layernorm.weight.dtype
+    cache = model.make_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    with tqdm(total=context, unit=" tokens", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for at in range(0, context, prefill_step()):
+            n = min(prefill_step(), context - at)
+            model(mx.random.randint(0, 256, (1, n)), cache=cache)
+            mx.eval([c.state for c in cache])
+            bar.update(n)
+    read = time.perf_counter() - start
+    # What one token leaves behind for the next is made in the first step.
+    y = mx.argmax(model(mx.array([[5]]), cache=cache)[:, -1:], axis=-1)
+    mx.eval(y)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        y = mx.argmax(model(y, cache=cache)[:, -1:], axis=-1)
+        mx.eval(y)
+    decoded = (time.perf_counter() - start) / tokens
+    parameters: Any = tree_flatten(model.parameters())
+    weights = sum(x.nbytes for _, x in parameters)
+    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype).values())
+    moved = weights + counted_cache
+    prefill = sum(cost.flops(shape, "ahn", context).values())
+    step = sum(cost.flops(shape, "ahn", 1, before=context).values())
+    rows = [
+        ["prefill, tokens/s", f"{context / read:,.1f}", ""],
+        ["prefill, GFLOP/s", f"{prefill / read / 1e9:,.1f}", ""],
+        ["decode, tokens/s", f"{1 / decoded:,.1f}", ""],
+        ["decode, GFLOP/s", f"{step / decoded / 1e9:,.1f}", ""],
+        ["decode, GB/s", f"{moved / decoded / 1e9:,.1f}", ""],
+        ["cache, MB", f"{_held(cache) / 1e6:,.2f}", f"{counted_cache / 1e6:,.2f}"],
+        ["peak memory, MB", f"{mx.get_peak_memory() / 1e6:,.1f}", f"{moved / 1e6:,.1f} at least"],
+    ]
+    if options["chip"]:
+        chip = CHIPS[options["chip"]]
+        rows[2][2] = f"{1e9 * chip.bandwidth / moved:,.1f} at most"
+        rows[4][2] = f"{chip.bandwidth:,.1f} at most"
+        if chip.tflops:
+            rows[1][2] = f"{1e3 * chip.tflops:,.1f} at most"
+    print_table([f"{options['name']}, {context:,} tokens read", "measured", "counted"], rows)
+
+
+def _held(cache: list[Any]) -> int:
+    """Bytes of sinks, window, gates and state, without the copy of what leaves next."""
+    arrays = [x for c in cache for x in c.state if hasattr(x, "nbytes")]
+    return sum(x.nbytes for x in arrays)
