@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, errors, get_cached_repo_tree, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    errors,
+    get_cached_repo_tree,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from . import card
@@ -212,6 +218,17 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def config_dir(repo: str) -> Path:
+    """A directory with the config.json of a repository, and perhaps nothing else of it.
+
+    Raises AHNError, saying what to do, if it cannot be had.
+    """
+    try:
+        return Path(hf_hub_download(repo, "config.json")).parent
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {_explain(e, None)}") from None
 
 
 def _download(repo: str, revision: str | None) -> Path:

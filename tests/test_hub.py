@@ -83,6 +83,13 @@ def machine(tmp_path: Path, hub: StandIn) -> Machine:
     return Machine(tmp_path, hub)
 
 
+def test_the_cost_of_a_repository(machine: Machine, hub: StandIn) -> None:
+    said = machine.run("estimate", "--model", BASE, "--context", "1000", "--window", "99")
+    assert "window 99" in said
+    assert hub.downloads("config.json") == hub.downloads()
+    assert "no such repository" in machine.refuse("estimate", "--model", "no-such/model")
+
+
 # --- first use ---
 
 

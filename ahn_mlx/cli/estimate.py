@@ -1,6 +1,7 @@
 """ahn-mlx estimate: what a model costs, before it is downloaded."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from .options import DEFAULT, check_numbers
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 64)  # GB
 USABLE = 0.75  # of a Mac's memory that Metal gives to one process by default
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub, of which config.json is enough
 CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 
 
 @click.command()
-@click.option("--model", "name", default=DEFAULT, show_default=True, help="Name or directory.")
+@click.option(
+    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
+)
 @click.option("--context", default=128_000, show_default=True, help="Tokens read.")
 @click.option("--window", type=int, help="Default: the model's.")
 @click.option("--sinks", type=int, help="Default: the model's.")
@@ -65,6 +69,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
     from ..checkpoint import read_config
     from ..config import AHNConfig
+    from ..hub import config_dir
     from ..published import MODELS
 
     name = options["name"]
@@ -73,12 +78,13 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
         config, ahn = entry.base.config, entry.ahn.to_dict()
         if not entry.repo:
             ahn |= {"window": 1024, "sinks": 64}
-    elif Path(name).is_dir():
-        config = read_config(Path(name))
+    elif Path(name).is_dir() or REPOSITORY.fullmatch(name):
+        config = read_config(Path(name) if Path(name).is_dir() else config_dir(name))
         has_memory = "ahn" in config or "_ahn_implementation" in config
         ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
     else:
-        raise AHNError(f"{name!r} is neither a name (ahn-mlx models lists them) nor a directory")
+        kinds = "a name (ahn-mlx models lists them), ORG/NAME or a directory"
+        raise AHNError(f"{name!r} is not {kinds}")
     chosen = {k: options[k] for k in ("window", "sinks", "memory") if options[k] is not None}
     return {**config, "ahn": {**ahn, **chosen}}
 
