@@ -164,7 +164,6 @@ def test_what_cannot_be_estimated(arguments, message):
 
 
 def test_a_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     file = tmp_path / "cost.png"
     assert run(estimate, "--plot", file).exit_code == 0
     assert file.read_bytes().startswith(b"\x89PNG")
