@@ -49,24 +49,33 @@ class AHNAttention(nn.Module):
             cache = AHNCache(self.config.window, self.config.sinks)
         if x.shape[1] == 1 and cache.full:
             return self._decode(x, cache)
+        return self.merge(self.heads(x, cache))
+
+    def heads(self, x: mx.array, cache: AHNCache) -> mx.array:
+        """x [B, L, C] -> [B, H, L, D], attention + memory of each head, before o_proj.
+
+        In training mode only by operations that have gradients.
+        """
         offset = cache.offset
         q, k, v, gates, raw = self._project(x)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         if x.shape[1] == 1:
-            return self._merge(attend(q, *cache.fill(k, v, gates), self.scale))
+            return attend(q, *cache.fill(k, v, gates), self.scale)
         update = cache.update(k, v, gates)
-        heads = window_attention(q, update, self.scale, q_sink)
+        heads = window_attention(q, update, self.scale, q_sink, self.training)
         if T := update.evicts:
             if self.config.query_projection:
                 q = self.rope(self.ahn.q_proj(raw), offset=offset)
-            o, cache.memory = scan(self.ahn, q[:, :, -T:], update, cache.memory)
+            o, cache.memory = scan(self.ahn, q[:, :, -T:], update, cache.memory, self.training)
             m = self.ahn.output(o, x[:, -T:])
             if self.config.router:
                 last = update.end - cache.capacity
-                loudness = self.router(mx.arange(last - T + 1, last + 1), cache.window)
+                # In training the paper counts sinks as part of the window.
+                window = cache.capacity if self.training else cache.window
+                loudness = self.router(mx.arange(last - T + 1, last + 1), window)
                 m = (m * loudness).astype(m.dtype)
             heads = _add_tail(heads, m)
-        return self._merge(heads)
+        return heads
 
     def _decode(self, x: mx.array, cache: AHNCache) -> mx.array:
         """One token when the window is full: the same shapes for ever, so compiled once."""
@@ -120,7 +129,7 @@ class AHNAttention(nn.Module):
         evicted = unpack(before.leaving, bits, group_size)
         loudness = self.router(n, window) if self.config.router else None
         heads, memory = step(self.ahn, q, evicted, memory, heads, x, loudness)
-        return self._merge(heads), tuple(after), memory
+        return self.merge(heads), tuple(after), memory
 
     def __getstate__(self) -> dict[str, Any]:
         # A compiled function can be neither copied nor pickled; it is made again.
@@ -139,7 +148,7 @@ class AHNAttention(nn.Module):
         q, k, v, gates, raw = (y.swapaxes(1, 2) for y in (q, k, v, gates, raw))
         return q, k, v, gates, raw
 
-    def _merge(self, heads: mx.array) -> mx.array:
+    def merge(self, heads: mx.array) -> mx.array:
         """Heads [B, H, L, D] -> [B, L, C]."""
         return self.o_proj(heads.swapaxes(1, 2).flatten(2))
 

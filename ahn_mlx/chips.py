@@ -30,4 +30,6 @@ CHIPS = {
     "m4-pro": Chip(273, 20, None),
     "m4-max": Chip(546, 40, None),
     "m5": Chip(153, 10, None),
+    "m5-pro": Chip(307, 20, None),
+    "m5-max": Chip(614, 40, None),
 }

@@ -15,14 +15,18 @@ Evicted = tuple[mx.array, ...]
 
 
 def scan(
-    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+    memory: Memory,
+    q: mx.array,
+    update: Update,
+    state: mx.array | None,
+    gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Write the T tokens that a chunk evicts, read after each.
 
-    q: [B, H, T, D]; state: [B, H, D, D] float32 or None. Returns o [B, T, H, D] float32,
-    and the state.
+    q: [B, H, T, D]; state: [B, H, D, D] float32 or None; gradients: only by operations
+    that have them. Returns o [B, T, H, D] float32, and the state.
     """
-    if usable(SCANS[memory.kind], q.shape[-1], q.dtype):
+    if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
         return _scan_kernel(memory, q, update, state)
     return _scan_ops(memory, q, update, state)
 

@@ -35,11 +35,12 @@ def attend(
     mask: mx.array | None = None,
     q_sink: mx.array | None = None,
     sinks: int = 0,
+    gradients: bool = False,
 ) -> mx.array:
     """Softmax attention; the first `sinks` keys may be scored by a query of their own.
 
     q, q_sink: [B, H, L, D]; k, v: [B, Hkv, K, D], or quantized so; mask: bool [L, K] or
-    None. Returns [B, H, L, D].
+    None; gradients: whether some will be asked for. Returns [B, H, L, D].
     """
     if q_sink is None or sinks == 0:
         if isinstance(k, mx.array) and not on_cpu():
@@ -54,7 +55,7 @@ def attend(
         s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks)), s], axis=-1)
     if mask is not None:
         s = mx.where(mask, s.reshape(B, H, L, -1), mx.finfo(s.dtype).min).reshape(s.shape)
-    if s.dtype == mx.float32 and on_cpu():
+    if s.dtype == mx.float32 and on_cpu() and not gradients:
         p = fast_exp(s, s.max(axis=-1, keepdims=True))
         o = _mix(p, v, D) / p.sum(axis=-1, keepdims=True)
     else:
@@ -139,25 +140,38 @@ def fast_exp(x: mx.array, top: mx.array) -> mx.array:
 
 
 def window_attention(
-    q: mx.array, update: Update, scale: float, q_sink: mx.array | None = None
+    q: mx.array,
+    update: Update,
+    scale: float,
+    q_sink: mx.array | None = None,
+    gradients: bool = False,
 ) -> mx.array:
     """Attention of a chunk of tokens to sinks and window.
 
     q, q_sink: [B, H, L, D], rotated; q_sink holds the queries for the sinks (clamped
-    positions) or is None. Returns [B, H, L, D].
+    positions) or is None. gradients: only by operations that have them, all exact.
+    Returns [B, H, L, D].
     """
-    if usable(PREFILL, q.shape[-1], q.dtype):
+    if not gradients and usable(PREFILL, q.shape[-1], q.dtype):
         return metal_window.prefill(q, update, scale, q_sink)
-    return _window_attention_ops(q, update, scale, q_sink)
+    return _window_attention_ops(q, update, scale, q_sink, gradients)
 
 
 def _window_attention_ops(
-    q: mx.array, update: Update, scale: float, q_sink: mx.array | None
+    q: mx.array, update: Update, scale: float, q_sink: mx.array | None, gradients: bool = False
 ) -> mx.array:
     keys, values = update.seen()
     offset, window, sinks = update.offset, update.window, update.sinks
     return tiled(
-        q, keys, values, offset=offset, window=window, sinks=sinks, scale=scale, q_sink=q_sink
+        q,
+        keys,
+        values,
+        offset=offset,
+        window=window,
+        sinks=sinks,
+        scale=scale,
+        q_sink=q_sink,
+        gradients=gradients,
     )
 
 
@@ -171,6 +185,7 @@ def tiled(
     sinks: int,
     scale: float,
     q_sink: mx.array | None = None,
+    gradients: bool = False,
 ) -> mx.array:
     """Attention of the tokens offset ... offset + L - 1, tile by tile.
 
@@ -194,7 +209,7 @@ def tiled(
         mask = _tile_mask(t1 - t0, t0 - S, t0 - lo, hi - lo, S, window)
         rows = slice(t0 - offset, t1 - offset)
         second = q_sink[:, :, rows] if q_sink is not None and t1 > window + sinks else None
-        outputs.append(attend(q[:, :, rows], kt, vt, scale, mask, second, S))
+        outputs.append(attend(q[:, :, rows], kt, vt, scale, mask, second, S, gradients))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
