@@ -151,12 +151,12 @@ def _make(
         repos = [MODELS[name].repo, MODELS[name].base.repo] if name in MODELS else [name]
         _say(f"fetching {' and '.join(repos)}")
         if name not in MODELS:
-            _link(_download(name, revision), directory)
+            _link(download(name, revision), directory)
             return directory
         entry = MODELS[name]
-        ahn = _download(entry.repo, revision)
+        ahn = download(entry.repo, revision)
         _check_memory(entry, ahn)
-        base = _download(entry.base.repo, base_revision)
+        base = download(entry.base.repo, base_revision)
         made_from = [origin.revision for origin in card.read_origins(directory)]
         if made_from != [base.name, ahn.name]:
             bits = DEFAULT_Q_BITS if q_bits is None else q_bits
@@ -231,7 +231,7 @@ def config_dir(repo: str) -> Path:
         raise AHNError(f"{repo}: {_explain(e, None)}") from None
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def download(repo: str, revision: str | None = None) -> Path:
     """A repository's snapshot in huggingface-hub's cache, checked against its checksums."""
     try:
         options: dict[str, Any] = {"revision": revision}

@@ -1,0 +1,148 @@
+"""ahn-mlx train: a memory for a model, from texts."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from ..errors import AHNError
+from ..published import DEFAULT
+from .digest import stop_between_steps
+from .generate import say
+
+KINDS = ("gated_deltanet", "deltanet", "mamba2")
+
+
+@click.command()
+@click.option(
+    "--base", default=DEFAULT, show_default=True, help="Model to give a memory, or with one."
+)
+@click.option("--memory", type=click.Choice(KINDS), default=KINDS[0], show_default=True)
+@click.option(
+    "--data", multiple=True, required=True, metavar="FILE|GLOB", help="Text or JSONL. Repeatable."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory of the checkpoint."
+)
+@click.option("--window", default=1024, show_default=True, help="Tokens kept losslessly.")
+@click.option("--sinks", default=64, show_default=True, help="First tokens kept for ever.")
+@click.option(
+    "--sink-positions",
+    type=click.Choice(["absolute", "clamped"]),
+    default="clamped",
+    show_default=True,
+    help="How far away sinks are seen.",
+)
+@click.option("--random-window", is_flag=True, help="Draw both anew each step, as the paper does.")
+@click.option("--seq-len", default=4096, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--layerwise",
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="First fit each layer to N sequences; 0: start as the paper's release, from zero.",
+)
+@click.option("--steps", default=500, show_default=True, help="Of end-to-end training; 0: none.")
+@click.option("--lr", default=1e-4, show_default=True, help="Learning rate of the gates.")
+@click.option("--warmup", default=10, show_default=True, help="Steps to reach it.")
+@click.option("--weight-decay", default=0.0, show_default=True)
+@click.option("--loss", type=click.Choice(["kl", "ce", "distill"]), default="kl", show_default=True)
+@click.option("--accumulate", default=1, show_default=True, help="Sequences per step.")
+@click.option("--grad-checkpoint", is_flag=True, help="Less memory, a third more time.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.")
+@click.option("--save-every", default=20, show_default=True, help="Steps between saves.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on where --out stopped.")
+def train(**options: Any) -> None:
+    """Train a memory: the model learns to see through it what its window has lost.
+
+    The model itself stays as it is. OUT gets a checkpoint of the memory alone, in the layout
+    of the PyTorch release, which `ahn-mlx convert --ahn OUT` takes; metrics.jsonl and
+    curves.png; and the state that --resume goes on from. Ctrl-C saves all of them.
+
+    \b
+    ahn-mlx train --data 'books/*.txt' --out my-memory
+    ahn-mlx train --data 'books/*.txt' --out my-memory --resume
+    ahn-mlx train --base Qwen/Qwen2.5-3B-Instruct --memory deltanet --seq-len 8192 \\
+      --grad-checkpoint --data texts.jsonl --out ahn-dn-3b-mine
+    mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
+    """
+    _check(options)
+    out: Path = options["out"]
+    from ..train import loop
+    from ..train.data import Sequences
+    from ..train.output import load_base, write_checkpoint, write_curves
+
+    if (out / loop.STATE).exists() and not options["resume"]:
+        raise AHNError(f"{out}: has a training already; --resume, or choose another --out")
+    model, tokenizer, base = load_base(options)
+    names = loop.Settings.__dataclass_fields__
+    settings = loop.Settings(**{k: v for k, v in options.items() if k in names})
+    data = Sequences(options["data"], tokenizer, settings.seq_len, settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = loop.Trainer(model, data, settings, out if options["resume"] else None)
+    if trainer.explained is not None:
+        say(f"layer-wise: the memory explains {trainer.explained:.1%} of what the window misses")
+    main = trainer.world.rank() == 0
+    metrics = loop.Metrics(out / loop.METRICS, trainer.step)
+
+    def save() -> None:
+        if main:
+            trainer.save(out)
+            write_checkpoint(out, model, base, options)
+            write_curves(out)
+
+    with stop_between_steps() as check, _bar(settings.steps, trainer.step) as bar:
+        try:
+            if trainer.step == 0:
+                save()
+            while trainer.step < settings.steps:
+                step = trainer.step
+                loss = trainer.train_step()
+                tokens = settings.seq_len * settings.accumulate * trainer.world.size()
+                window, sinks = loop.draw_window(settings, step)
+                speed = metrics.write(step, loss, tokens, window, sinks) if main else 0.0
+                bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+                bar.update()
+                if trainer.step % options["save_every"] == 0:
+                    save()
+                check()
+        except KeyboardInterrupt:
+            save()
+            say(f"stopped after {trainer.step} of {settings.steps} steps; --resume goes on")
+            sys.exit(130)
+    save()
+    say(f"wrote {out}")
+
+
+def _check(options: dict[str, Any]) -> None:
+    lows = {"window": 1, "sinks": 0, "seq_len": 2, "layerwise": 0, "steps": 0, "warmup": 0}
+    lows |= {"accumulate": 1, "save_every": 1, "seed": 0}
+    for name, low in lows.items():
+        if options[name] < low:
+            raise AHNError(
+                f"--{name.replace('_', '-')} must be at least {low}, not {options[name]}"
+            )
+    if not options["lr"] > 0:
+        raise AHNError(f"--lr must be above 0, not {options['lr']}")
+    capacity = options["window"] + options["sinks"]
+    if not options["random_window"] and options["seq_len"] <= capacity + 1:
+        raise AHNError(
+            f"--seq-len {options['seq_len']}: nothing leaves a window of {capacity} tokens;"
+            " take longer sequences or a smaller --window"
+        )
+    if options["random_window"] and options["seq_len"] < 64:
+        raise AHNError(f"--random-window needs --seq-len of at least 64, not {options['seq_len']}")
+
+
+def _bar(total: int, done: int) -> Any:
+    return tqdm(
+        total=total,
+        initial=done,
+        desc="training",
+        unit=" steps",
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,240 @@
+"""The training loop: teacher, student, loss, optimizer, and what is saved of them.
+
+A run is a function of its settings: sequence and window of a step follow from seed and
+step number, so parameters, optimizer and step are all there is to resume.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import AHNError
+from . import layerwise, losses
+from .data import Sequences
+from .streams import Parameters, install, memory_layers, study, teach, trainable
+
+STATE, METRICS = "training.safetensors", "metrics.jsonl"
+
+# Learning rates as multiples of --lr. A head's gain scales its whole output matrix; the
+# matrix itself diverges at the gates' rate.
+RATES = {"gain": 500.0, "o_proj.weight": 0.3}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of. loss: one of losses.NAMES. lr: of the gates' projections.
+    random_window: draw window and sinks anew each step, as the paper does."""
+
+    window: int
+    sinks: int
+    seq_len: int
+    steps: int
+    lr: float
+    loss: str
+    layerwise: int
+    accumulate: int
+    warmup: int
+    weight_decay: float
+    random_window: bool
+    grad_checkpoint: bool
+    seed: int
+
+
+def draw_window(settings: Settings, step: int) -> tuple[int, int]:
+    """Window and sinks of a step.
+
+    Drawn as in the PyTorch release: W + S one of 32, 64 ... 8192 between L/8 and L, sinks
+    one of 0, 32 ... 4096 up to half of it.
+    """
+    if not settings.random_window:
+        return settings.window, settings.sinks
+    pick = random.Random(f"{settings.seed} {step}")
+    L = settings.seq_len
+    total = pick.choice([1 << n for n in range(5, 14) if L / 8 < 1 << n < L])
+    sinks = pick.choice([s for s in (0, 32, 64, 128, 512, 2048, 4096) if s <= total / 2])
+    return total - sinks, sinks
+
+
+class Trainer:
+    """model: an AHN model, whose memories are changed in place. saved: the directory of a run
+    to go on with; otherwise the layer-wise stage comes first, if there is one.
+
+    explained: what that stage returned.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Sequences, settings: Settings, saved: Path | None = None
+    ):
+        self.model, self.data, self.settings = model, data, settings
+        self.step = 0
+        self.explained: float | None = None
+        if settings.layerwise and saved is None:
+            self.explained = layerwise.fit(
+                model, data, settings.layerwise, settings.window, settings.sinks
+            )
+        self.parameters = {n: x.astype(mx.float32) for n, x in trainable(model).items()}
+        # All first memories together do harm: each head's grows from nothing where it helps.
+        start = mx.zeros if settings.layerwise and settings.steps else mx.ones
+        for i, attention in memory_layers(model):
+            name = f"model.layers.{i}.self_attn.ahn.gain"
+            self.parameters[name] = start(attention.n_heads)
+        rates = [*RATES.values(), 1.0]
+        self.optimizer = optim.MultiOptimizer(
+            [optim.AdamW(self._schedule(r), weight_decay=settings.weight_decay) for r in rates],
+            [partial(_ends_with, suffix) for suffix in RATES],
+        )
+        self.world = mx.distributed.init()
+        if saved is not None:
+            self._resume(saved)
+        install(model, fold(self.parameters))
+        mx.eval(model.parameters())
+
+    def _schedule(self, rate: float) -> Callable[[mx.array], mx.array]:
+        s = self.settings
+        peak, warmup = rate * s.lr, min(s.warmup, s.steps)
+        cosine = optim.cosine_decay(peak, max(1, s.steps - warmup), end=0.1 * peak)
+        if not warmup:
+            return cosine
+        rise = optim.linear_schedule(peak / (warmup + 1), peak, warmup)
+        return optim.join_schedules([rise, cosine], [warmup])
+
+    def train_step(self) -> float:
+        """One update from `accumulate` sequences per machine. Returns the mean loss.
+
+        Raises AHNError when the loss is not finite; parameters are then as before.
+        """
+        s, machines = self.settings, self.world.size()
+        window, sinks = draw_window(s, self.step)
+        total, gradients = mx.zeros(()), None
+        for a in range(s.accumulate):
+            n = (self.step * s.accumulate + a) * machines + self.world.rank()
+            loss, new = self._gradients(self.data[n], window, sinks)
+            total = total + loss
+            gradients = new if gradients is None else {k: gradients[k] + new[k] for k in new}
+            mx.eval(total, gradients)
+        assert gradients is not None
+        gradients = nn.average_gradients({k: g / s.accumulate for k, g in gradients.items()})
+        value = (mx.distributed.all_sum(total) / (machines * s.accumulate)).item()
+        if not math.isfinite(value):
+            raise AHNError(f"the loss is {value} at step {self.step}; try a smaller --lr")
+        new: Any = tree_flatten(
+            self.optimizer.apply_gradients(_tree(gradients), _tree(self.parameters))
+        )
+        self.parameters = dict(new)
+        mx.eval(self.parameters, self.optimizer.state)
+        self.step += 1
+        return value
+
+    def _gradients(self, tokens: mx.array, window: int, sinks: int) -> tuple[mx.array, Parameters]:
+        s, model = self.settings, self.model
+        keep = s.loss == "distill"
+        teacher = teach(model, tokens, keep)
+        mx.eval(teacher)
+
+        def objective(parameters: Parameters) -> mx.array:
+            install(model, fold(parameters))
+            student = study(model, tokens, window, sinks, keep, s.grad_checkpoint)
+            return losses.LOSSES[s.loss](model, teacher, student, tokens, window + sinks)
+
+        value, gradients = mx.value_and_grad(objective)(self.parameters)
+        # Nothing of the trace may stay in the model.
+        install(model, fold(self.parameters))
+        return value, gradients
+
+    def save(self, directory: Path) -> None:
+        """Parameters, optimizer and step, under their final name only when complete."""
+        state = {f"parameters.{n}": x for n, x in self.parameters.items()}
+        flat: Any = tree_flatten(self.optimizer.state)
+        state |= {f"optimizer.{n}": x for n, x in flat}
+        facts = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
+        part = directory / f".{STATE}.part.safetensors"
+        try:
+            mx.save_safetensors(str(part), state, facts)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(directory / STATE)
+        except (OSError, RuntimeError) as e:
+            part.unlink(missing_ok=True)
+            raise AHNError(f"{directory / STATE}: cannot be written ({e}); free some space") from e
+
+    def _resume(self, directory: Path) -> None:
+        """Go on from a saved state. Raises AHNError if it is of a run with other settings."""
+        file = directory / STATE
+        if not file.is_file():
+            raise AHNError(f"{file}: no such file; train without --resume")
+        try:
+            state, facts = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+            settings, step = json.loads(facts["settings"]), int(facts["step"])
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise AHNError(f"{file}: not a training state ({e})") from None
+        for field in fields(Settings):
+            theirs, ours = settings.get(field.name), getattr(self.settings, field.name)
+            if theirs != ours:
+                option = field.name.replace("_", "-")
+                raise AHNError(f"{file}: trained with --{option} {theirs}, not {ours}")
+        self.parameters = _under("parameters.", state)
+        self.optimizer.state = _tree(_under("optimizer.", state))
+        self.step = step
+
+
+def _tree(parameters: Parameters) -> Any:
+    return tree_unflatten(list(parameters.items()))
+
+
+def _under(prefix: str, state: Parameters) -> Parameters:
+    return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+
+
+def _ends_with(suffix: str, name: str, _: mx.array) -> bool:
+    return name.endswith(suffix)
+
+
+def fold(parameters: Parameters) -> Parameters:
+    """The model's own parameters: gains multiplied into the output matrices."""
+    folded = dict(parameters)
+    for name in [n for n in parameters if n.endswith(".gain")]:
+        matrix = name.removesuffix("gain") + "o_proj.weight"
+        folded[matrix] = folded[matrix] * folded.pop(name)[:, None, None]
+    return folded
+
+
+class Metrics:
+    """A line of JSON per step. Of an earlier run, the steps before `step` are kept."""
+
+    def __init__(self, file: Path, step: int):
+        self.file = file
+        lines = read_metrics(file)[:step] if step else []
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.last = time.perf_counter()
+
+    def write(self, step: int, loss: float, tokens: int, window: int, sinks: int) -> float:
+        """Returns tokens per second of this step."""
+        now = time.perf_counter()
+        speed, self.last = tokens / (now - self.last), now
+        line = {"step": step, "loss": loss, "window": window, "sinks": sinks}
+        with self.file.open("a") as out:
+            out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        return speed
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; of one cut short, those that are whole."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,133 @@
+"""From a base to a model that can be trained, and from that to a checkpoint."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from .. import gguf, hub, zoo
+from ..card import Origin, origin
+from ..checkpoint import published_name, read_config
+from ..config import PUBLISHED_NAMES, AHNConfig
+from ..errors import AHNError
+from ..export import release_config
+from ..model import DTYPES, augment, cast
+from ..platform import default_dtype
+from ..published import DEFAULT
+from ..shards import write_json
+from .loop import METRICS, read_metrics
+from .streams import Parameters, memory_layers, trainable
+
+CARD = """\
+---
+library_name: pytorch
+tags: [ahn]
+base_model: {base}
+license: {licence}
+---
+
+# A memory for {base}
+
+An [Artificial Hippocampus Network](https://arxiv.org/abs/2510.07318), in the layout of the
+PyTorch release: {kind}, {count:,} parameters, trained with a window of {window:,} tokens and
+{sinks:,} sinks on {data}.
+
+    ahn-mlx convert --base BASE --ahn {name} --out {name}-mlx
+    ahn-mlx generate --model {name}-mlx --prompt-file book.txt
+
+Settings of the training: {settings}
+"""
+
+
+def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, Any], Origin]]:
+    """The base with a memory, its tokenizer, and its config.json and origin.
+
+    options: base, memory, window, sinks, sink_positions, dtype of `ahn-mlx train`.
+    """
+    config = AHNConfig(
+        memory=options["memory"],
+        window=options["window"],
+        sinks=options["sinks"],
+        sink_positions=options["sink_positions"],
+    )
+    mx.random.seed(options["seed"])
+    name = options["base"]
+    if name == DEFAULT:
+        model, metadata = gguf.load_llama(zoo.smollm2_gguf())
+        tokenizer = gguf.load_tokenizer(metadata)
+        facts = {k: v for k, v in asdict(model.args).items() if v is not None}
+        source = Origin("base", "HuggingFaceTB/SmolLM2-135M-Instruct", "", "apache-2.0")
+    else:
+        path = Path(name) if Path(name).is_dir() else hub.download(name)
+        facts, source = read_config(path), origin("base", path)
+        try:
+            model, _ = mlx_lm.utils.load_model(path, lazy=True)
+            tokenizer = load_tokenizer(path, eos_token_ids=facts.get("eos_token_id"))
+        except Exception as e:  # of many kinds, from transformers and mlx-lm
+            raise AHNError(f"{path}: cannot be loaded ({' '.join(str(e).split())[:200]})") from None
+    augment(model, config)
+    chosen = DTYPES[options["dtype"]] if options["dtype"] else default_dtype()
+    if chosen is not None:
+        cast(model, chosen)
+    mx.eval(model.parameters())
+    return model, tokenizer, (facts, source)
+
+
+def write_checkpoint(
+    out: Path, model: nn.Module, base: tuple[dict[str, Any], Origin], options: dict[str, Any]
+) -> None:
+    """The memory alone, in the layout of the PyTorch release, with config.json and a card.
+
+    Bases of a family that release does not know are written in the same layout.
+    """
+    facts, source = base
+    config = next(memory_layers(model))[1].config
+    weights: Parameters = {
+        published_name(name): x.astype(mx.float32) for name, x in trainable(model).items()
+    }
+    part = out / ".model.part.safetensors"
+    mx.save_safetensors(str(part), weights, {"format": "pt"})
+    os.replace(part, out / "model.safetensors")
+    write_json(out / "config.json", release_config(facts, config, "ahn-only"))
+    shown = {k: v for k, v in options.items() if k not in ("out", "data", "resume", "save_every")}
+    card = CARD.format(
+        base=source.repo,
+        licence=source.licence or "other",
+        kind={v: k for k, v in PUBLISHED_NAMES.items()}[config.memory],
+        count=sum(x.size for x in weights.values()),
+        window=config.window,
+        sinks=config.sinks,
+        data=", ".join(Path(d).name for d in options["data"]),
+        name=out.name,
+        settings=", ".join(f"{k} {v}" for k, v in shown.items()),
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_curves(out: Path) -> None:
+    """curves.png of metrics.jsonl: the loss and its running mean. Needs matplotlib."""
+    lines = read_metrics(out / METRICS)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not lines:
+        return
+    losses, means = [line["loss"] for line in lines], []
+    for loss in losses:
+        means.append(loss if not means else 0.9 * means[-1] + 0.1 * loss)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] for line in lines]
+    axes.plot(steps, losses, alpha=0.3, label="loss")
+    axes.plot(steps, means, label="running mean")
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    part = out / ".curves.part.png"
+    figure.savefig(part, dpi=120)
+    part.replace(out / "curves.png")
