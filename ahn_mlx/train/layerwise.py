@@ -49,12 +49,12 @@ def fit(model: nn.Module, data: Sequences, count: int, window: int, sinks: int) 
                 x = x + layers[i].merge(full)
                 x = x + layer.mlp(layer.post_attention_layernorm(x))
             mx.eval(x, sums.get(i, ()))
-    explained = total = 0.0
+    explained, total = mx.zeros(()), mx.zeros(())
     for i, attention in layers.items():
         weight, part = _solve(*sums[i])
         attention.ahn.o_proj.weight = weight
-        explained, total = explained + part, total + sums[i][2].item()
-    return explained / total
+        explained, total = explained + part, total + sums[i][2]
+    return float((explained / total).item())  # type: ignore[arg-type]
 
 
 def _start(model: nn.Module, layers: dict[int, AHNAttention], tokens: mx.array) -> None:
@@ -72,7 +72,8 @@ def _start(model: nn.Module, layers: dict[int, AHNAttention], tokens: mx.array) 
 def _constant_gates(memory: Any, direction: mx.array) -> None:
     """direction [C]: its product with a hidden state is 1 on average."""
     H, D = memory.o_proj.weight.shape[:2]
-    decays = mx.exp(mx.linspace(*map(math.log, DECAYS), H))
+    slow, fast = (math.log(rate) for rate in DECAYS)
+    decays = mx.exp(mx.linspace(slow, fast, H))
     if memory.kind == "mamba2":
         memory.dt_proj.weight = mx.zeros_like(memory.dt_proj.weight)
         memory.dt_bias = mx.full(H, math.log(math.expm1(STRENGTH)))
@@ -107,11 +108,11 @@ def _products(
     return (readT @ read).sum(axis=0), (readT @ missed).sum(axis=0), missed.square().sum()
 
 
-def _solve(xx: mx.array, xy: mx.array, yy: mx.array) -> tuple[mx.array, float]:
+def _solve(xx: mx.array, xy: mx.array, yy: mx.array) -> tuple[mx.array, mx.array]:
     """Output matrices [H, D, D], and how much of the missed squares they explain."""
     H, D, _ = xx.shape
     diagonal = mx.diagonal(xx, axis1=-2, axis2=-1).mean(axis=-1)
     ridge = xx + (RIDGE * diagonal + 1e-9)[:, None, None] * mx.eye(D)
     weight = mx.linalg.solve(ridge, xy, stream=mx.cpu)
     explained = 2 * (weight * xy).sum() - (weight * (xx @ weight)).sum()
-    return weight, explained.item()
+    return weight, explained

@@ -126,13 +126,13 @@ class Trainer:
             mx.eval(total, gradients)
         assert gradients is not None
         gradients = nn.average_gradients({k: g / s.accumulate for k, g in gradients.items()})
-        value = (mx.distributed.all_sum(total) / (machines * s.accumulate)).item()
+        value = float(mx.distributed.all_sum(total).item()) / (machines * s.accumulate)  # type: ignore[arg-type]
         if not math.isfinite(value):
             raise AHNError(f"the loss is {value} at step {self.step}; try a smaller --lr")
-        new: Any = tree_flatten(
+        updated: Any = tree_flatten(
             self.optimizer.apply_gradients(_tree(gradients), _tree(self.parameters))
         )
-        self.parameters = dict(new)
+        self.parameters = dict(updated)
         mx.eval(self.parameters, self.optimizer.state)
         self.step += 1
         return value
@@ -175,7 +175,8 @@ class Trainer:
         if not file.is_file():
             raise AHNError(f"{file}: no such file; train without --resume")
         try:
-            state, facts = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+            loaded: Any = mx.load(str(file), return_metadata=True)
+            state, facts = loaded
             settings, step = json.loads(facts["settings"]), int(facts["step"])
         except (RuntimeError, ValueError, KeyError) as e:
             raise AHNError(f"{file}: not a training state ({e})") from None

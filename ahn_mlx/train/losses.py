@@ -101,4 +101,5 @@ def _over_rows(loss: Callable[..., mx.array], hidden: mx.array, other: mx.array)
 
     if hidden.shape[0] == 0:
         return mx.zeros(())
-    return total(hidden, other)[0]
+    sums: Any = total(hidden, other)
+    return sums[0]

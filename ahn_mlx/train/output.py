@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from .. import gguf, hub, zoo
 from ..card import Origin, origin
-from ..checkpoint import published_name, read_config
+from ..checkpoint import published_name, read_config, read_tensors, rename_published
 from ..config import PUBLISHED_NAMES, AHNConfig
 from ..errors import AHNError
 from ..export import release_config
@@ -21,7 +21,7 @@ from ..platform import default_dtype
 from ..published import DEFAULT
 from ..shards import write_json
 from .loop import METRICS, read_metrics
-from .streams import Parameters, memory_layers, trainable
+from .streams import Parameters, install, memory_layers, trainable
 
 CARD = """\
 ---
@@ -118,7 +118,8 @@ def write_curves(out: Path) -> None:
         return
     if not lines:
         return
-    losses, means = [line["loss"] for line in lines], []
+    losses: list[float] = [line["loss"] for line in lines]
+    means: list[float] = []
     for loss in losses:
         means.append(loss if not means else 0.9 * means[-1] + 0.1 * loss)
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -131,3 +132,20 @@ def write_curves(out: Path) -> None:
     part = out / ".curves.part.png"
     figure.savefig(part, dpi=120)
     part.replace(out / "curves.png")
+
+
+def load_memory(model: nn.Module, directory: Path) -> None:
+    """Put the memory of an AHN-only checkpoint into a model that has one of that kind.
+
+    Raises AHNError if it does not fit.
+    """
+    kind = AHNConfig.from_dict(read_config(directory)).memory
+    if kind != model.ahn.memory:
+        raise AHNError(f"{directory}: its memory is {kind}, the model's {model.ahn.memory}")
+    expected = trainable(model)
+    found = rename_published(read_tensors(directory))
+    for name in sorted(expected | found):
+        if name not in found or name not in expected or found[name].shape != expected[name].shape:
+            raise AHNError(f"{directory}: tensor {published_name(name)} does not fit this model")
+    install(model, {n: x.astype(expected[n].dtype) for n, x in found.items()})
+    mx.eval(model.parameters())

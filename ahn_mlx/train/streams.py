@@ -40,12 +40,14 @@ def study(
     sinks: int,
     keep_heads: bool = False,
     checkpoint: bool = False,
+    inference: bool = False,
 ) -> Stream:
     """Window, sinks and memory over tokens [B, L].
 
-    checkpoint: keep only the input of each layer for the backward pass.
+    checkpoint: keep only the input of each layer for the backward pass. inference: there
+    will be none; the router, too, then counts as it does when the model is used.
     """
-    model.train()
+    model.train(not inference)
     return _run(model, tokens, lambda: AHNCache(window, sinks), keep_heads, checkpoint)
 
 
@@ -103,7 +105,8 @@ def trainable(model: nn.Module) -> Parameters:
         attention.ahn.unfreeze()
         if attention.config.router:
             attention.router.unfreeze()
-    return dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
+    flat: Any = tree_flatten(model.trainable_parameters())
+    return dict(flat)
 
 
 def install(model: nn.Module, parameters: Parameters) -> None:

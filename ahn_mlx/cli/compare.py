@@ -1,0 +1,170 @@
+"""ahn-mlx compare: what a memory is worth on a text."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from ..errors import AHNError
+from .estimate import print_table
+from .generate import read_document
+from .options import check_numbers, load_model, loading_options
+
+if TYPE_CHECKING:
+    from ..compare import Comparison, Stretch
+
+
+@click.command()
+@loading_options
+@click.option("--ahn", type=click.Path(path_type=Path), help="Memory from a directory of train.")
+@click.option("--text", required=True, metavar="FILE", help="A text it was not trained on.")
+@click.option("--segments", default=8, show_default=True, help="Parts of the text to measure.")
+@click.option("--seq-len", default=2048, show_default=True, help="Tokens of each.")
+@click.option("--stream", "tokens", type=int, help="Instead: this many tokens as one text.")
+@click.option("--stream-from", default=0, show_default=True, help="Measured from there on.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture too.")
+def compare(**options: Any) -> None:
+    """Measure full attention, window alone and window with memory on a text.
+
+    NLL (nats per token) and perplexity of the next token, and the divergence (KL) from full
+    attention, at the positions beyond window and sinks.
+
+    \b
+    ahn-mlx compare --text book.txt --window 256 --sinks 32
+    ahn-mlx compare --ahn my-memory --text book.txt --plot compare.png
+    ahn-mlx compare --text book.txt --stream 131072 --stream-from 65536
+    """
+    check_numbers(options)
+    for name in ("segments", "seq_len", "tokens"):
+        if options[name] is not None and options[name] < 1:
+            raise AHNError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
+    text = read_document(options["text"], has_prompt=False)
+    import mlx.core as mx
+
+    from .. import compare as measure
+
+    model, tokenizer = load_model(options)
+    if options["ahn"]:
+        from ..train.output import load_memory
+
+        load_memory(model, options["ahn"])
+    ids = mx.array(tokenizer.encode(text, add_special_tokens=False))
+    if options["tokens"]:
+        _stream(model, ids, options)
+        return
+    L, count = options["seq_len"], options["segments"]
+    if ids.size < L * count:
+        raise AHNError(
+            f"{options['text']}: {ids.size:,} tokens are less than {count} segments of {L:,};"
+            " use fewer or shorter ones"
+        )
+    # Evenly over the text.
+    starts = [n * (ids.size - L) // max(1, count - 1) for n in range(count)]
+    with _bar(count, "segments") as bar:
+        result = measure.compare(
+            model,
+            [ids[None, a : a + L] for a in starts],
+            model.ahn.window,
+            model.ahn.sinks,
+            bar.update,
+        )
+    _show(result, options)
+
+
+def _stream(model: Any, ids: Any, options: dict[str, Any]) -> None:
+    from ..compare import stream
+
+    n, first = options["tokens"], options["stream_from"]
+    if ids.size < n or not 0 <= first < n - 1:
+        raise AHNError(f"--stream {n} from {first}: the text has {ids.size:,} tokens")
+    with _bar(2 * (n - 1), "tokens") as bar:
+        result = stream(model, ids[None, :n], first, bar.update)
+    if options["as_json"]:
+        click.echo(json.dumps([s._asdict() for s in result], indent=2))
+    else:
+        rows = [_row(s) for s in result]
+        weights = [s.end - s.first for s in result]
+        means = [
+            sum(w * s.nll[kind] for w, s in zip(weights, result, strict=True)) / sum(weights)
+            for kind in ("window", "memory")
+        ]
+        rows.append(["all", *(f"{x:.4f}" for x in means), f"{means[1] - means[0]:+.4f}"])
+        print_table(["positions", "NLL, window", "NLL, memory", "difference"], rows)
+    if options["plot"]:
+        _plot(
+            options["plot"],
+            [s.first for s in result],
+            {k: [s.nll[k] for s in result] for k in result[0].nll},
+            "NLL",
+        )
+
+
+def _row(s: "Stretch") -> list[str]:
+    difference = s.nll["memory"] - s.nll["window"]
+    values = (f"{s.nll['window']:.4f}", f"{s.nll['memory']:.4f}", f"{difference:+.4f}")
+    return [f"{s.first:,} to {s.end:,}", *values]
+
+
+def _show(result: "Comparison", options: dict[str, Any]) -> None:
+    buckets = [*result.buckets, result.total]
+    if options["as_json"]:
+        facts = {
+            "buckets": [b._asdict() for b in result.buckets],
+            "total": result.total._asdict(),
+            "kl_ratio": result.ratio,
+            "kl_ratio_by_segment": result.ratios,
+            "nll_gap_closed": result.gap_closed,
+        }
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        from math import exp
+
+        rows = []
+        for b in buckets:
+            name = "all" if b is result.total else f"{b.first:,} to {b.end:,}"
+            nll = [f"{x:.4f}" for x in b.nll.values()]
+            kl = [f"{x:.4f}" for x in b.kl.values()]
+            ppl = [f"{exp(x):.2f}" for x in b.nll.values()]
+            rows.append([name, *nll, *ppl, *kl, f"{b.kl['memory'] / b.kl['window']:.3f}"])
+        kinds = list(result.total.nll)
+        names = [f"{what}, {kind}" for what in ("NLL", "perplexity") for kind in kinds]
+        names += [f"KL, {kind}" for kind in kinds[1:]]
+        print_table(["positions", *names, "KL ratio"], rows)
+        click.echo(
+            f"KL with memory is {result.ratio:.3f} of the window's (segments"
+            f" {min(result.ratios):.3f} to {max(result.ratios):.3f});"
+            f" {result.gap_closed:.1%} of the NLL gap is closed"
+        )
+    if options["plot"]:
+        curves = {k: [b.kl[k] for b in result.buckets] for k in result.total.kl}
+        _plot(options["plot"], [b.first for b in result.buckets], curves, "KL from full attention")
+
+
+def _plot(file: Path, positions: list[int], curves: dict[str, list[float]], label: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise AHNError("--plot needs matplotlib: pip install 'ahn-mlx[plot]'") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(positions, values, marker="o", label=name)
+    axes.set(xlabel="position", ylabel=f"{label} (nats per token)")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _bar(total: int, unit: str) -> Any:
+    return tqdm(
+        total=total,
+        desc="comparing",
+        unit=f" {unit}",
+        unit_scale=unit == "tokens",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+    )
