@@ -47,11 +47,12 @@ def compare(**options: Any) -> None:
 
     from .. import compare as measure
 
-    model, tokenizer = load_model(options)
     if options["ahn"]:
-        from ..train.output import load_memory
+        from ..train.output import load_trained
 
-        load_memory(model, options["ahn"])
+        model, tokenizer = load_trained(options["ahn"], options)
+    else:
+        model, tokenizer = load_model(options)
     ids = mx.array(tokenizer.encode(text, add_special_tokens=False))
     if options["tokens"]:
         _stream(model, ids, options)

@@ -93,7 +93,9 @@ def write_checkpoint(
     part = out / ".model.part.safetensors"
     mx.save_safetensors(str(part), weights, {"format": "pt"})
     os.replace(part, out / "model.safetensors")
-    write_json(out / "config.json", release_config(facts, config, "ahn-only"))
+    settings = release_config(facts, config, "ahn-only")
+    # Of no meaning to that release; it keeps where sinks are seen.
+    write_json(out / "config.json", {**settings, "ahn": config.to_dict()})
     shown = {k: v for k, v in options.items() if k not in ("out", "data", "resume", "save_every")}
     card = CARD.format(
         base=source.repo,
@@ -134,14 +136,23 @@ def write_curves(out: Path) -> None:
     part.replace(out / "curves.png")
 
 
-def load_memory(model: nn.Module, directory: Path) -> None:
-    """Put the memory of an AHN-only checkpoint into a model that has one of that kind.
+def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A base with the memory of an AHN-only checkpoint, and the tokenizer.
 
-    Raises AHNError if it does not fit.
+    options: name of the base, and window, sinks and dtype if not the checkpoint's.
+    Raises AHNError if the memory does not fit the base.
     """
-    kind = AHNConfig.from_dict(read_config(directory)).memory
-    if kind != model.ahn.memory:
-        raise AHNError(f"{directory}: its memory is {kind}, the model's {model.ahn.memory}")
+    config = AHNConfig.from_dict(read_config(directory))
+    own = {k: options.get(k) for k in ("window", "sinks")}
+    model, tokenizer, _ = load_base(
+        {
+            **asdict(config),
+            **{k: v for k, v in own.items() if v is not None},
+            "base": options["name"],
+            "dtype": options["dtype"],
+            "seed": 0,
+        }
+    )
     expected = trainable(model)
     found = rename_published(read_tensors(directory))
     for name in sorted(expected | found):
@@ -149,3 +160,4 @@ def load_memory(model: nn.Module, directory: Path) -> None:
             raise AHNError(f"{directory}: tensor {published_name(name)} does not fit this model")
     install(model, {n: x.astype(expected[n].dtype) for n, x in found.items()})
     mx.eval(model.parameters())
+    return model, tokenizer
