@@ -23,7 +23,7 @@ class Sequences:
 
     def __init__(self, patterns: tuple[str, ...], tokenizer: Any, length: int, seed: int):
         tokens: list[int] = []
-        ends = [tokenizer.eos_token_id]
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bar = tqdm(
             texts(patterns), desc="tokenizing", unit=" texts", disable=not sys.stderr.isatty()
         )

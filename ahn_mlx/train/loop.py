@@ -125,13 +125,14 @@ class Trainer:
             gradients = new if gradients is None else {k: gradients[k] + new[k] for k in new}
             mx.eval(total, gradients)
         assert gradients is not None
-        gradients = nn.average_gradients({k: g / s.accumulate for k, g in gradients.items()})
+        # Sorted: machines must agree on the order, and MLX's optimizers do not keep it.
+        mean = nn.average_gradients(
+            _tree({k: g / s.accumulate for k, g in sorted(gradients.items())})
+        )
         value = float(mx.distributed.all_sum(total).item()) / (machines * s.accumulate)  # type: ignore[arg-type]
         if not math.isfinite(value):
             raise AHNError(f"the loss is {value} at step {self.step}; try a smaller --lr")
-        updated: Any = tree_flatten(
-            self.optimizer.apply_gradients(_tree(gradients), _tree(self.parameters))
-        )
+        updated: Any = tree_flatten(self.optimizer.apply_gradients(mean, _tree(self.parameters)))
         self.parameters = dict(updated)
         mx.eval(self.parameters, self.optimizer.state)
         self.step += 1

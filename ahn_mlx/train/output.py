@@ -159,5 +159,6 @@ def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, A
         if name not in found or name not in expected or found[name].shape != expected[name].shape:
             raise AHNError(f"{directory}: tensor {published_name(name)} does not fit this model")
     install(model, {n: x.astype(expected[n].dtype) for n, x in found.items()})
+    model.eval()
     mx.eval(model.parameters())
     return model, tokenizer

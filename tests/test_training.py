@@ -1,0 +1,333 @@
+"""Training as a whole, on a model small enough to learn something in seconds."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+import pytest
+from checkpoints import GDN, byte_tokenizer, same
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
+
+from ahn_mlx import AHNError, load_model
+from ahn_mlx.cache import AHNCache
+from ahn_mlx.compare import compare, silenced, stream
+from ahn_mlx.convert import convert
+from ahn_mlx.train import layerwise, loop
+from ahn_mlx.train.data import Sequences
+from ahn_mlx.train.output import load_base, load_trained
+from ahn_mlx.train.streams import install, memory_layers, trainable
+
+BOOK = Path(__file__).parent.parent / "ahn_mlx/demo/pride-and-prejudice.txt"
+MEMORIES = ("gated_deltanet", "deltanet", "mamba2")
+SETTINGS = loop.Settings(
+    window=12,
+    sinks=4,
+    seq_len=128,
+    steps=150,
+    lr=3e-3,
+    loss="kl",
+    layerwise=0,
+    accumulate=1,
+    warmup=5,
+    weight_decay=0.0,
+    random_window=False,
+    grad_checkpoint=False,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with a base, a text to train on, and one held out."""
+    place = tmp_path_factory.mktemp("training")
+    shutil.copytree(GDN / "base", place / "base")
+    shutil.copytree(byte_tokenizer(place / "tokenizer"), place / "base", dirs_exist_ok=True)
+    text = BOOK.read_text().encode("ascii", "ignore").decode()
+    (place / "text.txt").write_text(text[:50_000])
+    (place / "held.txt").write_text(text[50_000:52_000])
+    return place
+
+
+def base_model(place, memory="gated_deltanet"):
+    options = {"memory": memory, "window": 12, "sinks": 4, "sink_positions": "absolute"}
+    return load_base({**options, "base": str(place / "base"), "dtype": "float32", "seed": 0})[:2]
+
+
+def sequences(place, tokenizer, file="text.txt", length=128):
+    return Sequences((str(place / file),), tokenizer, length, 0)
+
+
+def held_out(place, tokenizer):
+    data = sequences(place, tokenizer, "held.txt")
+    return [data[n] for n in range(8)]
+
+
+def train(place, out, *args, **options):
+    """The command as a user starts it."""
+    command = [sys.executable, "-m", "ahn_mlx", *train_arguments(place, out, *args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
+
+
+def train_arguments(place, out, *args):
+    common = ["--data", place / "text.txt", "--window", 12, "--sinks", 4, "--seq-len", 96]
+    return [
+        str(x)
+        for x in ("train", "--base", place / "base", "--out", out, "--lr", 1e-3, *common, *args)
+    ]
+
+
+def losses_of(out):
+    return [line["loss"] for line in loop.read_metrics(out / loop.METRICS)]
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_tiny_model_learns_to_remember(place, memory):
+    model, tokenizer = base_model(place, memory)
+    held = held_out(place, tokenizer)
+    before = compare(model, held, 12, 4)
+    assert before.ratio == 1  # zero output matrices: a fresh memory changes nothing
+    start = {n: x for n, x in mlx_flat(model).items() if ".ahn." not in n}
+    trainer = loop.Trainer(model, sequences(place, tokenizer), SETTINGS)
+    begin = time.monotonic()
+    for _ in range(SETTINGS.steps):
+        trainer.train_step()
+    assert time.monotonic() - begin < 60
+    after = compare(model, held, 12, 4)
+    assert after.total.kl["memory"] < {"mamba2": 0.75}.get(memory, 0.7) * before.total.kl["memory"]
+    assert after.total.kl["window"] == pytest.approx(before.total.kl["window"], rel=1e-5)
+    assert same(start, {n: x for n, x in mlx_flat(model).items() if ".ahn." not in n})
+
+
+def mlx_flat(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
+    model, tokenizer = base_model(place, memory)
+    data = sequences(place, tokenizer)
+    claimed = layerwise.fit(model, data, 60, 12, 4)
+
+    def missed(sequences):
+        """Squared errors of the heads with memory, and without, at the teacher's states."""
+        errors = np.zeros(2)
+        for tokens in sequences:
+            x = model.model.embed_tokens(tokens)
+            for layer in model.layers:
+                h = layer.input_layernorm(x)
+                full = layer.self_attn.heads(h, AHNCache(1000, 0))
+                ours = layer.self_attn.heads(h, AHNCache(12, 4))
+                with silenced(model):
+                    local = layer.self_attn.heads(h, AHNCache(12, 4))
+                errors += [((a - full)[:, :, 16:] ** 2).sum().item() for a in (ours, local)]
+                x = layer(x, cache=AHNCache(1000, 0))
+        return errors
+
+    ours, local = missed(data[n] for n in range(60))
+    assert 1 - ours / local == pytest.approx(claimed, abs=1e-4) and claimed > 0.05
+    ours, local = missed(held_out(place, tokenizer))
+    assert ours < local
+
+
+def test_kill_and_ctrl_c_change_no_loss(place, tmp_path):
+    options = ("--steps", 14, "--layerwise", 2, "--save-every", 3, "--accumulate", 2)
+    done = train(place, tmp_path / "once", *options)
+    assert done.returncode == 0, done.stderr
+    expected = losses_of(tmp_path / "once")
+    assert len(expected) == 14 and len(set(expected)) == 14
+    for number in (signal.SIGKILL, signal.SIGINT):
+        out = tmp_path / number.name
+        command = [sys.executable, "-m", "ahn_mlx", *train_arguments(place, out, *options)]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while len(losses_of(out)) < 5:
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(number)
+        message = child.communicate(timeout=60)[1]
+        if number == signal.SIGINT:
+            assert child.returncode == 130 and "--resume goes on" in message
+        done = train(place, out, *options, "--resume")
+        assert done.returncode == 0, done.stderr
+        assert losses_of(out) == expected
+        assert same(
+            mx.load(str(out / "model.safetensors")),
+            mx.load(str(tmp_path / "once" / "model.safetensors")),
+        )
+
+
+def test_output_is_the_published_layout_and_converts(place, tmp_path):
+    done = train(place, tmp_path / "out", "--steps", 3, "--layerwise", 2)
+    assert done.returncode == 0, done.stderr
+    theirs = set(mx.load(str(GDN / "ahn_only/model.safetensors")))
+    ours = set(mx.load(str(tmp_path / "out/model.safetensors")))
+    # D is in every release and read by nobody.
+    assert ours == {name for name in theirs if not name.endswith(".D")}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["_ahn_implementation"] == "GatedDeltaNet" and config["sliding_window"] == 12
+    assert "trained with a window of 12 tokens" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+    convert(place / "base", tmp_path / "out", tmp_path / "model")
+    converted, _ = load_model(tmp_path / "model", dtype="float32")
+    assert converted.ahn.sink_positions == "clamped"
+    trained, _ = load_trained(tmp_path / "out", {"name": str(place / "base"), "dtype": "float32"})
+    tokens = mx.arange(100)[None] * 7 % 256
+    assert mx.allclose(converted(tokens), trained(tokens), atol=1e-5)
+    with silenced(trained):
+        assert not mx.allclose(converted(tokens), trained(tokens), atol=1e-2)
+
+
+def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
+    done = train(
+        place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5, "--accumulate", 2
+    )
+    assert done.returncode == 0, done.stderr
+    launch = Path(sys.executable).with_name("mlx.launch")
+    arguments = train_arguments(
+        place, tmp_path / "two", "--steps", 3, "--layerwise", 2, "--lr", 1e-5
+    )
+    command = [launch, "-n", "2", "--", sys.executable, "-m", "ahn_mlx", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+def test_options_are_refused_in_one_line(place, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    cases = [
+        (("--data", tmp_path / "absent.txt"), "absent.txt: No such file"),
+        (("--data", tmp_path / "bytes.txt"), "bytes.txt: not UTF-8"),
+        (("--data", tmp_path / "bad.jsonl"), "bad.jsonl: line 2"),
+        (("--seq-len", 17), "nothing leaves a window of 16"),
+        (("--seq-len", 10**6), "smaller --seq-len"),
+        (("--lr", 0), "--lr must be above 0"),
+        (("--base", tmp_path), "config.json"),
+        (("--resume",), "train without --resume"),
+    ]
+    for args, message in cases:
+        done = train(place, tmp_path / "out", "--steps", 1, "--layerwise", 0, *args)
+        assert done.returncode == 2 and message in done.stderr, (args, done.stderr)
+        assert "Traceback" not in done.stderr
+    done = train(place, tmp_path / "made", "--steps", 2, "--layerwise", 0)
+    assert done.returncode == 0, done.stderr
+    done = train(place, tmp_path / "made", "--steps", 2, "--layerwise", 0)
+    assert done.returncode == 2 and "has a training already" in done.stderr
+    done = train(place, tmp_path / "made", "--steps", 3, "--layerwise", 0, "--resume")
+    assert done.returncode == 2 and "--steps 2, not 3" in done.stderr
+
+
+def test_every_token_is_seen_once_an_epoch(place):
+    _, tokenizer = base_model(place)
+    data = sequences(place, tokenizer)
+    epochs = [
+        np.stack([np.array(data[e * data.count + n][0]) for n in range(data.count)]) for e in (0, 1)
+    ]
+    for epoch in epochs:
+        assert (np.sort(epoch, axis=0) == np.sort(data.tokens, axis=0)).all()
+    assert (epochs[0] != epochs[1]).any()
+    assert (np.array(sequences(place, tokenizer)[5]) == np.array(data[5])).all()
+
+
+def test_windows_are_drawn_as_in_the_release():
+    settings = loop.Settings(**{**SETTINGS.__dict__, "random_window": True, "seq_len": 2048})
+    drawn = {loop.draw_window(settings, step) for step in range(300)}
+    assert {w + s for w, s in drawn} == {512, 1024}  # strictly between 256 and 2048
+    assert {s for w, s in drawn if w + s == 512} == {0, 32, 64, 128}
+    assert {s for w, s in drawn if w + s == 1024} == {0, 32, 64, 128, 512}
+
+
+@pytest.mark.parametrize("loss", ["ce", "distill"])
+def test_other_losses_train_too(place, loss):
+    model, tokenizer = base_model(place)
+    changed = {**SETTINGS.__dict__, "loss": loss, "steps": 30, "layerwise": 2}
+    trainer = loop.Trainer(model, sequences(place, tokenizer), loop.Settings(**changed))
+    seen = [trainer.train_step() for _ in range(30)]
+    assert sum(seen[-5:]) < sum(seen[:5])
+
+
+def test_a_loss_that_is_not_finite_stops(place):
+    model, tokenizer = base_model(place)
+    trainer = loop.Trainer(model, sequences(place, tokenizer), SETTINGS)
+    name = next(n for n in trainer.parameters if n.endswith("o_proj.weight"))
+    trainer.parameters[name] = mx.full(trainer.parameters[name].shape, mx.nan)
+    with pytest.raises(AHNError, match="the loss is nan at step 0"):
+        trainer.train_step()
+
+
+def test_compare_is_what_the_models_say(place):
+    """Against plain mlx-lm for full attention, and the model's own forward pass."""
+    model, tokenizer = base_model(place)
+    layerwise.fit(model, sequences(place, tokenizer), 2, 12, 4)
+    tokens = held_out(place, tokenizer)[0]
+    result = compare(model, [tokens], 12, 4)
+    plain, _ = mlx_lm.utils.load_model(place / "base")
+    model.eval()
+    logits = {"full": plain(tokens, cache=[KVCache() for _ in plain.layers])[0]}
+    logits["memory"] = model(tokens)[0]
+    with silenced(model):
+        logits["window"] = model(tokens)[0]
+    targets = tokens[0, 17:]
+    log_p = {kind: nn.log_softmax(x[16:-1], axis=-1) for kind, x in logits.items()}
+    for kind, x in log_p.items():
+        nll = -mx.take_along_axis(x, targets[:, None], axis=-1).mean()
+        assert result.total.nll[kind] == pytest.approx(nll.item(), rel=1e-4)
+    for kind in ("window", "memory"):
+        divergence = (mx.exp(log_p["full"]) * (log_p["full"] - log_p[kind])).sum(axis=-1).mean()
+        assert result.total.kl[kind] == pytest.approx(divergence.item(), rel=1e-4)
+    assert [(b.first, b.end) for b in result.buckets] == [(16, 32), (32, 64), (64, 127)]
+    whole = sum(b.kl["memory"] * b.tokens for b in result.buckets) / 111
+    assert whole == pytest.approx(result.total.kl["memory"], rel=1e-4)
+    assert result.ratios == [pytest.approx(result.ratio, rel=1e-5)]
+    streamed = stream(model, tokens, 16)
+    for kind in ("window", "memory"):
+        assert streamed[0].nll[kind] == pytest.approx(result.total.nll[kind], rel=1e-4)
+
+
+def test_compare_command(place, tmp_path):
+    model = tmp_path / "model"
+    convert(GDN / "base", GDN / "ahn_only", model)
+    shutil.copytree(place / "tokenizer", model, dirs_exist_ok=True)
+    command = [sys.executable, "-m", "ahn_mlx", "compare", "--model", model, "--text"]
+    command += [place / "held.txt", "--segments", "3", "--seq-len", "128"]
+    done = subprocess.run(
+        [*map(str, command), "--json", "--plot", str(tmp_path / "a.png")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert len(facts["kl_ratio_by_segment"]) == 3
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100)
+    assert f"KL with memory is {facts['kl_ratio']:.3f}" in done.stdout
+    done = subprocess.run(
+        [*map(str, command), "--stream", "1000", "--stream-from", "500"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "500 to 999" in done.stdout, done.stderr
+    done = subprocess.run(
+        [*map(str, command), "--seq-len", "4096"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and "use fewer or shorter ones" in done.stderr
+
+
+def test_only_the_memory_is_trained(place):
+    model, _ = base_model(place)
+    names = trainable(model)
+    assert names and all(".ahn." in name for name in names)
+    assert len(list(memory_layers(model))) == 3
+    install(model, {n: x + 1 for n, x in names.items()})
+    assert all(mx.array_equal(x, names[n] + 1) for n, x in trainable(model).items())
