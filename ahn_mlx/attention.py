@@ -74,6 +74,9 @@ class AHNAttention(nn.Module):
                 window = cache.capacity if self.training else cache.window
                 loudness = self.router(mx.arange(last - T + 1, last + 1), window)
                 m = (m * loudness).astype(m.dtype)
+            if cache.trace is not None:
+                first, strength = update.end - T - cache.window, update.evicted()[2][..., 0]
+                cache.trace = cache.trace.add(first, strength, heads[:, :, -T:], m)
             heads = _add_tail(heads, m)
         return heads
 

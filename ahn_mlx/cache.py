@@ -15,6 +15,7 @@ from mlx_lm.models.cache import _BaseCache, create_attention_mask
 from .errors import AHNError
 from .ops.ring import Update, slot_of
 from .ops.window import Stored
+from .trace import Trace
 
 # Slots added at a time while the window fills.
 GROWTH = 256
@@ -60,6 +61,8 @@ class AHNCache(_BaseCache):
         # keys, values (each three arrays if quantized), gates: [B, heads, slots, width].
         self.buffers: tuple[mx.array, ...] | None = None
         self.memory: mx.array | None = None
+        # Set by whoever wants to know what the memory does.
+        self.trace: Trace | None = None
         # Copies of what leaves next, one slot of each buffer.
         self._next: tuple[mx.array, ...] | None = None
 

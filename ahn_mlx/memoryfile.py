@@ -1,7 +1,8 @@
 """What a model remembers of a text, as one safetensors file.
 
 Caches are arrays: `layers.I.memory` and `layers.I.J` for window, sinks and gates, or keys
-and values of a layer with full attention; `pending` are tokens not yet read. All else is
+and values of a layer with full attention; `layers.I.trace.J` are those of its trace,
+`pending` tokens not yet read. All else is
 JSON in the header's metadata, and a checksum covers both.
 """
 
@@ -23,6 +24,7 @@ from .cache import AHNCache
 from .checkpoint import load_safetensors
 from .errors import AHNError
 from .tensorfile import Layout, TensorWriter, bits, read_header, show
+from .trace import Trace
 
 VERSION = 1
 
@@ -68,6 +70,8 @@ def save(file: Path, caches: list[Cache], pending: list[int], facts: Mapping[str
             layers.append([offset, window, sinks, kv_bits, group_size])
             if memory is not None:
                 arrays[f"layers.{i}.memory"] = memory
+            for j, x in enumerate(cache.trace or ()):
+                arrays[f"layers.{i}.trace.{j}"] = x
         else:
             layers.append([cache.offset])
             buffers = [] if cache.empty() else [cache.keys, cache.values]
@@ -114,9 +118,11 @@ def load(file: Path) -> tuple[list[Cache], list[int], dict[str, Any]]:
 
 
 def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
-    count = sum(name.startswith(f"layers.{i}.") for name in arrays)
     memory = arrays.get(f"layers.{i}.memory")
-    buffers = [arrays[f"layers.{i}.{j}"] for j in range(count - (memory is not None))]
+    trace = [x for j in range(2) if (x := arrays.get(f"layers.{i}.trace.{j}")) is not None]
+    count = sum(name.startswith(f"layers.{i}.") for name in arrays)
+    count -= len(trace) + (memory is not None)
+    buffers = [arrays[f"layers.{i}.{j}"] for j in range(count)]
     if len(layer) == 1:
         full = KVCache()
         if buffers:
@@ -125,6 +131,7 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     offset, window, sinks, kv_bits, group_size = layer
     cache = AHNCache(window, sinks, kv_bits, group_size)
     cache.state = (memory, offset, window, sinks, kv_bits, group_size, *buffers)
+    cache.trace = Trace(*trace)
     return cache
 
 

@@ -26,6 +26,7 @@ from .errors import AHNError
 from .generate import prefill_step
 from .memoryfile import Cache
 from .template import Template
+from .trace import Trace
 
 PREVIEW = 200  # characters
 
@@ -63,6 +64,9 @@ class Session:
                 c.to_quantized(kv_group_size, kv_bits) if isinstance(c, AHNCache) else c
                 for c in self.caches
             ]
+        for layer, cache in zip(model.layers, self.caches, strict=True):
+            if isinstance(cache, AHNCache):
+                cache.trace = Trace.start(layer.self_attn.n_heads)
         self.pending: list[int] = []
         self.preview = ""
         # Where the conversation stands: "start", "read" (a message is open), "answered"

@@ -29,6 +29,7 @@ def info(file: Path) -> None:
     parts: dict[str, int] = {}
     for name, tensor in read_header(file).items():
         part = {"memory": "state", "pending": "not yet read"}.get(name.rsplit(".", 1)[-1])
+        part = "trace" if ".trace." in name else part
         key = part or "window, sinks, gates"
         parts[key] = parts.get(key, 0) + tensor.end - tensor.begin
     model = facts["model"]

@@ -20,11 +20,11 @@ from .streams import memory_layers
 
 # Write strength, and log decay per token from head to head: the output norm hides how
 # full a memory is, so that one that fills slowly is read the same, and keeps more.
-STRENGTH = 0.003
+STRENGTH = 0.1
 DECAYS = (1e-4, 1e-3)
 
 # Ridge, as a part of the mean square of what is read.
-RIDGE = 0.01
+RIDGE = 0.5
 
 
 def fit(model: nn.Module, data: Sequences, count: int, window: int, sinks: int) -> float:

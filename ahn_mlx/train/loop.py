@@ -29,7 +29,7 @@ STATE, METRICS = "training.safetensors", "metrics.jsonl"
 
 # Learning rates as multiples of --lr. A head's gain scales its whole output matrix; the
 # matrix itself diverges at the gates' rate.
-RATES = {"gain": 500.0, "o_proj.weight": 0.3}
+RATES = {"gain": 300.0, "o_proj.weight": 0.3}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Trainer:
             self.parameters[name] = start(attention.n_heads)
         rates = [*RATES.values(), 1.0]
         self.optimizer = optim.MultiOptimizer(
-            [optim.AdamW(self._schedule(r), weight_decay=settings.weight_decay) for r in rates],
+            [self._adamw(r) for r in rates],
             [partial(_ends_with, suffix) for suffix in RATES],
         )
         self.world = mx.distributed.init()
@@ -100,6 +100,12 @@ class Trainer:
             self._resume(saved)
         install(model, fold(self.parameters))
         mx.eval(model.parameters())
+
+    def _adamw(self, rate: float) -> optim.AdamW:
+        # Uncorrected, the first hundred steps are three to six times as long.
+        return optim.AdamW(
+            self._schedule(rate), weight_decay=self.settings.weight_decay, bias_correction=True
+        )
 
     def _schedule(self, rate: float) -> Callable[[mx.array], mx.array]:
         s = self.settings
