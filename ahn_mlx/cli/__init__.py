@@ -19,6 +19,7 @@ COMMANDS = {
     "ask": (".cli.ask", "ask", "Ask about a digested document."),
     "chat": (".cli.chat", "chat", "Talk without end in constant memory."),
     "memory": (".cli.memory", "memory", "Look into a digested document's file."),
+    "inspect": (".cli.inspect", "inspect", "Draw what a digested document left."),
     "models": (".cli.models", "models", "List models by name, and what is on this machine."),
     "pull": (".cli.models", "pull", "Download and convert a model."),
     "rm": (".cli.models", "rm", "Delete a converted model."),
