@@ -10,7 +10,7 @@ import numpy as np
 
 from .cache import AHNCache
 from .errors import AHNError
-from .memory import Memory
+from .memory import DeltaNet, Mamba2, Memory
 from .session import Session
 from .trace import BLOCK
 from .train.streams import memory_layers
@@ -57,7 +57,7 @@ def measure(session: Session) -> list[Layer]:
         sums, counts = np.array(cache.trace.strengths)
         strength, local, memory = np.array(cache.trace.heads)
         blocks = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-        norm = np.array(mx.linalg.norm(cache.memory[0], axis=(-2, -1)))
+        norm = np.array(mx.linalg.norm(cache.memory[0], axis=[-2, -1]))
         share = memory / np.maximum(local + memory, 1e-30)
         length = _length(attention.ahn, cache)
         layers.append(Layer(i, norm, length, strength / counts.sum(), share, blocks))
@@ -68,11 +68,9 @@ def _length(memory: Memory, cache: AHNCache) -> np.ndarray[Any, Any] | None:
     """From the decays of the tokens in the window, which are written next."""
     assert cache.buffers is not None
     gates = cache.buffers[-1][0, :, cache.sinks : cache.capacity].astype(mx.float32)
-    if memory.kind == "deltanet":
+    if isinstance(memory, DeltaNet):
         return None
-    decay = (
-        gates[..., 1] if memory.kind == "gated_deltanet" else gates[..., 0] * memory.rates[:, None]
-    )
+    decay = gates[..., 0] * memory.rates[:, None] if isinstance(memory, Mamba2) else gates[..., 1]
     return np.array(1 / mx.maximum(-decay.mean(axis=-1), 1e-9))
 
 
@@ -221,7 +219,8 @@ def heat_map(
         f'<text x="8" y="{R * height / 2}" transform="rotate(-90 8 {R * height / 2})">layer</text>',
     ]
     box = f"0 0 {right:.0f} {bottom + 6}"
-    return f'<svg viewBox="{box}" role="img">{"".join(cells)}{"".join(labels)}</svg>'
+    drawn = "".join(cells + labels)
+    return f'<svg viewBox="{box}" role="img" shape-rendering="crispEdges">{drawn}</svg>'
 
 
 # From light to dark, readable without colour vision.

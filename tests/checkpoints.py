@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ahn_mlx.convert import convert
 from ahn_mlx.model import load_model
 
 REPO = Path(__file__).parent.parent
@@ -124,3 +125,19 @@ def pickled(path, value):
         z.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
         z.writestr("archive/version", "3\n")
     path.write_bytes(buffer.getvalue())
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def talking_model(variant: str, directory: Path) -> Path:
+    """A golden model, converted, with a tokenizer of bytes and a chat template."""
+    out = directory / "model"
+    convert(GOLDEN / variant / "base", GOLDEN / variant / "ahn_only", out)
+    shutil.copytree(byte_tokenizer(out.with_name("tokenizer")), out, dirs_exist_ok=True)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    (out / "tokenizer_config.json").write_text(json.dumps(config))
+    return out

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import shutil
 import struct
 import subprocess
 import sys
@@ -12,20 +11,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import GOLDEN, byte_tokenizer
+from checkpoints import talking_model
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model, memoryfile
-from ahn_mlx.convert import convert
 from ahn_mlx.session import Session
 
 VARIANTS = ("qwen2-gdn", "qwen2-dn", "qwen2-mamba2")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 MORE = "It was the season of Light, it was the season of Darkness. " * 2
 
 
@@ -33,12 +27,7 @@ MORE = "It was the season of Light, it was the season of Darkness. " * 2
 def directories(tmp_path_factory) -> dict[str, Path]:
     found = {}
     for variant in VARIANTS:
-        out = tmp_path_factory.mktemp(variant) / "model"
-        convert(GOLDEN / variant / "base", GOLDEN / variant / "ahn_only", out)
-        shutil.copytree(byte_tokenizer(out.with_name("tokenizer")), out, dirs_exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-        (out / "tokenizer_config.json").write_text(json.dumps(config))
-        found[variant] = out
+        found[variant] = talking_model(variant, tmp_path_factory.mktemp(variant))
     return found
 
 

@@ -1,0 +1,133 @@
+"""The page on a memory: its numbers against direct ones, and the page in a browser."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import talking_model
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from ahn_mlx import AHNError, load_model, report
+from ahn_mlx.cache import AHNCache
+from ahn_mlx.session import Session
+from ahn_mlx.trace import BLOCK
+
+TEXT = "It is a far, far better thing that I do, than I have ever done. " * 8
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="module", params=["qwen2-gdn", "qwen2-dn", "qwen2-mamba2"])
+def loaded(request, tmp_path_factory):
+    path = talking_model(request.param, tmp_path_factory.mktemp(request.param))
+    model, _ = load_model(path, dtype="float32")
+    return model, load_tokenizer(path), path
+
+
+def read(loaded, step: int) -> Session:
+    model, tokenizer, path = loaded
+    session = Session(model, tokenizer, origin={"name": str(path)}, step=step)
+    session.read(TEXT)
+    return session
+
+
+def test_numbers_are_those_of_the_equations(loaded):
+    session = read(loaded, 16)
+    model = session.model
+    ids = Session(model, session.tokenizer).encode(TEXT)
+    ids = ids[: len(ids) // 16 * 16]
+    x = model.model.embed_tokens(mx.array([ids]))
+    for layer, found in zip(model.layers, report.measure(session), strict=True):
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        cache = AHNCache(model.ahn.window, model.ahn.sinks)
+        heads = attention.heads(h, cache)
+        gates = np.array(attention.ahn.gates(h))[0]
+        written = gates[cache.sinks : len(ids) - cache.window, :, 0]
+        np.testing.assert_allclose(found.strength, written.mean(axis=0), rtol=1e-4)
+        first = np.arange(cache.sinks, len(ids) - cache.window) // BLOCK
+        blocks = [written[first == b].mean() for b in range(first[-1] + 1)]
+        np.testing.assert_allclose(found.blocks, blocks, rtol=1e-4)
+        norms = np.sqrt((np.array(cache.memory)[0] ** 2).sum(axis=(1, 2)))
+        np.testing.assert_allclose(found.norm, norms, rtol=1e-3)
+        weight = attention.ahn.o_proj.weight
+        attention.ahn.o_proj.weight = mx.zeros_like(weight)
+        local = attention.heads(h, AHNCache(cache.window, cache.sinks))[:, :, cache.capacity :]
+        attention.ahn.o_proj.weight = weight
+        said = heads[:, :, cache.capacity :] - local
+        squares = [np.array((part**2).sum(axis=(0, 2, 3))) for part in (said, local)]
+        np.testing.assert_allclose(found.share, squares[0] / sum(squares), rtol=1e-3)
+        last = gates[len(ids) - cache.window :]
+        if attention.ahn.kind == "deltanet":
+            assert found.length is None
+        elif attention.ahn.kind == "mamba2":
+            decay = last[..., 0] * np.exp(np.array(attention.ahn.A_log))
+            np.testing.assert_allclose(found.length, 1 / decay.mean(axis=0), rtol=1e-4)
+        else:
+            np.testing.assert_allclose(found.length, -1 / last[..., 1].mean(axis=0), rtol=1e-4)
+        x = x + attention.merge(heads)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def test_the_same_whatever_the_steps_and_after_a_file(loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    one = read(loaded, 16)
+    assert one.pending
+    one.save(tmp_path / "a.ahn")
+    again = Session.load(tmp_path / "a.ahn", model, tokenizer)
+    other = read(loaded, 8)
+    for a, b in zip(report.measure(one), report.measure(again), strict=True):
+        np.testing.assert_equal(a, b)
+    trimmed = [report.measure(s)[0].blocks for s in (one, other)]
+    whole = min(len(blocks) for blocks in trimmed) - 1
+    np.testing.assert_allclose(trimmed[0][:whole], trimmed[1][:whole], rtol=1e-5)
+
+
+def test_quotes_only_from_the_text_that_was_read(loaded):
+    session = read(loaded, 16)
+    assert "far better thing" in report.page(session, "a<b>", TEXT).split("strongly")[1]
+    assert "a&lt;b&gt;" in report.page(session, "a<b>")
+    with pytest.raises(AHNError, match="--text is another text"):
+        report.page(session, "a", "Call me Ishmael. " + TEXT)
+
+
+def test_nothing_written_yet(loaded):
+    model, tokenizer, _ = loaded
+    session = Session(model, tokenizer, step=4)
+    session.read("Hi")
+    with pytest.raises(AHNError, match="all are still in the window"):
+        report.measure(session)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_in_a_browser(loaded, tmp_path):
+    read(loaded, 16).save(tmp_path / "book.ahn")
+    (tmp_path / "book.txt").write_text(TEXT)
+    options = ["--memory", "book.ahn", "--text", "book.txt", "-o", "report.html"]
+    command = [sys.executable, "-m", "ahn_mlx", "inspect", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href|url)\s*[=(]|@import", page)
+    dom, picture = browse(tmp_path)
+    assert dom.count("<svg") == page.count("<svg") >= 4
+    assert "far better thing" in dom
+    # Drawn, not only there: the darkest cell of a map is on the picture.
+    dark = np.abs(picture[..., :3] * 255 - np.array(report.DARK)).max(axis=-1) < 2
+    assert dark.sum() > 20
+
+
+def browse(directory: Path) -> tuple[str, np.ndarray]:
+    """What the page becomes in a headless browser, and a picture of it."""
+    from matplotlib.image import imread
+
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    options += ["--disable-background-networking", f"--user-data-dir={directory / 'profile'}"]
+    options += ["--window-size=1000,1400", f"--screenshot={directory / 'shot.png'}", "--dump-dom"]
+    url = (directory / "report.html").as_uri()
+    done = subprocess.run([BROWSER, *options, url], capture_output=True, text=True, timeout=100)
+    return done.stdout, imread(directory / "shot.png")
