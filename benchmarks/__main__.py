@@ -14,6 +14,7 @@ from .metal import metal
 from .prefill import prefill
 from .quantized import quantized
 from .recurrence import recurrence
+from .training import training
 
 
 @click.group(help=__doc__)
@@ -21,7 +22,7 @@ def main() -> None:
     pass
 
 
-for command in (conversion, decode, far, memory, metal, prefill, quantized, recurrence):
+for command in (conversion, decode, far, memory, metal, prefill, quantized, recurrence, training):
     main.add_command(command)
 
 main()

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
 from standin import StandIn
 
-from ahn_mlx import card, published
+from ahn_mlx import card, published, zoo
 from ahn_mlx.checkpoint import read_tensors
 from ahn_mlx.convert import convert
 from ahn_mlx.model import load_model
@@ -368,7 +368,7 @@ def test_published_parameters() -> None:
     }
     base = {"3b": 3085938688, "7b": 7615616512, "14b": 14770033664}
     names = [f"ahn-{memory}-{size}" for size in table for memory in table[size]]
-    assert sorted([published.DEFAULT, *names]) == sorted(published.MODELS)
+    assert sorted([*zoo.ZOO, *names]) == sorted(published.MODELS)
     for size, row in table.items():
         for memory, millions in row.items():
             found = published.parameters(f"ahn-{memory}-{size}")

@@ -18,7 +18,6 @@ from ..errors import AHNError
 from ..export import release_config
 from ..model import DTYPES, augment, cast
 from ..platform import default_dtype
-from ..published import DEFAULT
 from ..shards import write_json
 from .loop import METRICS, read_metrics
 from .streams import Parameters, install, memory_layers, trainable
@@ -57,7 +56,7 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
     )
     mx.random.seed(options["seed"])
     name = options["base"]
-    if name == DEFAULT:
+    if name in zoo.ZOO:
         model, metadata = gguf.load_llama(zoo.smollm2_gguf())
         tokenizer = gguf.load_tokenizer(metadata)
         facts = {k: v for k, v in asdict(model.args).items() if v is not None}

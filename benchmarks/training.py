@@ -1,0 +1,128 @@
+"""What training takes: tokens per second of both stages, and bytes for large models."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ahn_mlx import zoo
+from ahn_mlx.cli.estimate import MACS, USABLE
+from ahn_mlx.memory import MEMORIES
+from ahn_mlx.model import build
+from ahn_mlx.published import DEFAULT, MODELS
+from ahn_mlx.train import layerwise, loop
+from ahn_mlx.train.data import Sequences
+from ahn_mlx.train.losses import ROWS, kl
+from ahn_mlx.train.output import load_base
+from ahn_mlx.train.streams import Stream, install, study, trainable
+
+from .measure import table
+
+SEQUENCE, WINDOW, SINKS = 2048, 256, 32
+DEMO = Path(zoo.__file__).parent / "demo" / "pride-and-prejudice.txt"
+
+
+@click.command()
+@click.option("--lengths", default="4096,8192", show_default=True, help="Tokens of a sequence.")
+@click.option("--sizes", default="3b,7b", show_default=True)
+def training(lengths: str, sizes: str) -> None:
+    """Tokens per second of SmolLM2-135M, and memory that a 3B or 7B model takes.
+
+    The latter is counted, except for two things that are run at full size in float32: the
+    backward pass of one layer and of the head.
+    """
+    rows = [[kind, *(f"{x:.0f}" for x in speeds(kind))] for kind in MEMORIES]
+    table(["SmolLM2-135M, tokens/s", "layer-wise", "end to end"], rows)
+    click.echo()
+    rows = []
+    for size in sizes.split(","):
+        for length in map(int, lengths.split(",")):
+            parts = gigabytes(f"ahn-gdn-{size}", length)
+            total = sum(parts.values())
+            fits = [str(mac) for mac in MACS if mac >= 16 and total <= USABLE * mac]
+            cells = [f"{x:.1f}" for x in (*parts.values(), total)]
+            rows.append([f"{size}, {length:,} tokens", *cells, ", ".join(fits) or "none"])
+    heads = ["weights", "optimizer", "checkpoints", "one layer", "head", "all, GB", "fits in, GB"]
+    table(["with --grad-checkpoint", *heads], rows)
+
+
+def speeds(kind: str) -> tuple[float, float]:
+    """Tokens per second of the layer-wise stage and of a step, two sequences each."""
+    options = {"base": DEFAULT, "memory": kind, "window": WINDOW, "sinks": SINKS}
+    model, tokenizer, _ = load_base(
+        {**options, "sink_positions": "clamped", "dtype": "float32", "seed": 0}
+    )
+    data = Sequences((str(DEMO),), tokenizer, SEQUENCE, 0)
+    settings = loop.Settings(WINDOW, SINKS, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)
+    first = _seconds(lambda: layerwise.fit(model, data, 2, WINDOW, SINKS))
+    trainer = loop.Trainer(model, data, settings)
+    trainer.train_step()
+    second = _seconds(lambda: [trainer.train_step() for _ in range(2)])
+    return 2 * SEQUENCE / first, 2 * SEQUENCE / second
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def gigabytes(name: str, length: int) -> dict[str, float]:
+    """Parts of the peak of a step on one sequence, base in bfloat16."""
+    entry = MODELS[name]
+    config = {**entry.base.config, "ahn": {**entry.ahn.to_dict(), "window": length // 4}}
+    whole = build(config)
+    layers, C = len(whole.layers), whole.args.hidden_size
+    memories = sum(x.size for x in trainable(whole).values())
+    flat: Any = tree_flatten(whole.parameters())
+    one = build({**config, "num_hidden_layers": 1, "vocab_size": 256})
+    return {
+        "weights": 2 * sum(x.size for _, x in flat) / 1e9,
+        # Parameters, gradients, two moments, and the copy in the model; float32.
+        "optimizer": 5 * 4 * memories / 1e9,
+        # The input of each layer, and the teacher's last hidden states.
+        "checkpoints": 2 * (layers + 1) * length * C / 1e9,
+        "one layer": _layer_peak(one, length) / 1e9,
+        "head": _head_peak(whole.args.vocab_size, C) / 1e9,
+    }
+
+
+def _layer_peak(model: nn.Module, length: int) -> int:
+    """Bytes beyond weights of one layer's forward and backward pass, window length / 4."""
+    ahn = model.ahn
+    parameters = trainable(model)
+    tokens = mx.zeros((1, length), dtype=mx.int32)
+
+    def loss(parameters: dict[str, mx.array]) -> mx.array:
+        install(model, parameters)
+        return study(model, tokens, ahn.window, ahn.sinks, checkpoint=True).hidden.square().mean()
+
+    return _peak(lambda: mx.value_and_grad(loss)(parameters), model)
+
+
+def _head_peak(vocabulary: int, C: int) -> int:
+    """Bytes beyond weights of the loss of some rows, which are taken a block at a time."""
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.embed_tokens = nn.Embedding(vocabulary, C)
+    labels = mx.zeros((1, 2 * ROWS), dtype=mx.int32)
+
+    def loss(x: mx.array) -> mx.array:
+        return kl(model, Stream(0.5 * x, []), Stream(x, []), labels, 0)
+
+    x = mx.random.normal((1, 2 * ROWS, C))
+    return _peak(lambda: mx.value_and_grad(loss)(x), model)
+
+
+def _peak(run: Callable[[], Any], model: nn.Module) -> int:
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(run())
+    return mx.get_peak_memory() - before
