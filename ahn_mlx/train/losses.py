@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..ops.exp import exp
 from .streams import Stream, head
 
 # Rows of logits at a time: 512 of 151,936 float32 numbers are 311 MB.
@@ -43,9 +44,11 @@ def kl(model: nn.Module, teacher: Stream, student: Stream, labels: mx.array, W: 
 def divergence(p: mx.array, q: mx.array) -> mx.array:
     """KL(p || q) of logits [..., V], in nats, float32."""
     p, q = p.astype(mx.float32), q.astype(mx.float32)
-    mass = mx.softmax(p, axis=-1)
-    mean = (mass * (p - q)).sum(axis=-1)
-    return mean - mx.logsumexp(p, axis=-1) + mx.logsumexp(q, axis=-1)
+    p, q = (x - mx.stop_gradient(x.max(axis=-1, keepdims=True)) for x in (p, q))
+    mass = exp(p)
+    total = mass.sum(axis=-1)
+    mean = (mass * (p - q)).sum(axis=-1) / total
+    return mean - mx.log(total) + mx.log(exp(q).sum(axis=-1))
 
 
 def ce(model: nn.Module, teacher: Stream, student: Stream, labels: mx.array, W: int) -> mx.array:
