@@ -44,6 +44,11 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
     metavar="N",
     help="First fit each layer to N sequences; 0: start as the paper's release, from zero.",
 )
+@click.option(
+    "--ahn",
+    type=click.Path(path_type=Path),
+    help="Start from this trained memory, without a layer-wise fit.",
+)
 @click.option("--steps", default=500, show_default=True, help="Of end-to-end training; 0: none.")
 @click.option("--lr", default=1e-4, show_default=True, help="Learning rate of the gates.")
 @click.option("--warmup", default=10, show_default=True, help="Steps to reach it.")
@@ -67,17 +72,21 @@ def train(**options: Any) -> None:
     ahn-mlx train --data 'books/*.txt' --out my-memory --resume
     ahn-mlx train --base Qwen/Qwen2.5-3B-Instruct --memory deltanet --seq-len 8192 \\
       --grad-checkpoint --data texts.jsonl --out ahn-dn-3b-mine
+    ahn-mlx train --ahn my-memory --data more.txt --out better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
     _check(options)
     out: Path = options["out"]
     from ..train import loop
     from ..train.data import Sequences
-    from ..train.output import load_base, write_checkpoint, write_curves
+    from ..train.output import install_trained, load_base, write_checkpoint, write_curves
 
     if (out / loop.STATE).exists() and not options["resume"]:
         raise AHNError(f"{out}: has a training already; --resume, or choose another --out")
     model, tokenizer, base = load_base(options)
+    if options["ahn"]:
+        install_trained(model, options["ahn"])
+        options["layerwise"] = 0
     names = loop.Settings.__dataclass_fields__
     settings = loop.Settings(**{k: v for k, v in options.items() if k in names})
     data = Sequences(options["data"], tokenizer, settings.seq_len, settings.seed)

@@ -19,7 +19,7 @@ from .exp import exp
 from .ring import Update
 
 # Queries per tile. Larger tiles compute more scores outside the window.
-QUERY_TILE = 128
+QUERY_TILE = 64
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
 FEW_ROWS = 16

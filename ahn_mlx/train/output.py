@@ -152,12 +152,18 @@ def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, A
             "seed": 0,
         }
     )
+    install_trained(model, directory)
+    model.eval()
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def install_trained(model: nn.Module, directory: Path) -> None:
+    """Put the memory of an AHN-only checkpoint into the model. Raises AHNError if it does
+    not fit."""
     expected = trainable(model)
     found = rename_published(read_tensors(directory))
     for name in sorted(expected | found):
         if name not in found or name not in expected or found[name].shape != expected[name].shape:
             raise AHNError(f"{directory}: tensor {published_name(name)} does not fit this model")
     install(model, {n: x.astype(expected[n].dtype) for n, x in found.items()})
-    model.eval()
-    mx.eval(model.parameters())
-    return model, tokenizer
