@@ -185,6 +185,17 @@ def test_output_is_the_published_layout_and_converts(place, tmp_path):
         assert not mx.allclose(converted(tokens), trained(tokens), atol=1e-2)
 
 
+def test_a_trained_memory_is_trained_on(place, tmp_path):
+    first, on = tmp_path / "first", tmp_path / "on"
+    done = train(place, first, "--steps", 3, "--layerwise", 2)
+    assert done.returncode == 0, done.stderr
+    done = train(place, on, "--steps", 0, "--ahn", first)
+    assert done.returncode == 0, done.stderr
+    assert same(*(mx.load(str(out / "model.safetensors")) for out in (first, on)))
+    done = train(place, tmp_path / "other", "--ahn", first, "--memory", "mamba2")
+    assert done.returncode == 2 and f"{first}: tensor" in done.stderr, done.stderr
+
+
 def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
     done = train(
         place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5, "--accumulate", 2
