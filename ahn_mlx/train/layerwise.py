@@ -1,8 +1,9 @@
-"""A first memory without a backward pass: each layer on its own.
+"""A first memory without a backward pass through the network: each layer on its own.
 
 What a head misses is the difference between full attention and its window, at the
-teacher's own hidden states. Gates start at small constants; the output matrix of each
-head is then the ridge regression of that difference on what the memory reads.
+teacher's own hidden states. Write strength and decay start at small constants; the output
+matrix of each head is then the ridge regression of that difference on what the memory
+reads, and its output gate, where it is a factor, says for which tokens that helps.
 """
 
 import math
@@ -11,10 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from tqdm import tqdm
 
 from ..attention import AHNAttention
 from ..cache import AHNCache
+from ..memory.layers import GateProjection
 from .data import Sequences
 from .streams import memory_layers
 
@@ -26,6 +29,9 @@ DECAYS = (1e-4, 1e-3)
 # Ridge, as a part of the mean square of what is read.
 RIDGE = 0.5
 
+# Of Adam over all tokens at once; more of it fits the gates to these texts only.
+GATE_STEPS, GATE_RATE = 60, 0.03
+
 
 def fit(model: nn.Module, data: Sequences, count: int, window: int, sinks: int) -> float:
     """Set all parameters of the memories from the first `count` sequences, in place.
@@ -34,44 +40,59 @@ def fit(model: nn.Module, data: Sequences, count: int, window: int, sinks: int) 
     """
     model.eval()
     layers = dict(memory_layers(model))
-    _start(model, layers, data[0])
-    sums: dict[int, tuple[mx.array, ...]] = {}
-    for n in tqdm(range(count), desc="layer-wise", unit=" seq", disable=not sys.stderr.isatty()):
-        x = model.model.embed_tokens(data[n])
-        for i, layer in enumerate(model.layers):
-            if i not in layers:
-                x = layer(x, mask="causal")
-            else:
-                h = layer.input_layernorm(x)
-                full = layers[i].heads(h, AHNCache(h.shape[1], 0))
-                new = _products(layers[i], h, full, window, sinks)
-                sums[i] = tuple(a + b for a, b in zip(sums[i], new, strict=True)) if n else new
-                x = x + layers[i].merge(full)
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
-            mx.eval(x, sums.get(i, ()))
+    streams = [model.model.embed_tokens(data[n]) for n in range(count)]
     explained, total = mx.zeros(()), mx.zeros(())
-    for i, attention in layers.items():
-        weight, part = _solve(*sums[i])
-        attention.ahn.o_proj.weight = weight
-        explained, total = explained + part, total + sums[i][2]
+    progress = tqdm(
+        model.layers, desc="layer-wise", unit=" layers", disable=not sys.stderr.isatty()
+    )
+    for i, layer in enumerate(progress):
+        if i not in layers:
+            streams = [layer(x, mask="causal") for x in streams]
+        else:
+            normed = [layer.input_layernorm(x) for x in streams]
+            full = [layers[i].heads(h, AHNCache(h.shape[1], 0)) for h in normed]
+            mx.eval(full)
+            parts = _fit_layer(layers[i], normed, full, window, sinks)
+            explained, total = explained + parts[0], total + parts[1]
+            streams = [x + layers[i].merge(heads) for x, heads in zip(streams, full, strict=True)]
+            streams = [x + layer.mlp(layer.post_attention_layernorm(x)) for x in streams]
+        mx.eval(streams, explained, total)
     return float((explained / total).item())  # type: ignore[arg-type]
 
 
-def _start(model: nn.Module, layers: dict[int, AHNAttention], tokens: mx.array) -> None:
-    """Constant gates. Where a projection has no bias, the mean hidden state stands in."""
-    x = model.model.embed_tokens(tokens)
-    for i, layer in enumerate(model.layers):
-        if i in layers:
-            h = layer.input_layernorm(x)[0].astype(mx.float32)
-            mean = h.mean(axis=0)
-            _constant_gates(layers[i].ahn, mean / mean.square().sum())
-        x = layer(x, mask="causal", cache=AHNCache(x.shape[1], 0) if i in layers else None)
-        mx.eval(x)
+def _fit_layer(
+    attention: AHNAttention,
+    normed: list[mx.array],
+    full: list[mx.array],
+    window: int,
+    sinks: int,
+) -> tuple[mx.array, mx.array]:
+    """normed: [1, L, C] of each sequence, full: [1, H, L, D]. Returns how much of the squares
+    that the window misses the memory explains, and all of them."""
+    memory, far = attention.ahn, slice(window + sinks, None)
+    h = mx.concatenate([x[0, far] for x in normed]).astype(mx.float32)
+    mean = h.mean(axis=0)
+    # Where a projection has no bias, the mean hidden state stands in.
+    _constant_gates(memory, mean / mean.square().sum())
+    read, missed = zip(
+        *(_read(attention, x, y, window, sinks) for x, y in zip(normed, full, strict=True)),
+        strict=True,
+    )
+    weight = _ridge(read, missed)
+    if memory.kind != "mamba2":  # there, the norm comes after the gate
+        memory.g_proj.weight = _fit_gate(memory.g_proj.weight, h, read, missed, weight)
+        gates = [nn.silu(memory.g_proj(x[0, far]).astype(mx.float32)).T for x in normed]
+        read = tuple(r * g[..., None] for r, g in zip(read, gates, strict=True))
+        weight = _ridge(read, missed)
+    memory.o_proj.weight = weight
+    left = [(m - r @ weight).square().sum() for r, m in zip(read, missed, strict=True)]
+    total = mx.stack([m.square().sum() for m in missed]).sum()
+    return total - mx.stack(left).sum(), total
 
 
 def _constant_gates(memory: Any, direction: mx.array) -> None:
     """direction [C]: its product with a hidden state is 1 on average."""
-    H, D = memory.o_proj.weight.shape[:2]
+    H = memory.o_proj.weight.shape[0]
     slow, fast = (math.log(rate) for rate in DECAYS)
     decays = mx.exp(mx.linspace(slow, fast, H))
     if memory.kind == "mamba2":
@@ -88,31 +109,63 @@ def _constant_gates(memory: Any, direction: mx.array) -> None:
         memory.a_proj.weight = mx.zeros_like(memory.a_proj.weight)
         memory.dt_bias = mx.log(mx.expm1(decays))
         memory.A_log = mx.zeros(H)
-    # The identity, for _products to see what the output matrix will get.
-    memory.o_proj.weight = mx.broadcast_to(mx.eye(D), (H, D, D))
 
 
-def _products(
+def _read(
     attention: AHNAttention, h: mx.array, full: mx.array, window: int, sinks: int
-) -> tuple[mx.array, ...]:
-    """For the tokens beyond window and sinks: X^T X and X^T Y [H, D, D] of what each head
-    reads and misses, and the square of the latter."""
-    far = slice(window + sinks, None)
-    weight = attention.ahn.o_proj.weight
+) -> tuple[mx.array, mx.array]:
+    """For the tokens beyond window and sinks, [H, T, D] float32: what the output matrix of
+    each head gets with its gate open, and what the head misses."""
+    memory, far = attention.ahn, slice(window + sinks, None)
+    H, D = memory.o_proj.weight.shape[:2]
+    gate, memory.o_proj.weight = memory.g_proj, mx.broadcast_to(mx.eye(D), (H, D, D))
+    if memory.kind != "mamba2":
+        memory.g_proj = _open(h.shape[-1], H)
     with_memory = attention.heads(h, AHNCache(window, sinks))
-    attention.ahn.o_proj.weight = mx.zeros_like(weight)
+    memory.g_proj, memory.o_proj.weight = gate, mx.zeros((H, D, D))
     local = attention.heads(h, AHNCache(window, sinks))
-    attention.ahn.o_proj.weight = weight
-    read, missed = ((a - local)[:, :, far].astype(mx.float32) for a in (with_memory, full))
-    readT = read.swapaxes(-1, -2)
-    return (readT @ read).sum(axis=0), (readT @ missed).sum(axis=0), missed.square().sum()
+    read, missed = ((a - local)[0, :, far].astype(mx.float32) for a in (with_memory, full))
+    mx.eval(read, missed)
+    return read, missed
 
 
-def _solve(xx: mx.array, xy: mx.array, yy: mx.array) -> tuple[mx.array, mx.array]:
-    """Output matrices [H, D, D], and how much of the missed squares they explain."""
-    H, D, _ = xx.shape
+def _open(hidden: int, heads: int) -> GateProjection:
+    """A gate that is 1 for every token: silu(1.2785) = 1."""
+    gate = GateProjection(hidden, heads, bias=True)
+    gate.weight, gate.bias = mx.zeros_like(gate.weight), mx.full(heads, 1.27846454)
+    return gate
+
+
+def _ridge(read: tuple[mx.array, ...], missed: tuple[mx.array, ...]) -> mx.array:
+    """Output matrices [H, D, D]."""
+    pairs = [(r.swapaxes(-1, -2), r, m) for r, m in zip(read, missed, strict=True)]
+    xx = sum((rT @ r for rT, r, _ in pairs), mx.zeros(()))
+    xy = sum((rT @ m for rT, _, m in pairs), mx.zeros(()))
     diagonal = mx.diagonal(xx, axis1=-2, axis2=-1).mean(axis=-1)
-    ridge = xx + (RIDGE * diagonal + 1e-9)[:, None, None] * mx.eye(D)
-    weight = mx.linalg.solve(ridge, xy, stream=mx.cpu)
-    explained = 2 * (weight * xy).sum() - (weight * (xx @ weight)).sum()
-    return weight, explained
+    ridge = xx + (RIDGE * diagonal + 1e-9)[:, None, None] * mx.eye(xx.shape[-1])
+    return mx.linalg.solve(ridge, xy, stream=mx.cpu)
+
+
+def _fit_gate(
+    start: mx.array,
+    h: mx.array,
+    read: tuple[mx.array, ...],
+    missed: tuple[mx.array, ...],
+    weight: mx.array,
+) -> mx.array:
+    """Projections [H, C] of h [N, C] whose silu, times read @ weight, is closest to missed."""
+    outputs = [r @ weight for r in read]
+    squares = mx.concatenate([y.square().sum(axis=-1) for y in outputs], axis=1).T
+    products = [(y * m).sum(axis=-1) for y, m in zip(outputs, missed, strict=True)]
+    scale = squares.mean(axis=0) + 1e-9
+    squares, product = squares / scale, mx.concatenate(products, axis=1).T / scale
+
+    def loss(w: mx.array) -> mx.array:
+        gate = nn.silu(h @ w.T)
+        return (gate * (squares * gate - 2 * product)).mean(axis=0).sum()
+
+    w, optimizer = {"w": start}, optim.Adam(GATE_RATE, bias_correction=True)
+    for _ in range(GATE_STEPS):
+        w = optimizer.apply_gradients({"w": mx.grad(loss)(w["w"])}, w)
+        mx.eval(w, optimizer.state)
+    return w["w"]

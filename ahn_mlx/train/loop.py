@@ -27,9 +27,12 @@ from .streams import Parameters, install, memory_layers, study, teach, trainable
 
 STATE, METRICS = "training.safetensors", "metrics.jsonl"
 
-# Learning rates as multiples of --lr. A head's gain scales its whole output matrix; the
-# matrix itself diverges at the gates' rate.
-RATES = {"gain": 300.0, "o_proj.weight": 0.3}
+# Learning rates as multiples of --lr. A head's gain scales its whole output matrix, which is
+# trained in units of its first size: from layer to layer that differs by a factor of 50.
+RATES = {"gain": 400.0, "o_proj.weight": 200.0}
+
+# Size of an output matrix that starts at zero.
+FRESH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,13 @@ class Trainer:
         self.parameters = {n: x.astype(mx.float32) for n, x in trainable(model).items()}
         # All first memories together do harm: each head's grows from nothing where it helps.
         start = mx.zeros if settings.layerwise and settings.steps else mx.ones
+        self.sizes: Parameters = {}
         for i, attention in memory_layers(model):
-            name = f"model.layers.{i}.self_attn.ahn.gain"
-            self.parameters[name] = start(attention.n_heads)
+            gain = f"model.layers.{i}.self_attn.ahn.gain"
+            self.parameters[gain] = start(attention.n_heads)
+            matrix = gain.removesuffix("gain") + "o_proj.weight"
+            self.sizes[matrix] = _sizes(self.parameters[matrix])
+            self.parameters[matrix] = self.parameters[matrix] / self.sizes[matrix]
         rates = [*RATES.values(), 1.0]
         self.optimizer = optim.MultiOptimizer(
             [self._adamw(r) for r in rates],
@@ -98,7 +105,7 @@ class Trainer:
         self.world = mx.distributed.init()
         if saved is not None:
             self._resume(saved)
-        install(model, fold(self.parameters))
+        install(model, fold(self.parameters, self.sizes))
         mx.eval(model.parameters())
 
     def _adamw(self, rate: float) -> optim.AdamW:
@@ -151,18 +158,19 @@ class Trainer:
         mx.eval(teacher)
 
         def objective(parameters: Parameters) -> mx.array:
-            install(model, fold(parameters))
+            install(model, fold(parameters, self.sizes))
             student = study(model, tokens, window, sinks, keep, s.grad_checkpoint)
             return losses.LOSSES[s.loss](model, teacher, student, tokens, window + sinks)
 
         value, gradients = mx.value_and_grad(objective)(self.parameters)
         # Nothing of the trace may stay in the model.
-        install(model, fold(self.parameters))
+        install(model, fold(self.parameters, self.sizes))
         return value, gradients
 
     def save(self, directory: Path) -> None:
         """Parameters, optimizer and step, under their final name only when complete."""
         state = {f"parameters.{n}": x for n, x in self.parameters.items()}
+        state |= {f"sizes.{n}": x for n, x in self.sizes.items()}
         flat: Any = tree_flatten(self.optimizer.state)
         state |= {f"optimizer.{n}": x for n, x in flat}
         facts = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
@@ -193,6 +201,7 @@ class Trainer:
                 option = field.name.replace("_", "-")
                 raise AHNError(f"{file}: trained with --{option} {theirs}, not {ours}")
         self.parameters = _under("parameters.", state)
+        self.sizes = _under("sizes.", state)
         self.optimizer.state = _tree(_under("optimizer.", state))
         self.step = step
 
@@ -209,13 +218,20 @@ def _ends_with(suffix: str, name: str, _: mx.array) -> bool:
     return name.endswith(suffix)
 
 
-def fold(parameters: Parameters) -> Parameters:
-    """The model's own parameters: gains multiplied into the output matrices."""
+def fold(parameters: Parameters, sizes: Parameters) -> Parameters:
+    """The model's own parameters: output matrices times their sizes and gains."""
     folded = dict(parameters)
-    for name in [n for n in parameters if n.endswith(".gain")]:
-        matrix = name.removesuffix("gain") + "o_proj.weight"
-        folded[matrix] = folded[matrix] * folded.pop(name)[:, None, None]
+    for matrix, size in sizes.items():
+        gain = folded.pop(matrix.removesuffix("o_proj.weight") + "gain")
+        folded[matrix] = folded[matrix] * (size * gain[:, None, None])
     return folded
+
+
+def _sizes(matrix: mx.array) -> mx.array:
+    """Root mean square [H, 1, 1] of each head's matrix [H, D, D], as a power of two."""
+    size = matrix.square().mean(axis=(1, 2), keepdims=True).sqrt()
+    size = mx.where(size > 0, size, FRESH)
+    return mx.power(2.0, mx.round(mx.log2(size)))
 
 
 class Metrics:
