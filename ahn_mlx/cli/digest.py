@@ -119,8 +119,8 @@ def _resume(partial: Path, session: Any, job: str) -> tuple[Any, int]:
 
 @contextmanager
 def stop_between_steps() -> Iterator[Any]:
-    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed, at a moment when
-    it breaks nothing. A second Ctrl-C does not wait."""
+    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed or the terminal
+    closed, at a moment when it breaks nothing. A second Ctrl-C does not wait."""
     pressed = False
 
     def note(*_: Any) -> None:
@@ -133,11 +133,15 @@ def stop_between_steps() -> Iterator[Any]:
         if pressed:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    heard = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup
+    for number in heard:
+        signal.signal(number, note)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 def _bar(total: int, done: int) -> Any:
