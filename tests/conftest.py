@@ -4,5 +4,7 @@ import signal
 
 import ahn_mlx  # noqa: F401
 
-# A shell's background job ignores Ctrl-C, and the programs that tests start would inherit that.
+# A shell's background job ignores Ctrl-C, and nohup a closed terminal; the programs that tests
+# start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
