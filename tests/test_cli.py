@@ -12,6 +12,7 @@ import pytest
 
 from ahn_mlx import __version__
 from ahn_mlx.cli import COMMANDS
+from ahn_mlx.cli.digest import stop_between_steps
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "ahn_mlx" / "demo" / "pride-and-prejudice.txt"
@@ -112,6 +113,26 @@ def test_interrupt_while_reading(reading: subprocess.Popen[bytes]) -> None:
     assert "generation 0 tokens" in line[0]
     read = int(line[0].split()[1].replace(",", ""))
     assert 0 <= read < 20_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_waits_for_the_end_of_a_step_unless_ignored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_between_steps() as check:
+        check()
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):  # a second one does not wait
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        with stop_between_steps() as check:
+            signal.raise_signal(number)
+            check()
+    finally:
+        signal.signal(number, before)
 
 
 @needs_model

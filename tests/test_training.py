@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -245,6 +246,12 @@ def test_options_are_refused_in_one_line(place, tmp_path):
     assert done.returncode == 2 and "has a training already" in done.stderr
     done = train(place, tmp_path / "made", "--steps", 3, "--layerwise", 0, "--resume")
     assert done.returncode == 2 and "--steps 2, not 3" in done.stderr
+    state: Any = mx.load(str(tmp_path / "made" / loop.STATE), return_metadata=True)
+    older = {n: x for n, x in state[0].items() if not n.startswith("sizes.")}
+    mx.eval(older)
+    mx.save_safetensors(str(tmp_path / "made" / loop.STATE), older, state[1])
+    done = train(place, tmp_path / "made", "--steps", 2, "--layerwise", 0, "--resume")
+    assert done.returncode == 2 and "or an older version" in done.stderr
 
 
 def test_every_token_is_seen_once_an_epoch(place):

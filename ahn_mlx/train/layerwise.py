@@ -32,6 +32,9 @@ RIDGE = 0.5
 # Of Adam over all tokens at once; more of it fits the gates to these texts only.
 GATE_STEPS, GATE_RATE = 60, 0.03
 
+# What opens an output gate: silu(OPEN) = 1.
+OPEN = 1.27846454
+
 
 def fit(model: nn.Module, data: Sequences, count: int, window: int, sinks: int) -> float:
     """Set all parameters of the memories from the first `count` sequences, in place.
@@ -100,7 +103,7 @@ def _constant_gates(memory: Any, direction: mx.array) -> None:
         memory.dt_bias = mx.full(H, math.log(math.expm1(STRENGTH)))
         memory.A_log = mx.log(decays / STRENGTH)
         memory.g_proj.weight = mx.zeros_like(memory.g_proj.weight)
-        memory.g_proj.bias = mx.ones(H)
+        memory.g_proj.bias = mx.full(H, OPEN)
     else:
         logit = math.log(STRENGTH / (1 - STRENGTH))
         memory.b_proj.weight = mx.repeat(logit * direction[None], H, axis=0)
@@ -118,9 +121,8 @@ def _read(
     each head gets with its gate open, and what the head misses."""
     memory, far = attention.ahn, slice(window + sinks, None)
     H, D = memory.o_proj.weight.shape[:2]
-    gate, memory.o_proj.weight = memory.g_proj, mx.broadcast_to(mx.eye(D), (H, D, D))
-    if memory.kind != "mamba2":
-        memory.g_proj = _open(h.shape[-1], H)
+    gate, memory.g_proj = memory.g_proj, _open(h.shape[-1], H)
+    memory.o_proj.weight = mx.broadcast_to(mx.eye(D), (H, D, D))
     with_memory = attention.heads(h, AHNCache(window, sinks))
     memory.g_proj, memory.o_proj.weight = gate, mx.zeros((H, D, D))
     local = attention.heads(h, AHNCache(window, sinks))
@@ -130,9 +132,9 @@ def _read(
 
 
 def _open(hidden: int, heads: int) -> GateProjection:
-    """A gate that is 1 for every token: silu(1.2785) = 1."""
+    """A gate that is 1 for every token."""
     gate = GateProjection(hidden, heads, bias=True)
-    gate.weight, gate.bias = mx.zeros_like(gate.weight), mx.full(heads, 1.27846454)
+    gate.weight, gate.bias = mx.zeros_like(gate.weight), mx.full(heads, OPEN)
     return gate
 
 

@@ -28,7 +28,7 @@ from .streams import Parameters, install, memory_layers, study, teach, trainable
 STATE, METRICS = "training.safetensors", "metrics.jsonl"
 
 # Learning rates as multiples of --lr. A head's gain scales its whole output matrix, which is
-# trained in units of its first size: from layer to layer that differs by a factor of 50.
+# trained in units of its first size: from head to head that differs by a factor of 256.
 RATES = {"gain": 400.0, "o_proj.weight": 200.0}
 
 # Size of an output matrix that starts at zero.
@@ -200,8 +200,13 @@ class Trainer:
             if theirs != ours:
                 option = field.name.replace("_", "-")
                 raise AHNError(f"{file}: trained with --{option} {theirs}, not {ours}")
-        self.parameters = _under("parameters.", state)
-        self.sizes = _under("sizes.", state)
+        parameters, sizes = _under("parameters.", state), _under("sizes.", state)
+        if parameters.keys() != self.parameters.keys() or sizes.keys() != self.sizes.keys():
+            raise AHNError(
+                f"{file}: of another model, or an older version; choose another --out,"
+                f" and --ahn {directory} to start from its memory"
+            )
+        self.parameters, self.sizes = parameters, sizes
         self.optimizer.state = _tree(_under("optimizer.", state))
         self.step = step
 
