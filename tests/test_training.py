@@ -123,6 +123,26 @@ def test_layerwise_gates_explain_more(place, memory, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
+def test_layerwise_matrices_are_those_of_the_fitted_gates(place, memory):
+    model, tokenizer = base_model(place, memory)
+    data = sequences(place, tokenizer)
+    layerwise.fit(model, data, 4, 12, 4)
+    layer = model.layers[0]
+    attention, weight = layer.self_attn, layer.self_attn.ahn.o_proj.weight
+    read, missed = [], []
+    for n in range(4):
+        h = layer.input_layernorm(model.model.embed_tokens(data[n]))
+        full = attention.heads(h, AHNCache(1000, 0))
+        r, m = layerwise._read(attention, h, full, 12, 4)
+        gate = mx.ones(r.shape[:2])
+        if memory != "mamba2":
+            gate = nn.silu(attention.ahn.g_proj(h[0, 16:])).T
+        read.append(r * gate[..., None])
+        missed.append(m)
+    assert mx.allclose(layerwise._ridge(tuple(read), tuple(missed)), weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
     model, tokenizer = base_model(place, memory)
     data = sequences(place, tokenizer)
