@@ -57,7 +57,7 @@ class AHNAttention(nn.Module):
         In training mode only by operations that have gradients.
         """
         offset = cache.offset
-        q, k, v, gates, raw = self._project(x)
+        q, k, v, gates, raw = self.project(x)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         if x.shape[1] == 1:
             return attend(q, *cache.fill(k, v, gates), self.scale)
@@ -113,7 +113,7 @@ class AHNAttention(nn.Module):
     ) -> tuple[mx.array, tuple[Any, ...], mx.array]:
         """A pure function of arrays: positions [2], the token's and where sinks are clamped;
         n [1], tokens evicted so far. Returns output, turn and memory."""
-        q, k, v, gates, raw = self._project(x)
+        q, k, v, gates, raw = self.project(x)
         B, H = q.shape[:2]
         q_sink = None
         if self.config.sink_positions == "clamped":
@@ -138,7 +138,7 @@ class AHNAttention(nn.Module):
         # A compiled function can be neither copied nor pickled; it is made again.
         return {name: value for name, value in self.__dict__.items() if name != "_step"}
 
-    def _project(self, x: mx.array) -> tuple[mx.array, ...]:
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], and
         the queries before their norm."""
         B, L, _ = x.shape

@@ -75,7 +75,8 @@ def _seconds(run: Callable[[], Any]) -> float:
 def gigabytes(name: str, length: int) -> dict[str, float]:
     """Parts of the peak of a step on one sequence, base in bfloat16."""
     entry = MODELS[name]
-    config = {**entry.base.config, "ahn": {**entry.ahn.to_dict(), "window": length // 4}}
+    ours = {"window": length // 4, "query_projection": True}
+    config = {**entry.base.config, "ahn": {**entry.ahn.to_dict(), **ours}}
     whole = build(config)
     layers, C = len(whole.layers), whole.args.hidden_size
     memories = sum(x.size for x in trainable(whole).values())

@@ -1,8 +1,10 @@
 """Training as a whole, on a model small enough to learn something in seconds."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,7 +141,80 @@ def test_layerwise_matrices_are_those_of_the_fitted_gates(place, memory):
             gate = nn.silu(attention.ahn.g_proj(h[0, 16:])).T
         read.append(r * gate[..., None])
         missed.append(m)
-    assert mx.allclose(layerwise._ridge(tuple(read), tuple(missed)), weight, rtol=1e-3, atol=1e-5)
+    alike = memory == "gated_deltanet"  # which has a query projection
+    best = layerwise._matrices(tuple(read), tuple(missed), alike)
+    assert mx.allclose(best, weight, rtol=1e-3, atol=1e-5)
+
+
+def test_output_matrices_are_drawn_to_the_scaled_identity():
+    keys = mx.random.split(mx.random.key(0), 2)
+    read = mx.random.normal((2, 200, 8), key=keys[0])
+    exact = mx.stack([0.7 * mx.eye(8), -0.2 * mx.eye(8)])
+    # Of few tokens, no better matrix is there to be found; of many, any is.
+    few, many = (read[:, :4],), (read,)
+    assert mx.allclose(layerwise._matrices(few, (few[0] @ exact,), True), exact, atol=1e-4)
+    any_matrix = mx.random.normal((2, 8, 8), key=keys[1])
+    found = layerwise._matrices(many, (read @ any_matrix,), True)
+    assert (found - any_matrix).square().mean() < 0.1 * any_matrix.square().mean()
+    assert not mx.allclose(layerwise._matrices(few, (few[0] @ exact,), False), exact, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_looked_at_counts_squared_attention_from_beyond_the_window(place, rows, monkeypatch):
+    model, tokenizer = base_model(place)
+    monkeypatch.setattr(layerwise, "ROWS", rows)
+    attention, (W, S, L) = model.layers[0].self_attn, (12, 4, 40)
+    h = model.layers[0].input_layernorm(
+        model.model.embed_tokens(sequences(place, tokenizer, length=L)[0])
+    )
+    q, k = (np.array(attention.rope(x))[0] for x in attention.project(h)[:2])
+    expected = np.zeros((q.shape[0], L))
+    for head in range(q.shape[0]):
+        key = k[head // (q.shape[0] // k.shape[0])]
+        for t in range(W + S, L):
+            scores = np.exp(key[: t + 1] @ q[head, t] * attention.scale)
+            expected[head, : t - W + 1] += (scores / scores.sum())[: t - W + 1] ** 2
+    found = np.array(layerwise._looked_at(attention, h, W, S))
+    np.testing.assert_allclose(found, expected[:, S : L - W], rtol=1e-4)
+
+
+def test_what_is_looked_at_is_written_most(place):
+    model, tokenizer = base_model(place)
+    data = sequences(place, tokenizer)
+    layer = model.layers[1]
+    normed = [layer.input_layernorm(model.model.embed_tokens(data[n])) for n in range(20)]
+    b = layerwise._write_what_is_looked_at(layer.self_attn, normed, 12, 4)
+    looked = [layerwise._looked_at(layer.self_attn, h, 12, 4) for h in normed]
+    mean = mx.concatenate(looked, axis=1).mean(axis=1, keepdims=True)
+    h, mine = normed[0][0, 4:-12], looked[0]
+    wanted = mx.clip(0.1 * mine / mean, 0.002, 0.95)
+    wanted = np.array(mx.log(wanted / (1 - wanted)))
+    given = np.array((h @ b.T).T)
+    for head in range(len(wanted)):
+        assert np.corrcoef(wanted[head], given[head])[0, 1] > 0.3
+
+
+def test_queries_lose_what_far_keys_share(place):
+    """Against rotations written out, for every distance."""
+    model, tokenizer = base_model(place)
+    attention, W, L = model.layers[0].self_attn, 12, 128
+    data = sequences(place, tokenizer)
+    normed = [model.layers[0].input_layernorm(model.model.embed_tokens(data[n])) for n in range(3)]
+    keep = np.array(layerwise._without_common_key(attention, normed, W))
+    H, D = keep.shape[:2]
+    k = np.mean([np.array(attention.project(h)[1])[0].mean(axis=1) for h in normed], axis=0)
+    frequency = attention.rope.base ** (-np.arange(D // 2) / (D // 2))
+    seen = np.zeros_like(k)
+    for distance in range(W + 1, L + 1):
+        cos, sin = np.cos(distance * frequency), np.sin(distance * frequency)
+        a, b = k[:, : D // 2], k[:, D // 2 :]
+        seen += np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=1)
+    for head in range(H):
+        direction = seen[head // (H // len(k))]
+        direction = direction / np.linalg.norm(direction)
+        np.testing.assert_allclose(keep[head] @ direction, 0, atol=1e-4)
+        np.testing.assert_allclose(keep[head] @ keep[head], keep[head], atol=1e-4)
+        assert np.trace(keep[head]) == pytest.approx(D - 1, abs=1e-3)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -198,12 +273,14 @@ def test_kill_ctrl_c_and_a_closed_terminal_change_no_loss(place, tmp_path):
 def test_output_is_the_published_layout_and_converts(place, tmp_path):
     done = train(place, tmp_path / "out", "--steps", 3, "--layerwise", 2)
     assert done.returncode == 0, done.stderr
-    theirs = set(mx.load(str(GDN / "ahn_only/model.safetensors")))
+    release = GDN.with_name("qwen2-gdn-qproj") / "ahn_only/model.safetensors"
+    theirs = set(mx.load(str(release)))
     ours = set(mx.load(str(tmp_path / "out/model.safetensors")))
     # D is in every release and read by nobody.
     assert ours == {name for name in theirs if not name.endswith(".D")}
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["_ahn_implementation"] == "GatedDeltaNet" and config["sliding_window"] == 12
+    assert config["use_q_proj"] is True
     assert "trained with a window of 12 tokens" in (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
     convert(place / "base", tmp_path / "out", tmp_path / "model")
@@ -240,6 +317,34 @@ def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_lost_machine_ends_the_others_in_one_line(place, tmp_path):
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    arguments = train_arguments(place, tmp_path / "out", "--steps", 10**6, "--layerwise", 0)
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ahn_mlx", *arguments],
+            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    while len(losses_of(tmp_path / "out")) < 2:
+        assert machines[0].poll() is None
+        time.sleep(0.05)
+    machines[1].kill()
+    message = machines[0].communicate(timeout=60)[1]
+    machines[1].communicate()
+    assert machines[0].returncode == 2 and "--resume goes on" in message, message
+    assert "Traceback" not in message
 
 
 def test_options_are_refused_in_one_line(place, tmp_path):

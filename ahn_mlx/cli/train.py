@@ -7,6 +7,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from ..checkpoint import read_config
+from ..config import AHNConfig
 from ..errors import AHNError
 from ..published import DEFAULT
 from .digest import stop_between_steps
@@ -83,6 +85,9 @@ def train(**options: Any) -> None:
 
     if (out / loop.STATE).exists() and not options["resume"]:
         raise AHNError(f"{out}: has a training already; --resume, or choose another --out")
+    if options["ahn"]:
+        config = AHNConfig.from_dict(read_config(options["ahn"]))
+        options["query_projection"] = config.query_projection
     model, tokenizer, base = load_base(options)
     if options["ahn"]:
         install_trained(model, options["ahn"])

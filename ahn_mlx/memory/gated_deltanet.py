@@ -29,6 +29,9 @@ class GatedDeltaNet(nn.Module):
         if query_projection:
             # [H, D, C / H] in the PyTorch release; C / H is the width of a raw query.
             self.q_proj = HeadProjection(heads, head_dim, hidden // heads)
+            # Not zero: then neither it nor o_proj would have a gradient.
+            eye = mx.eye(head_dim, hidden // heads)
+            self.q_proj.weight = mx.repeat(eye[None], heads, axis=0)
 
     @property
     def norm_weight(self) -> mx.array:

@@ -1,9 +1,10 @@
 """A first memory without a backward pass through the network: each layer on its own.
 
 What a head misses is the difference between full attention and its window, at the
-teacher's own hidden states. Write strength and decay start at small constants; the output
-matrix of each head is then the ridge regression of that difference on what the memory
-reads, and its output gate, where it is a factor, says for which tokens that helps.
+teacher's own hidden states. What far queries look at is written most (delta rules), and
+queries lose what all keys have in common (where they have a projection). The output matrix
+of each head is then the ridge regression of that difference on what the memory reads, and
+its output gate, where it is a factor, says for which tokens that helps.
 """
 
 import math
@@ -21,13 +22,17 @@ from ..memory.layers import GateProjection
 from .data import Sequences
 from .streams import memory_layers
 
-# Write strength, and log decay per token from head to head: the output norm hides how
-# full a memory is, so that one that fills slowly is read the same, and keeps more.
-STRENGTH = 0.1
+# Write strength of a token that is looked at as much as most, and where it ends.
+STRENGTH, STRENGTHS = 0.1, (0.002, 0.95)
+
+# Log decay per token, from head to head.
 DECAYS = (1e-4, 1e-3)
 
+# Queries at a time whose attention is looked at.
+ROWS = 256
+
 # Ridge, as a part of the mean square of what is read.
-RIDGE = 0.5
+RIDGE = 0.2
 
 # Of Adam over all tokens at once; more of it fits the gates to these texts only.
 GATE_STEPS, GATE_RATE = 60, 0.03
@@ -77,16 +82,23 @@ def _fit_layer(
     mean = h.mean(axis=0)
     # Where a projection has no bias, the mean hidden state stands in.
     _constant_gates(memory, mean / mean.square().sum())
+    if memory.kind != "mamba2":
+        memory.b_proj.weight = _write_what_is_looked_at(attention, normed, window, sinks)
+    if attention.config.query_projection:
+        memory.q_proj.weight = _without_common_key(attention, normed, window)
     read, missed = zip(
         *(_read(attention, x, y, window, sinks) for x, y in zip(normed, full, strict=True)),
         strict=True,
     )
-    weight = _ridge(read, missed)
+    alike = attention.config.query_projection
+    weight = _scaled_identity(read, missed) if alike else _matrices(read, missed, alike)
     if memory.kind != "mamba2":  # there, the norm comes after the gate
-        memory.g_proj.weight = _fit_gate(memory.g_proj.weight, h, read, missed, weight)
-        gates = [nn.silu(memory.g_proj(x[0, far]).astype(mx.float32)).T for x in normed]
-        read = tuple(r * g[..., None] for r, g in zip(read, gates, strict=True))
-        weight = _ridge(read, missed)
+        ungated = read
+        for _ in range(2):
+            gate = _fit_gate(memory.g_proj.weight, h, ungated, missed, weight)
+            memory.g_proj.weight = gate
+            read = _gated(ungated, normed, gate, far)
+            weight = _matrices(read, missed, alike)
     memory.o_proj.weight = weight
     left = [(m - r @ weight).square().sum() for r, m in zip(read, missed, strict=True)]
     total = mx.stack([m.square().sum() for m in missed]).sum()
@@ -105,13 +117,62 @@ def _constant_gates(memory: Any, direction: mx.array) -> None:
         memory.g_proj.weight = mx.zeros_like(memory.g_proj.weight)
         memory.g_proj.bias = mx.full(H, OPEN)
     else:
-        logit = math.log(STRENGTH / (1 - STRENGTH))
-        memory.b_proj.weight = mx.repeat(logit * direction[None], H, axis=0)
         memory.g_proj.weight = mx.repeat(direction[None], H, axis=0)
     if memory.kind == "gated_deltanet":
         memory.a_proj.weight = mx.zeros_like(memory.a_proj.weight)
         memory.dt_bias = mx.log(mx.expm1(decays))
         memory.A_log = mx.zeros(H)
+
+
+def _write_what_is_looked_at(
+    attention: AHNAttention, normed: list[mx.array], window: int, sinks: int
+) -> mx.array:
+    """b_proj [H, C]: ridge regression of the log odds of each token's write strength, which
+    grows with the squared attention that it gets once it has left the window."""
+    leaving = [x[0, sinks:-window].astype(mx.float32) for x in normed]
+    looked = mx.concatenate([_looked_at(attention, x, window, sinks) for x in normed], axis=1)
+    strength = STRENGTH * looked / (looked.mean(axis=1, keepdims=True) + 1e-9)
+    strength = mx.clip(strength, *STRENGTHS)
+    h = mx.concatenate(leaving)
+    odds = mx.log(strength / (1 - strength)).T
+    hh = h.T @ h
+    ridge = hh + 0.02 * mx.diagonal(hh).mean() * mx.eye(hh.shape[0])
+    return mx.linalg.solve(ridge, h.T @ odds, stream=mx.cpu).T
+
+
+def _looked_at(attention: AHNAttention, h: mx.array, window: int, sinks: int) -> mx.array:
+    """h [1, L, C] -> [H, L - window - sinks] float32: by how much, squared and summed over
+    the queries beyond the window, full attention looks at each token between sinks and window."""
+    q, k = (attention.rope(x) for x in attention.project(h)[:2])
+    L, D = q.shape[2:]
+    H, groups = k.shape[1], q.shape[1] // k.shape[1]
+    q, key = q[0].reshape(H, groups, L, D), mx.arange(L)
+    squares = mx.zeros((H, groups, L))
+    for first in range(window + sinks, L, ROWS):
+        query = mx.arange(first, min(L, first + ROWS))[:, None]
+        scores = q[:, :, first : first + ROWS] @ k[0, :, None].swapaxes(-1, -2)
+        scores = (scores * attention.scale).astype(mx.float32)
+        scores = mx.where(key <= query, scores, -mx.inf)
+        p = mx.where(key <= query - window, mx.softmax(scores, axis=-1), 0)
+        squares = squares + p.square().sum(axis=2)
+        mx.eval(squares)
+    return squares.reshape(-1, L)[:, sinks : L - window]
+
+
+def _without_common_key(attention: AHNAttention, normed: list[mx.array], window: int) -> mx.array:
+    """q_proj [H, D, D] that takes the mean key, as seen from afar, out of a raw query.
+
+    Softmax ignores what all keys share; a linear memory answers to it, and to little else.
+    """
+    means = [attention.project(x)[1].astype(mx.float32).mean(axis=2) for x in normed]
+    mean = mx.stack(means).mean(axis=0)
+    # Seen from position 0, the keys that have left the window stand at -L ... -window - 1.
+    L = normed[0].shape[1]
+    there = mx.repeat(mean[:, :, None], L - window, axis=2)
+    seen = attention.rope(there, offset=-L).mean(axis=2)[0]
+    seen = seen / mx.linalg.norm(seen, axis=-1, keepdims=True)
+    keep = mx.eye(seen.shape[-1]) - seen[:, :, None] * seen[:, None]
+    return mx.repeat(keep, attention.n_heads // attention.n_kv_heads, axis=0)
 
 
 def _read(
@@ -138,14 +199,31 @@ def _open(hidden: int, heads: int) -> GateProjection:
     return gate
 
 
-def _ridge(read: tuple[mx.array, ...], missed: tuple[mx.array, ...]) -> mx.array:
-    """Output matrices [H, D, D]."""
+def _matrices(read: tuple[mx.array, ...], missed: tuple[mx.array, ...], alike: bool) -> mx.array:
+    """Output matrices [H, D, D]: ridge regression towards zero, or the scaled identity."""
+    towards = _scaled_identity(read, missed) if alike else mx.zeros(())
     pairs = [(r.swapaxes(-1, -2), r, m) for r, m in zip(read, missed, strict=True)]
     xx = sum((rT @ r for rT, r, _ in pairs), mx.zeros(()))
-    xy = sum((rT @ m for rT, _, m in pairs), mx.zeros(()))
+    xy = sum((rT @ (m - r @ towards if alike else m) for rT, r, m in pairs), mx.zeros(()))
     diagonal = mx.diagonal(xx, axis1=-2, axis2=-1).mean(axis=-1)
     ridge = xx + (RIDGE * diagonal + 1e-9)[:, None, None] * mx.eye(xx.shape[-1])
-    return mx.linalg.solve(ridge, xy, stream=mx.cpu)
+    return towards + mx.linalg.solve(ridge, xy, stream=mx.cpu)
+
+
+def _scaled_identity(read: tuple[mx.array, ...], missed: tuple[mx.array, ...]) -> mx.array:
+    """[H, D, D]. What is read are values, and so is what is missed."""
+    both = mx.stack([(r * m).sum(axis=(1, 2)) for r, m in zip(read, missed, strict=True)])
+    squares = mx.stack([r.square().sum(axis=(1, 2)) for r in read])
+    scale = both.sum(axis=0) / (squares.sum(axis=0) + 1e-9)
+    return scale[:, None, None] * mx.eye(read[0].shape[-1])
+
+
+def _gated(
+    read: tuple[mx.array, ...], normed: list[mx.array], w: mx.array, far: slice
+) -> tuple[mx.array, ...]:
+    """read [H, T, D] times the gates of projection w [H, C]."""
+    gates = [nn.silu(x[0, far].astype(mx.float32) @ w.T).T for x in normed]
+    return tuple(r * g[..., None] for r, g in zip(read, gates, strict=True))
 
 
 def _fit_gate(

@@ -29,7 +29,7 @@ STATE, METRICS = "training.safetensors", "metrics.jsonl"
 
 # Learning rates as multiples of --lr. A head's gain scales its whole output matrix, which is
 # trained in units of its first size: from head to head that differs by a factor of 256.
-RATES = {"gain": 400.0, "o_proj.weight": 200.0}
+RATES = {"gain": 400.0, "o_proj.weight": 200.0, "q_proj.weight": 10.0}
 
 # Size of an output matrix that starts at zero.
 FRESH = 1e-3
@@ -126,7 +126,8 @@ class Trainer:
     def train_step(self) -> float:
         """One update from `accumulate` sequences per machine. Returns the mean loss.
 
-        Raises AHNError when the loss is not finite; parameters are then as before.
+        Raises AHNError when the loss is not finite, with parameters as before, and when
+        another machine is lost.
         """
         s, machines = self.settings, self.world.size()
         window, sinks = draw_window(s, self.step)
@@ -138,6 +139,21 @@ class Trainer:
             gradients = new if gradients is None else {k: gradients[k] + new[k] for k in new}
             mx.eval(total, gradients)
         assert gradients is not None
+        try:
+            value = self._update(total, gradients)
+        except RuntimeError as e:
+            if machines == 1:
+                raise
+            raise AHNError(
+                f"training on {machines} machines failed at step {self.step} ({e});"
+                " --resume goes on from the last save"
+            ) from None
+        self.step += 1
+        return value
+
+    def _update(self, total: mx.array, gradients: Parameters) -> float:
+        """Raises AHNError when the mean loss, which is returned, is not finite."""
+        s, machines = self.settings, self.world.size()
         # Sorted: machines must agree on the order, and MLX's optimizers do not keep it.
         mean = nn.average_gradients(
             _tree({k: g / s.accumulate for k, g in sorted(gradients.items())})
@@ -148,7 +164,6 @@ class Trainer:
         updated: Any = tree_flatten(self.optimizer.apply_gradients(mean, _tree(self.parameters)))
         self.parameters = dict(updated)
         mx.eval(self.parameters, self.optimizer.state)
-        self.step += 1
         return value
 
     def _gradients(self, tokens: mx.array, window: int, sinks: int) -> tuple[mx.array, Parameters]:

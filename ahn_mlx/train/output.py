@@ -46,14 +46,9 @@ Settings of the training: {settings}
 def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, Any], Origin]]:
     """The base with a memory, its tokenizer, and its config.json and origin.
 
-    options: base, memory, window, sinks, sink_positions, dtype of `ahn-mlx train`.
+    options: base, memory, window, sinks, sink_positions, dtype of `ahn-mlx train`; and
+    query_projection, which is otherwise chosen where base and memory can have one.
     """
-    config = AHNConfig(
-        memory=options["memory"],
-        window=options["window"],
-        sinks=options["sinks"],
-        sink_positions=options["sink_positions"],
-    )
     mx.random.seed(options["seed"])
     name = options["base"]
     if name in zoo.ZOO:
@@ -69,12 +64,25 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
             tokenizer = load_tokenizer(path, eos_token_ids=facts.get("eos_token_id"))
         except Exception as e:  # of many kinds, from transformers and mlx-lm
             raise AHNError(f"{path}: cannot be loaded ({' '.join(str(e).split())[:200]})") from None
+    projects = options.get("query_projection")
+    config = AHNConfig(
+        memory=options["memory"],
+        window=options["window"],
+        sinks=options["sinks"],
+        sink_positions=options["sink_positions"],
+        query_projection=_queries_fit(model) if projects is None else projects,
+    )
     augment(model, config)
     chosen = DTYPES[options["dtype"]] if options["dtype"] else default_dtype()
     if chosen is not None:
         cast(model, chosen)
     mx.eval(model.parameters())
     return model, tokenizer, (facts, source)
+
+
+def _queries_fit(model: nn.Module) -> bool:
+    """Whether all heads' raw queries are as wide as the hidden state, as that layout has it."""
+    return bool(model.layers[0].self_attn.q_proj.weight.shape[0] == model.args.hidden_size)
 
 
 def write_checkpoint(
