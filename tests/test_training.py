@@ -1,5 +1,6 @@
 """Training as a whole, on a model small enough to learn something in seconds."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -302,6 +303,29 @@ def test_a_trained_memory_is_trained_on(place, tmp_path):
     assert same(*(mx.load(str(out / "model.safetensors")) for out in (first, on)))
     done = train(place, tmp_path / "other", "--ahn", first, "--memory", "mamba2")
     assert done.returncode == 2 and f"{first}: tensor" in done.stderr, done.stderr
+
+
+def test_steps_go_on_where_the_layerwise_fit_ended(place):
+    """With its own sequences, and with the memories of the first layers silent."""
+    model, tokenizer = base_model(place)
+    data, asked = sequences(place, tokenizer), []
+
+    class Asked(Sequences):
+        def __init__(self):
+            self.__dict__ = data.__dict__
+
+        def __getitem__(self, n):
+            asked.append(n)
+            return super().__getitem__(n)
+
+    settings = dataclasses.replace(SETTINGS, layerwise=2, steps=2, accumulate=2)
+    trainer = loop.Trainer(model, Asked(), settings)
+    loud = [a.ahn.o_proj.weight.abs().sum().item() > 0 for _, a in memory_layers(model)]
+    assert loud == [False, True, True]
+    trainer.train_step()
+    trainer.train_step()
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert all(a.ahn.o_proj.weight.abs().sum().item() > 0 for _, a in memory_layers(model))
 
 
 def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):

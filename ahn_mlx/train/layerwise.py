@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..attention import AHNAttention
 from ..cache import AHNCache
 from ..memory.layers import GateProjection
+from ..ops.exp import exp
 from .data import Sequences
 from .streams import memory_layers
 
@@ -153,7 +154,8 @@ def _looked_at(attention: AHNAttention, h: mx.array, window: int, sinks: int) ->
         scores = q[:, :, first : first + ROWS] @ k[0, :, None].swapaxes(-1, -2)
         scores = (scores * attention.scale).astype(mx.float32)
         scores = mx.where(key <= query, scores, -mx.inf)
-        p = mx.where(key <= query - window, mx.softmax(scores, axis=-1), 0)
+        mass = exp(scores - scores.max(axis=-1, keepdims=True))
+        p = mx.where(key <= query - window, mass / mass.sum(axis=-1, keepdims=True), 0)
         squares = squares + p.square().sum(axis=2)
         mx.eval(squares)
     return squares.reshape(-1, L)[:, sinks : L - window]

@@ -88,11 +88,13 @@ class Trainer:
                 model, data, settings.layerwise, settings.window, settings.sinks
             )
         self.parameters = {n: x.astype(mx.float32) for n, x in trainable(model).items()}
-        # All first memories together do harm: each head's grows from nothing where it helps.
-        start = mx.zeros if settings.layerwise and settings.steps else mx.ones
+        layers = list(memory_layers(model))
+        # Together, those that the first layers were fitted do harm: they grow where they help.
+        early = len(layers) // 3 if settings.layerwise else 0
         self.sizes: Parameters = {}
-        for i, attention in memory_layers(model):
+        for n, (i, attention) in enumerate(layers):
             gain = f"model.layers.{i}.self_attn.ahn.gain"
+            start = mx.zeros if n < early else mx.ones
             self.parameters[gain] = start(attention.n_heads)
             matrix = gain.removesuffix("gain") + "o_proj.weight"
             self.sizes[matrix] = _sizes(self.parameters[matrix])
@@ -134,7 +136,8 @@ class Trainer:
         total, gradients = mx.zeros(()), None
         for a in range(s.accumulate):
             n = (self.step * s.accumulate + a) * machines + self.world.rank()
-            loss, new = self._gradients(self.data[n], window, sinks)
+            # On those of the layer-wise stage, the memory looks better than it is.
+            loss, new = self._gradients(self.data[s.layerwise + n], window, sinks)
             total = total + loss
             gradients = new if gradients is None else {k: gradients[k] + new[k] for k in new}
             mx.eval(total, gradients)
