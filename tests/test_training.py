@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from checkpoints import GDN, byte_tokenizer, same
 from mlx.utils import tree_flatten
+from mlx_lm.models import phi3, qwen3
 from mlx_lm.models.cache import KVCache
 
 from ahn_mlx import AHNError, load_model
@@ -142,8 +143,8 @@ def test_layerwise_matrices_are_those_of_the_fitted_gates(place, memory):
             gate = nn.silu(attention.ahn.g_proj(h[0, 16:])).T
         read.append(r * gate[..., None])
         missed.append(m)
-    alike = memory == "gated_deltanet"  # which has a query projection
-    best = layerwise._matrices(tuple(read), tuple(missed), alike)
+    projected = memory == "gated_deltanet"  # which has a query projection
+    best = layerwise._matrices(tuple(read), tuple(missed), projected)
     assert mx.allclose(best, weight, rtol=1e-3, atol=1e-5)
 
 
@@ -303,6 +304,47 @@ def test_a_trained_memory_is_trained_on(place, tmp_path):
     assert same(*(mx.load(str(out / "model.safetensors")) for out in (first, on)))
     done = train(place, tmp_path / "other", "--ahn", first, "--memory", "mamba2")
     assert done.returncode == 2 and f"{first}: tensor" in done.stderr, done.stderr
+
+
+def test_a_memory_without_query_projection_is_trained_on(place, tmp_path):
+    release = GDN / "ahn_only"
+    done = train(place, tmp_path / "on", "--steps", 1, "--ahn", release)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (set(mx.load(str(d / "model.safetensors"))) for d in (release, tmp_path / "on"))
+    assert ours == {name for name in theirs if not name.endswith(".D")}
+
+
+def another_base(place, directory, module, **config):
+    """A base of random parameters, with the tokenizer of the other."""
+    config = {**json.loads((place / "base/config.json").read_text()), **config}
+    model = module.Model(module.ModelArgs.from_dict(config))
+    shutil.copytree(place / "base", directory, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (directory / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(
+        str(directory / "model.safetensors"), dict(tree_flatten(model.parameters()))
+    )
+    return directory
+
+
+def test_wider_heads_have_no_query_projection(place, tmp_path):
+    base = another_base(
+        place,
+        tmp_path / "wide",
+        qwen3,
+        model_type="qwen3",
+        head_dim=32,
+        max_position_embeddings=512,
+    )
+    done = train(place, tmp_path / "out", "--base", base, "--steps", 1, "--layerwise", 1)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/config.json").read_text())["use_q_proj"] is False
+
+
+def test_another_family_is_refused_by_name(place, tmp_path):
+    base = another_base(place, tmp_path / "fused", phi3, model_type="phi3")
+    done = train(place, tmp_path / "out", "--base", base, "--steps", 1)
+    assert done.returncode == 2 and "'phi3' is not supported" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_steps_go_on_where_the_layerwise_fit_ended(place):

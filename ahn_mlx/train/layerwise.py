@@ -23,7 +23,7 @@ from ..ops.exp import exp
 from .data import Sequences
 from .streams import memory_layers
 
-# Write strength of a token that is looked at as much as most, and where it ends.
+# Write strength of a token that is looked at as much as the mean, and its bounds.
 STRENGTH, STRENGTHS = 0.1, (0.002, 0.95)
 
 # Log decay per token, from head to head.
@@ -91,15 +91,15 @@ def _fit_layer(
         *(_read(attention, x, y, window, sinks) for x, y in zip(normed, full, strict=True)),
         strict=True,
     )
-    alike = attention.config.query_projection
-    weight = _scaled_identity(read, missed) if alike else _matrices(read, missed, alike)
+    projected = attention.config.query_projection
+    weight = _scaled_identity(read, missed) if projected else _matrices(read, missed, projected)
     if memory.kind != "mamba2":  # there, the norm comes after the gate
         ungated = read
         for _ in range(2):
             gate = _fit_gate(memory.g_proj.weight, h, ungated, missed, weight)
             memory.g_proj.weight = gate
             read = _gated(ungated, normed, gate, far)
-            weight = _matrices(read, missed, alike)
+            weight = _matrices(read, missed, projected)
     memory.o_proj.weight = weight
     left = [(m - r @ weight).square().sum() for r, m in zip(read, missed, strict=True)]
     total = mx.stack([m.square().sum() for m in missed]).sum()
@@ -201,12 +201,12 @@ def _open(hidden: int, heads: int) -> GateProjection:
     return gate
 
 
-def _matrices(read: tuple[mx.array, ...], missed: tuple[mx.array, ...], alike: bool) -> mx.array:
+def _matrices(read: tuple[mx.array, ...], missed: tuple[mx.array, ...], projected: bool) -> mx.array:
     """Output matrices [H, D, D]: ridge regression towards zero, or the scaled identity."""
-    towards = _scaled_identity(read, missed) if alike else mx.zeros(())
+    towards = _scaled_identity(read, missed) if projected else mx.zeros(())
     pairs = [(r.swapaxes(-1, -2), r, m) for r, m in zip(read, missed, strict=True)]
     xx = sum((rT @ r for rT, r, _ in pairs), mx.zeros(()))
-    xy = sum((rT @ (m - r @ towards if alike else m) for rT, r, m in pairs), mx.zeros(()))
+    xy = sum((rT @ (m - r @ towards if projected else m) for rT, r, m in pairs), mx.zeros(()))
     diagonal = mx.diagonal(xx, axis1=-2, axis2=-1).mean(axis=-1)
     ridge = xx + (RIDGE * diagonal + 1e-9)[:, None, None] * mx.eye(xx.shape[-1])
     return towards + mx.linalg.solve(ridge, xy, stream=mx.cpu)

@@ -82,7 +82,11 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
 
 def _queries_fit(model: nn.Module) -> bool:
     """Whether all heads' raw queries are as wide as the hidden state, as that layout has it."""
-    return bool(model.layers[0].self_attn.q_proj.weight.shape[0] == model.args.hidden_size)
+    attention: Any = getattr(model.layers[0], "self_attn", {})
+    # Of another family, which augment refuses by name.
+    if "q_proj" not in attention:
+        return False
+    return bool(attention.q_proj.weight.shape[0] == model.args.hidden_size)
 
 
 def write_checkpoint(
