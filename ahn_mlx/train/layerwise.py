@@ -201,7 +201,9 @@ def _open(hidden: int, heads: int) -> GateProjection:
     return gate
 
 
-def _matrices(read: tuple[mx.array, ...], missed: tuple[mx.array, ...], projected: bool) -> mx.array:
+def _matrices(
+    read: tuple[mx.array, ...], missed: tuple[mx.array, ...], projected: bool
+) -> mx.array:
     """Output matrices [H, D, D]: ridge regression towards zero, or the scaled identity."""
     towards = _scaled_identity(read, missed) if projected else mx.zeros(())
     pairs = [(r.swapaxes(-1, -2), r, m) for r, m in zip(read, missed, strict=True)]
