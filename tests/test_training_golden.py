@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from ahn_mlx import load_model
 from ahn_mlx.checkpoint import published_name
 from ahn_mlx.convert import convert
 from ahn_mlx.train import losses
-from ahn_mlx.train.streams import head, install, study, teach, trainable
+from ahn_mlx.train.streams import Stream, head, install, study, teach, trainable
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,3 +66,27 @@ def test_loss_and_gradients(
         difference = mx.linalg.norm(ours[name].reshape(g.shape) - g)
         # 1e-6 is what float32 leaves of a loss of about 5.
         assert difference < 1e-4 * mx.linalg.norm(g) + 1e-6, name
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_logits_of_more_rows_take_no_more_memory(loss):
+    words = 5000
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.embed_tokens = nn.Embedding(words, 8)
+    mx.eval(model.parameters())
+
+    def peak(blocks: int) -> int:
+        labels = mx.zeros((1, blocks * losses.ROWS), dtype=mx.int32)
+        x = mx.random.normal((*labels.shape, 8))
+        mx.eval(x, labels)
+
+        def value(x):
+            return losses.LOSSES[loss](model, Stream(0.5 * x, []), Stream(x, []), labels, 0)
+
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.value_and_grad(value)(x))
+        return mx.get_peak_memory() - held
+
+    assert peak(16) < 1.2 * peak(4)
