@@ -1,14 +1,18 @@
 """The ring against a list of tokens, and windowed attention against one query at a time."""
 
 import copy
+import subprocess
+import sys
 
 import mlx.core as mx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ahn_mlx.cache import AHNCache, pack, unpack
 from ahn_mlx.ops import window as ops
 from ahn_mlx.ops.exp import fast_exp
+from ahn_mlx.platform import on_cpu
 
 chunks = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
@@ -137,3 +141,14 @@ def test_fast_exp():
     assert fast_exp(mx.array([-1e38, -90.0])).max() < 1e-17
     gradient = mx.grad(lambda x: fast_exp(x).sum())(x)
     assert (mx.abs(gradient - mx.exp(x)) / mx.exp(x)).max() < 1e-5
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU has an exp of its own")
+def test_fast_exp_first_used_within_a_gradient():
+    program = (
+        "import ahn_mlx, mlx.core as mx; from ahn_mlx.ops.exp import fast_exp; "
+        "value = lambda w: (w * fast_exp(mx.zeros(n)).sum()).sum(); n = 8; "
+        "mx.grad(value)(mx.zeros(1)); n = 4; print(mx.grad(value)(mx.zeros(1)).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "4.0\n", done.stderr
