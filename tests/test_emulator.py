@@ -1,5 +1,7 @@
 """The emulator computes what Metal would, and counts what it should."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,31 @@ def test_compiled_kernels_are_cached(
     for n in (1, 2, 2):
         values("o[i] = a[i] * N;", numbers(), template=[("N", n)])
     assert len(list(tmp_path.glob("right-*.so"))) == 2
+
+
+def test_a_cache_filled_by_another_process(tmp_path: Path) -> None:
+    """Its kernels run on this process's runtime, wherever that lies."""
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import mlx.core as mx
+from emulator import KernelSpec, run_kernel
+from emulator.runtime import library
+os.environ["AHN_MLX_TEST_CACHE"] = sys.argv[1]
+library()
+os.environ["AHN_MLX_TEST_CACHE"] = "shared"
+source = "threadgroup float s[64]; uint i = thread_position_in_grid.x; s[i] = a[i];"
+source += "threadgroup_barrier(mem_flags::mem_threadgroup); o[i] = s[63 - i];"
+spec, call = KernelSpec("reverse", ("a",), ("o",), source, "", True), dict(grid=(64, 1, 1))
+call |= dict(threadgroup=(64, 1, 1), output_shapes=[(64,)], output_dtypes=[mx.float32])
+a = mx.arange(64).astype(mx.float32)
+assert mx.array_equal(run_kernel(spec, [a], **call).outputs[0], a[::-1])
+"""
+    for folder in ("one", "other"):
+        command = [sys.executable, "-c", program, folder]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "shared").glob("*.so"))) == 1
 
 
 def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

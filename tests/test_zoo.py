@@ -41,7 +41,8 @@ def test_quantized_tensors_are_expanded(bits: int) -> None:
     q, scales, biases = mx.quantize(w, group_size=32, bits=bits)
     got = gguf._expand({"x.weight": q, "x.scales": scales, "x.biases": biases}, "x")
     assert got.dtype == mx.float32
-    assert mx.abs(got - w).max() < 0.3 * 16 / 2**bits
+    # MLX keeps an end of the range exact, so that the other may be off by a whole step.
+    assert mx.all(mx.abs(got - w).reshape(6, 2, 32) < mx.abs(scales)[..., None])
 
 
 def test_not_a_gguf_file(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class Counters:
 
 @lru_cache
 def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(build_runtime()))
+    """The process's only runtime: kernels that are loaded later find their symbols here."""
+    lib = ctypes.CDLL(str(build_runtime()), mode=ctypes.RTLD_GLOBAL)
     u32x3 = ctypes.POINTER(ctypes.c_uint32)
     u64s = ctypes.POINTER(ctypes.c_uint64)
     p, i, u32, u64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64

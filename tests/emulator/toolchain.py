@@ -194,7 +194,9 @@ def build_kernel(name: str, code: str, mode: str) -> tuple[Path, str]:
         "-Wno-parentheses",
     ]
     key = _shim_text("runtime.h", "exec/metal_stdlib", "mlx_preamble.h")
-    return _compile(name, code, flags, key, [str(build_runtime())])
+    # Not linked with the runtime: a path kept in the cache would load a second one beside the
+    # process's own, see runtime.library.
+    return _compile(name, code, flags, key, [])
 
 
 def lines_of(path: Path, offset: int) -> list[tuple[str, int]]:
