@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from emulator.toolchain import cache_dir
 from test_golden import GOLDEN, VARIANTS, convert, follow, load_model, read, same_states
 
 from ahn_mlx import doctor, metal
@@ -17,6 +18,7 @@ pytest_plugins = ["emulator.plugin"]
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """No kernel built, no verdict known, and decoding not compiled: the emulator is no graph."""
+    monkeypatch.setenv("AHN_MLX_TEST_CACHE", str(cache_dir()))  # objects stay what they are
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(doctor, "TIMED", 24)  # the emulator is slow
     metal.kernel.cache_clear()
