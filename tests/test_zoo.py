@@ -42,7 +42,8 @@ def test_quantized_tensors_are_expanded(bits: int) -> None:
     got = gguf._expand({"x.weight": q, "x.scales": scales, "x.biases": biases}, "x")
     assert got.dtype == mx.float32
     # MLX keeps an end of the range exact, so that the other may be off by a whole step.
-    assert mx.all(mx.abs(got - w).reshape(6, 2, 32) < mx.abs(scales)[..., None])
+    steps = mx.abs(got - w).reshape(6, 2, 32) / mx.abs(scales)[..., None]
+    assert steps.max() < 1 and steps.mean() < 0.3
 
 
 def test_not_a_gguf_file(tmp_path: Path) -> None:
