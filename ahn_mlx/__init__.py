@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 from . import platform as platform
 
 if TYPE_CHECKING:
-    from .config import AHNConfig as AHNConfig
     from .errors import AHNError as AHNError
-    from .model import augment as augment
-    from .model import load_model as load_model
-    from .session import Session as Session
-    from .zoo import load as load
+    from .hub.zoo import load as load
+    from .model.augment import augment as augment
+    from .model.augment import load_model as load_model
+    from .model.config import AHNConfig as AHNConfig
+    from .reading.session import Session as Session
 
 __version__ = "0.1.0"
 __all__ = ["AHNConfig", "AHNError", "Session", "__version__", "augment", "load", "load_model"]
 
 _HOME = {
-    "AHNConfig": ".config",
+    "AHNConfig": ".model.config",
     "AHNError": ".errors",
-    "Session": ".session",
-    "augment": ".model",
-    "load": ".zoo",
-    "load_model": ".model",
+    "Session": ".reading.session",
+    "augment": ".model.augment",
+    "load": ".hub.zoo",
+    "load_model": ".model.augment",
 }
 
 

@@ -15,21 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-import ahn_mlx  # before MLX, for the fast BLAS
-
 # isort: split
 import click
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models
 
-from ahn_mlx.checkpoint import INDEX, is_memory, published_name
-from ahn_mlx.model import build
-from ahn_mlx.published import MODELS
-from ahn_mlx.shards import by_layer
-from ahn_mlx.tensorfile import Layout, TensorWriter
+from ahn_mlx.checkpoints.directory import INDEX, is_memory, published_name
+from ahn_mlx.checkpoints.safetensors import Layout, TensorWriter
+from ahn_mlx.checkpoints.shards import by_layer
+from ahn_mlx.hub.published import MODELS
+from ahn_mlx.model.augment import build
+from ahn_mlx.model.config import PUBLISHED_NAMES
 
-IN_RELEASE = {name: release for release, name in ahn_mlx.config.PUBLISHED_NAMES.items()}
+IN_RELEASE = {name: release for release, name in PUBLISHED_NAMES.items()}
 
 
 def make(path: Path, names: dict[str, tuple[int, ...]], config: dict) -> Path:

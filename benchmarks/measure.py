@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tqdm import tqdm
 
-from ahn_mlx import gguf, zoo
+from ahn_mlx.checkpoints import gguf
+from ahn_mlx.hub import zoo
 
 plots_option = click.option(
     "--plots",

@@ -9,9 +9,9 @@ import click
 import mlx.core as mx
 from tqdm import tqdm
 
-from ahn_mlx.doctor import KERNELS
-from ahn_mlx.memory.metal import SCANS, STEPS
-from ahn_mlx.ops import metal_memory
+from ahn_mlx.measure.doctor import KERNELS
+from ahn_mlx.memory.forms import SCANS, STEPS
+from ahn_mlx.ops import memory_kernels as metal_memory
 from ahn_mlx.ops.window import DECODE, PREFILL
 
 from .measure import table

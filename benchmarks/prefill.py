@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ahn_mlx.generate import prefill_step
+from ahn_mlx.reading.generate import prefill_step
 
 from .measure import default_models, filled, plot, plots_option, table, take_turns
 

@@ -9,8 +9,8 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 import ahn_mlx
-from ahn_mlx.attention import AHNAttention
-from ahn_mlx.cache import AHNCache
+from ahn_mlx.model.attention import AHNAttention
+from ahn_mlx.model.cache import AHNCache
 
 STEP = 512
 

@@ -11,11 +11,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ahn_mlx import zoo
+import ahn_mlx
 from ahn_mlx.cli.estimate import MACS, USABLE
+from ahn_mlx.hub.published import DEFAULT, MODELS
 from ahn_mlx.memory import MEMORIES
-from ahn_mlx.model import build
-from ahn_mlx.published import DEFAULT, MODELS
+from ahn_mlx.model.augment import build
 from ahn_mlx.train import layerwise, loop
 from ahn_mlx.train.data import Sequences
 from ahn_mlx.train.losses import ROWS, kl
@@ -25,7 +25,7 @@ from ahn_mlx.train.streams import Stream, install, study, trainable
 from .measure import table
 
 SEQUENCE, WINDOW, SINKS = 2048, 256, 32
-DEMO = Path(zoo.__file__).parent / "demo" / "pride-and-prejudice.txt"
+DEMO = Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt"
 
 
 @click.command()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahn_mlx.cache import AHNCache, pack, unpack
+from ahn_mlx.model.cache import AHNCache, pack, unpack
 from ahn_mlx.ops import window as ops
 from ahn_mlx.ops.exp import fast_exp
 from ahn_mlx.platform import on_cpu

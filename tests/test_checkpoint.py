@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import GDN, GOLDEN, model_dir, read_json, same
 
-from ahn_mlx.checkpoint import (
+from ahn_mlx.checkpoints.directory import (
     check_model_dir,
     is_memory,
     published_name,

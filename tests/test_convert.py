@@ -12,11 +12,16 @@ from checkpoints import GDN, GOLDEN, REPO, copies, edit_config, edit_tensors, re
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from ahn_mlx import shards
-from ahn_mlx.checkpoint import check_model_dir, read_headers, read_tensors, rename_published
+from ahn_mlx.checkpoints import shards
+from ahn_mlx.checkpoints.convert import RELEASE_FIELDS, convert
+from ahn_mlx.checkpoints.directory import (
+    check_model_dir,
+    read_headers,
+    read_tensors,
+    rename_published,
+)
 from ahn_mlx.cli.convert import convert as command
-from ahn_mlx.convert import RELEASE_FIELDS, convert
-from ahn_mlx.model import build, load_model
+from ahn_mlx.model.augment import build, load_model
 
 VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
 WITH_BASE = [v for v in VARIANTS if (GOLDEN / v / "base").exists()]
@@ -204,7 +209,7 @@ def test_memory_stays_at_a_few_tensors(tmp_path):
     """235 MB of weights in tensors of at most 4 MB, cast on the way."""
     program = (
         "import sys, resource; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
-        "from ahn_mlx.convert import convert; import ahn_mlx.model; "
+        "from ahn_mlx.checkpoints.convert import convert; import ahn_mlx.model.augment; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
         "convert(None, Path(sys.argv[2]), Path(sys.argv[3]), 'bfloat16'); "
         "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))"

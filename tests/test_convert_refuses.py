@@ -12,10 +12,10 @@ import mlx.core as mx
 import pytest
 from checkpoints import GDN, REPO, copies, edit_config, edit_tensors, read_json, run
 
-from ahn_mlx import convert as convert_module
-from ahn_mlx import outdir
-from ahn_mlx.checkpoint import read_tensors
-from ahn_mlx.convert import convert
+from ahn_mlx.checkpoints import convert as convert_module
+from ahn_mlx.checkpoints import outdir
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.errors import AHNError
 
 
@@ -303,7 +303,7 @@ def test_ctrl_c(tmp_path):
     """The real signal, while weights are being written."""
     program = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); "
-        "from ahn_mlx import cli, shards; finite = shards.is_finite; "
+        "from ahn_mlx import cli; from ahn_mlx.checkpoints import shards; finite = shards.is_finite; "
         "shards.is_finite = lambda x: (time.sleep(0.2), finite(x))[1]; "
         "sys.argv = ['ahn-mlx', 'convert', '--ahn', sys.argv[2], '--out', sys.argv[3]]; cli.main()"
     )

@@ -10,12 +10,13 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from ahn_mlx import AHNError, cost
+from ahn_mlx import AHNError
 from ahn_mlx.cli.bench import bench
 from ahn_mlx.cli.estimate import estimate
-from ahn_mlx.config import AHNConfig
-from ahn_mlx.model import build
-from ahn_mlx.published import MODELS, parameters
+from ahn_mlx.hub.published import MODELS, parameters
+from ahn_mlx.measure import cost
+from ahn_mlx.model.augment import build
+from ahn_mlx.model.config import AHNConfig
 
 TOKENS = 128_000
 

@@ -9,11 +9,12 @@ import mlx_lm
 import pytest
 from checkpoints import GDN, GOLDEN, byte_tokenizer, edit_config, read_json, same
 
-from ahn_mlx import AHNError, card
-from ahn_mlx.checkpoint import read_tensors
-from ahn_mlx.convert import convert
-from ahn_mlx.export import export_pytorch
-from ahn_mlx.model import load
+from ahn_mlx import AHNError
+from ahn_mlx.checkpoints import card
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.directory import read_tensors
+from ahn_mlx.checkpoints.export import export_pytorch
+from ahn_mlx.model.augment import load
 
 VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
 

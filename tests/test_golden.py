@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from ahn_mlx import AHNError, load_model
-from ahn_mlx.convert import convert
+from ahn_mlx.checkpoints.convert import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())

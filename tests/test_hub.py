@@ -15,10 +15,11 @@ import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
 from standin import StandIn
 
-from ahn_mlx import card, published, zoo
-from ahn_mlx.checkpoint import read_tensors
-from ahn_mlx.convert import convert
-from ahn_mlx.model import load_model
+from ahn_mlx.checkpoints import card
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.directory import read_tensors
+from ahn_mlx.hub import published, zoo
+from ahn_mlx.model.augment import load_model
 
 NAME = "ahn-gdn-3b"
 BASE = published.MODELS[NAME].base.repo
@@ -339,7 +340,8 @@ def test_file_names_that_lead_out(machine: Machine, hub: StandIn, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["../x", "a/../b", "x/..", "ahn-gdn-4b", "a/b/c", "-/-", "./x"])
 def test_names_that_are_none(name: str, tmp_path: Path, monkeypatch) -> None:
-    from ahn_mlx import AHNError, hub
+    from ahn_mlx import AHNError
+    from ahn_mlx.hub import download as hub
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(AHNError, match="no model directory"):

@@ -12,10 +12,11 @@ import pytest
 from checkpoints import talking_model
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from ahn_mlx import AHNError, load_model, report
-from ahn_mlx.cache import AHNCache
-from ahn_mlx.session import Session
-from ahn_mlx.trace import BLOCK
+from ahn_mlx import AHNError, load_model
+from ahn_mlx.model.cache import AHNCache
+from ahn_mlx.model.trace import BLOCK
+from ahn_mlx.reading import inspect as report
+from ahn_mlx.reading.session import Session
 
 TEXT = "It is a far, far better thing that I do, than I have ever done. " * 8
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -8,8 +8,9 @@ import pytest
 from emulator.toolchain import cache_dir
 from test_golden import GOLDEN, VARIANTS, convert, follow, load_model, read, same_states
 
-from ahn_mlx import doctor, metal
-from ahn_mlx.doctor import KERNELS
+from ahn_mlx.measure import doctor
+from ahn_mlx.measure.doctor import KERNELS
+from ahn_mlx.ops import kernels as metal
 from ahn_mlx.ops.window import DECODE
 
 pytest_plugins = ["emulator.plugin"]

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_strict import check_strictly
 
-from ahn_mlx import metal
-from ahn_mlx.ops import delta, mamba2, metal_memory
+from ahn_mlx.ops import delta, mamba2
+from ahn_mlx.ops import kernels as metal
+from ahn_mlx.ops import memory_kernels as metal_memory
 from ahn_mlx.ops.ring import Update, slot_of
 
 pytest_plugins = ["emulator.plugin"]

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_strict import check_strictly
 
-from ahn_mlx import metal
-from ahn_mlx.ops import metal_window, window
+from ahn_mlx.ops import kernels as metal
+from ahn_mlx.ops import window
+from ahn_mlx.ops import window_kernels as metal_window
 from ahn_mlx.ops.ring import Update, slot_of
 
 pytest_plugins = ["emulator.plugin"]

@@ -13,7 +13,9 @@ from mlx_lm.models import gemma, llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from ahn_mlx import AHNConfig, AHNError, augment, zoo
+import ahn_mlx
+from ahn_mlx import AHNConfig, AHNError, augment
+from ahn_mlx.hub import zoo
 
 SIZES = {
     "model_type": "llama",
@@ -193,7 +195,7 @@ def test_smollm2_equals_plain_mlx_lm_in_the_window():
     plain = llama.Model(model.args)
     base = [(k, v) for k, v in tree_flatten(model.parameters()) if ".ahn." not in k]
     plain.load_weights(base)
-    text = (Path(zoo.__file__).parent / "demo" / "pride-and-prejudice.txt").read_text("utf-8")
+    text = (Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt").read_text("utf-8")
     ids = mx.array(tokenizer.encode(text[:2000]))
     assert ids.size > 400
     assert mx.abs(model(ids[None]) - plain(ids[None])).max() < 1e-3

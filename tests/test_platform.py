@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from ahn_mlx import doctor, platform
+from ahn_mlx import platform
+from ahn_mlx.measure import doctor
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads a BLAS")
@@ -85,7 +86,7 @@ def test_doctor_measures_every_fact() -> None:
 
 def test_doctor_names_the_command_for_what_is_missing(tmp_path: Path) -> None:
     code = """
-import ahn_mlx.doctor as d
+import ahn_mlx.measure.doctor as d
 print({f.name: (f.value, f.mend) for f in d.examine()}["compile"])
 """
     if platform.default_dtype() is None:
@@ -101,7 +102,7 @@ def test_a_compiler_that_fails_is_reported(tmp_path: Path) -> None:
     fake.write_text('#!/bin/sh\n[ "$1" = --version ]\n')  # there, but compiles nothing
     fake.chmod(0o755)
     code = """
-import ahn_mlx.doctor as d
+import ahn_mlx.measure.doctor as d
 print({f.name: (f.value, f.mend) for f in d.examine()}["compile"])
 """
     # MLX keeps compiled functions in the temporary directory.

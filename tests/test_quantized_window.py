@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 from test_cache import update
 
-from ahn_mlx.cache import AHNCache
 from ahn_mlx.errors import AHNError
+from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.ops.window import attend
 
 D = 64

@@ -15,8 +15,9 @@ from checkpoints import talking_model
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from ahn_mlx import AHNConfig, AHNError, augment, load_model, memoryfile
-from ahn_mlx.session import Session
+from ahn_mlx import AHNConfig, AHNError, augment, load_model
+from ahn_mlx.reading import memoryfile
+from ahn_mlx.reading.session import Session
 
 VARIANTS = ("qwen2-gdn", "qwen2-dn", "qwen2-mamba2")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3

@@ -10,12 +10,9 @@ from checkpoints import GDN, same, tensor, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ahn_mlx.checkpoint import (
-    check_finite,
-    read_tensors,
-)
+from ahn_mlx.checkpoints.directory import check_finite, read_tensors
+from ahn_mlx.checkpoints.safetensors import Layout, TensorWriter, is_finite, read_header
 from ahn_mlx.errors import AHNError
-from ahn_mlx.tensorfile import Layout, TensorWriter, is_finite, read_header
 
 SMALL = GDN / "ahn_only"
 

@@ -23,9 +23,9 @@ from mlx_lm.models import phi3, qwen3
 from mlx_lm.models.cache import KVCache
 
 from ahn_mlx import AHNError, load_model
-from ahn_mlx.cache import AHNCache
-from ahn_mlx.compare import compare, silenced, stream
-from ahn_mlx.convert import convert
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.measure.compare import compare, silenced, stream
+from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.train import layerwise, loop
 from ahn_mlx.train.data import Sequences
 from ahn_mlx.train.output import load_base, load_trained

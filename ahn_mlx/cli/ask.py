@@ -59,8 +59,8 @@ def _typed() -> Iterator[str]:
 
 def load_session(file: Path, name: str | None, seed: int | None) -> Any:
     """The session of a memory file, with its model."""
-    from .. import memoryfile
-    from ..session import Session
+    from ..reading import memoryfile
+    from ..reading.session import Session
 
     facts = memoryfile.read_facts(file)
     warn_slow()

@@ -7,8 +7,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..chips import CHIPS
 from ..errors import AHNError
+from ..measure.chips import CHIPS
 from .estimate import config_of, print_table
 from .generate import warn_slow
 from .options import check_numbers, load_model, loading_options
@@ -33,8 +33,8 @@ def bench(**options: Any) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from .. import cost
-    from ..generate import prefill_step
+    from ..measure import cost
+    from ..reading.generate import prefill_step
 
     warn_slow()
     model, _ = load_model(options)

@@ -49,7 +49,7 @@ def chat(**options: Any) -> None:
     if options["memory"]:
         _talk(load_session(options["memory"], None, options["seed"]), options)
         return
-    from ..session import Session
+    from ..reading.session import Session
 
     warn_slow()
     model, tokenizer = load_model(options)

@@ -14,7 +14,7 @@ from .generate import read_document
 from .options import check_numbers, load_model, loading_options
 
 if TYPE_CHECKING:
-    from ..compare import Comparison, Stretch
+    from ..measure.compare import Comparison, Stretch
 
 
 @click.command()
@@ -45,7 +45,7 @@ def compare(**options: Any) -> None:
     text = read_document(options["text"], has_prompt=False)
     import mlx.core as mx
 
-    from .. import compare as measure
+    from ..measure import compare as measure
 
     if options["ahn"]:
         from ..train.output import load_trained
@@ -77,7 +77,7 @@ def compare(**options: Any) -> None:
 
 
 def _stream(model: Any, ids: Any, options: dict[str, Any]) -> None:
-    from ..compare import stream
+    from ..measure.compare import stream
 
     n, first = options["tokens"], options["stream_from"]
     if ids.size < n or not 0 <= first < n - 1:

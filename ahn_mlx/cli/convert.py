@@ -37,7 +37,7 @@ def convert(q_bits: str, **options: Any) -> None:
     A merged checkpoint, in half the space:
       convert --ahn merged --out ahn-gdn-3b --dtype bfloat16
     """
-    from ..convert import convert
+    from ..checkpoints.convert import convert
 
     convert(q_bits=int(q_bits), **options)
     click.echo(f"wrote {options['out']}")

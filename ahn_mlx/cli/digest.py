@@ -45,8 +45,8 @@ def digest(**options: Any) -> None:
     text = read_document(options["prompt_file"], has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
-    from .. import memoryfile
-    from ..session import Session
+    from ..reading import memoryfile
+    from ..reading.session import Session
 
     memoryfile.remove_stale(out)
     partial = out.with_name(f"{out.name}.partial")
@@ -99,8 +99,8 @@ def loading(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _resume(partial: Path, session: Any, job: str) -> tuple[Any, int]:
     """The session of an interrupted run of the same job, and ids read, or what was given."""
-    from .. import memoryfile
-    from ..session import Session
+    from ..reading import memoryfile
+    from ..reading.session import Session
 
     if not partial.is_file():
         return session, 0

@@ -11,7 +11,7 @@ def doctor() -> None:
     \b
     ahn-mlx doctor
     """
-    from ..doctor import examine
+    from ..measure.doctor import examine
 
     findings = examine()
     for finding in findings:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..chips import CHIPS
-from ..config import PUBLISHED_NAMES
 from ..errors import AHNError
+from ..measure.chips import CHIPS
+from ..model.config import PUBLISHED_NAMES
 from .options import DEFAULT, check_numbers
 
 KINDS = ("full", "window", "ahn")
@@ -52,7 +52,7 @@ def estimate(**options: Any) -> None:
     if options["paper"]:
         _paper()
         return
-    from ..cost import shape_of
+    from ..measure.cost import shape_of
 
     shape = shape_of(config_of(options))
     found = {kind: _count(shape, kind, options["context"], options) for kind in kinds}
@@ -67,10 +67,10 @@ def estimate(**options: Any) -> None:
 
 def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
-    from ..checkpoint import read_config
-    from ..config import AHNConfig
-    from ..hub import config_dir
-    from ..published import MODELS
+    from ..checkpoints.directory import read_config
+    from ..hub.download import config_dir
+    from ..hub.published import MODELS
+    from ..model.config import AHNConfig
 
     name = options["name"]
     if name in MODELS:
@@ -91,7 +91,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[str, Any]:
     """All numbers of one kind of attention at one context."""
-    from .. import cost
+    from ..measure import cost
 
     bits = int(options["kv_bits"]) if options["kv_bits"] and kind != "full" else None
     cache = cost.cache_bytes(shape, kind, tokens, kv_bits=bits)
@@ -176,8 +176,8 @@ def _fits(count: dict[str, Any]) -> str:
 
 
 def _paper() -> None:
-    from .. import cost
-    from ..published import MODELS
+    from ..hub.published import MODELS
+    from ..measure import cost
 
     tokens = 128_000
     rows = []

@@ -23,8 +23,8 @@ def export_pytorch(name: str, out: Path, layout: str, force: bool) -> None:
     ahn-mlx export-pytorch --model ./trained --layout ahn-only --out AHN-GDN-mine
     ahn-mlx export-pytorch --model ./trained --out merged
     """
-    from ..export import export_pytorch
-    from ..hub import find
+    from ..checkpoints.export import export_pytorch
+    from ..hub.download import find
 
     export_pytorch(find(name), out, layout, force)
     click.echo(f"wrote {out}")
@@ -40,6 +40,6 @@ def upload(name: str, repo: str, private: bool) -> None:
     \b
     ahn-mlx upload --model ./ahn-gdn-3b --repo my-org/ahn-gdn-3b-4bit
     """
-    from ..hub import find, upload
+    from ..hub.download import find, upload
 
     click.echo(upload(find(name), repo, private))

@@ -50,7 +50,7 @@ def generate(**options: Any) -> None:
     if not (document.strip() or options["prompt"].strip()):
         raise AHNError("the prompt is empty; give a text to read or --prompt")
     # MLX and transformers take a second to import: after the checks.
-    from ..generate import Run, make_prompt
+    from ..reading.generate import Run, make_prompt
 
     warn_slow()
     model, tokenizer = load_model(options)

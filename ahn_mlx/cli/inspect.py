@@ -30,7 +30,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None) -> None:
     if not out.parent.is_dir():
         raise AHNError(f"{out.parent}: no such directory; make it first")
     quoted = None if text is None else read_document(text, has_prompt=False)
-    from ..report import page
+    from ..reading.inspect import page
 
     session = load_session(file, name, None)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")

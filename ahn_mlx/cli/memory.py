@@ -22,8 +22,8 @@ def memory() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def info(file: Path) -> None:
     """Print size by part, tokens, model and the beginning of the text."""
-    from ..memoryfile import read_facts
-    from ..tensorfile import read_header
+    from ..checkpoints.safetensors import read_header
+    from ..reading.memoryfile import read_facts
 
     facts = read_facts(file)
     parts: dict[str, int] = {}
@@ -51,7 +51,7 @@ def info(file: Path) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 def verify(files: tuple[Path, ...]) -> None:
     """Compare the checksums of FILES; exit code 2 if one does not fit."""
-    from ..memoryfile import load
+    from ..reading.memoryfile import load
 
     broken = []
     for file in files:

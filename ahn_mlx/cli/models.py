@@ -12,8 +12,8 @@ def models() -> None:
     \b
     ahn-mlx models
     """
-    from .. import hub
-    from ..published import MODELS, parameters
+    from ..hub import download as hub
+    from ..hub.published import MODELS, parameters
 
     others = hub.on_disk()
     rows = [("name", "base", "memory", "base + memory", "download", "on this machine")]
@@ -36,8 +36,8 @@ def models() -> None:
 
 def _embedded() -> list[Path]:
     """The default model's file, if its package is installed."""
-    from .. import zoo
     from ..errors import AHNError
+    from ..hub import zoo
 
     try:
         return [zoo.smollm2_gguf()]
@@ -70,7 +70,7 @@ def pull(name: str, q_bits: str | None, revision: str | None, base_revision: str
     ahn-mlx pull ahn-mamba2-7b --q-bits 8
     ahn-mlx pull my-org/ahn-gdn-3b-4bit --revision v1.0
     """
-    from .. import hub
+    from ..hub import download as hub
 
     bits = None if q_bits is None else int(q_bits)
     click.echo(hub.pull(name, bits, revision, base_revision))
@@ -85,7 +85,7 @@ def rm(name: str) -> None:
     \b
     ahn-mlx rm ahn-gdn-3b
     """
-    from .. import hub
+    from ..hub import download as hub
 
     for path in hub.remove(name):
         click.echo(f"removed {path}")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..errors import AHNError
-from ..published import DEFAULT
+from ..hub.published import DEFAULT
 
 model_option = click.option(
     "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
@@ -77,7 +77,7 @@ def check_numbers(options: dict[str, Any]) -> None:
 
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of the loading options."""
-    from .. import zoo
+    from ..hub import zoo
 
     return zoo.load(
         options["name"],

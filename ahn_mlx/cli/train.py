@@ -7,10 +7,10 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..checkpoint import read_config
-from ..config import AHNConfig
+from ..checkpoints.directory import read_config
 from ..errors import AHNError
-from ..published import DEFAULT
+from ..hub.published import DEFAULT
+from ..model.config import AHNConfig
 from .digest import stop_between_steps
 from .generate import say
 

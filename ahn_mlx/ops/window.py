@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..metal import Check, usable
 from ..platform import on_cpu
-from . import metal_window
+from . import window_kernels as metal_window
 from .exp import exp
+from .kernels import Check, usable
 from .ring import Update
 
 # Queries per tile. Larger tiles compute more scores outside the window.

@@ -16,9 +16,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from tqdm import tqdm
 
-from ..attention import AHNAttention
-from ..cache import AHNCache
 from ..memory.layers import GateProjection
+from ..model.attention import AHNAttention
+from ..model.cache import AHNCache
 from ..ops.exp import exp
 from .data import Sequences
 from .streams import memory_layers

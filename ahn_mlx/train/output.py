@@ -10,15 +10,17 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from .. import gguf, hub, zoo
-from ..card import Origin, origin
-from ..checkpoint import published_name, read_config, read_tensors, rename_published
-from ..config import PUBLISHED_NAMES, AHNConfig
+from ..checkpoints import gguf
+from ..checkpoints.card import Origin, origin
+from ..checkpoints.directory import published_name, read_config, read_tensors, rename_published
+from ..checkpoints.export import release_config
+from ..checkpoints.shards import write_json
 from ..errors import AHNError
-from ..export import release_config
-from ..model import DTYPES, augment, cast
+from ..hub import download as hub
+from ..hub import zoo
+from ..model.augment import DTYPES, augment, cast
+from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..platform import default_dtype
-from ..shards import write_json
 from .loop import METRICS, read_metrics
 from .streams import Parameters, install, memory_layers, trainable
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..attention import AHNAttention
-from ..cache import AHNCache
+from ..model.attention import AHNAttention
+from ..model.cache import AHNCache
 
 # Parameters of memories and routers, by their names in the model.
 Parameters = dict[str, mx.array]

@@ -1,0 +1,90 @@
+"""pytorch_model.bin and its shards, through torch. Nothing in them is executed: torch
+unpickles tensors alone (weights_only), and maps the file instead of reading it."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import AHNError
+from .directory import Source, check_member, read_json
+from .safetensors import STORED, TensorInfo, show
+
+FILE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+# What torch calls a dtype -> what safetensors does, for those that models have.
+DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+
+
+def pickles(path: Path) -> list[Path]:
+    """The files of a directory that holds a checkpoint in this format, or none."""
+    if os.path.lexists(path / FILE):
+        return [path / FILE]
+    if not os.path.lexists(path / INDEX):
+        return []
+    weight_map = read_json(path / INDEX).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.bin", name):
+            raise AHNError(f"{path / INDEX}: {show(name)} is not the name of a file beside it")
+    if not names:
+        raise AHNError(f"{path / INDEX}: weight_map must map tensor names to files")
+    return sorted(path / name for name in names)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """torch's tensors, mapped. Raises AHNError without torch, and for all but tensors."""
+    check_member(file)
+    size = file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as z:
+            entries = z.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        raise AHNError(f"{file}: not a checkpoint of torch 1.6 or later; save it again") from None
+    if any(e.compress_type or e.file_size > size for e in entries):
+        raise AHNError(f"{file}: has compressed entries, which torch does not write")
+    try:
+        import torch
+    except ImportError:
+        raise AHNError(
+            f"{file}: reading it takes torch; pip install torch, or save it as safetensors"
+        ) from None
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # whatever a broken pickle makes torch raise
+        reason = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
+        raise AHNError(
+            f"{file}: holds other things than tensors, or is damaged; nothing in it was run "
+            f"({show(reason)})"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()
+    ):
+        raise AHNError(f"{file}: not a dictionary of named tensors; save the model's state_dict")
+    return tensors
+
+
+def read_headers(files: list[Path]) -> dict[str, Source]:
+    """Every tensor of the files, as headers of safetensors would describe them."""
+    sources: dict[str, Source] = {}
+    for file in files:
+        for name, x in load(file).items():
+            if name in sources:
+                raise AHNError(f"{file}: tensor {show(name)} is in another file too; remove one")
+            dtype = DTYPES.get(str(x.dtype), str(x.dtype))
+            info = TensorInfo(dtype, tuple(x.shape), 0, x.numel() * x.element_size())
+            sources[name] = Source(name, file, info)
+    return sources
+
+
+def to_mlx(x: Any) -> mx.array:
+    """A copy of torch's tensor, bit for bit."""
+    import torch
+
+    flat = x.detach().contiguous().reshape(-1).view(torch.uint8)
+    dtype = STORED[DTYPES[str(x.dtype)]]
+    return mx.array(flat.numpy()).view(dtype).reshape(tuple(x.shape))

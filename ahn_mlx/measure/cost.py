@@ -1,0 +1,200 @@
+"""What a model costs, counted without its weights: FLOPs and bytes.
+
+Shapes are those of the model that `build` makes of a config, and bytes those of real
+caches on arrays that are never evaluated: there is no second description of either.
+
+Two ways to count. The honest one: a prompt needs one row of logits, looking up an embedding
+is no arithmetic, tokens that stay in the window cost the memory nothing but their gates.
+The paper's (its efficiency table): every weight matrix, the embedding's and the head's
+included, is applied to every token, and a recurrence costs nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
+
+from ..errors import AHNError
+from ..memory import MEMORIES
+from ..model.augment import build
+from ..model.cache import AHNCache
+from ..model.config import AHNConfig
+
+KINDS = ("full", "window", "ahn")
+
+# State elements are multiplied and added so often per token: recall, write and read; Mamba2
+# writes and reads.
+PASSES = {"gated_deltanet": 3, "deltanet": 3, "mamba2": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. Weights: number of elements, of all layers together.
+
+    projections: q, k, v and o. gates: what the memory computes for each token. readout: what
+    it computes where it is read. vectors: norms and biases. tied: the head is the embedding.
+    """
+
+    ahn: AHNConfig
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    projections: int
+    mlp: int
+    gates: int
+    readout: int
+    vectors: int
+    embedding: int
+    tied: bool
+
+    @property
+    def memory_layers(self) -> int:
+        return self.layers - len(self.ahn.fa_layer_ids)
+
+    @property
+    def parameters(self) -> int:
+        """Of base and memory."""
+        head = 0 if self.tied else self.embedding
+        matrices = self.projections + self.mlp + self.gates + self.readout
+        return matrices + self.vectors + self.embedding + head
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """Count a config.json with AHN fields. Raises AHNError as build does."""
+    model = build(config)
+    found = dict.fromkeys(("projections", "mlp", "gates", "readout", "vectors", "embedding"), 0)
+    parameters: Any = tree_flatten(model.parameters())
+    for name, x in parameters:
+        found[_group(name, x)] += x.size
+    tied = not any(name.startswith("lm_head") for name, _ in parameters)
+    if not tied:
+        found["embedding"] //= 2  # the head has as many
+    attention = model.layers[0].self_attn
+    return Shape(
+        ahn=model.ahn,
+        layers=len(model.layers),
+        heads=attention.n_heads,
+        kv_heads=attention.n_kv_heads,
+        head_dim=attention.k_proj.weight.shape[0] // attention.n_kv_heads,
+        tied=tied,
+        **found,
+    )
+
+
+def _group(name: str, x: mx.array) -> str:
+    if x.ndim < 2:
+        return "vectors"
+    if ".self_attn.ahn." in name:
+        # The output's gate and projection, and what reads with a query of its own.
+        reads = any(part in name for part in (".g_proj.", ".o_proj.", ".q_proj."))
+        return "readout" if reads else "gates"
+    if ".self_attn." in name:
+        return "projections"
+    return "mlp" if ".mlp." in name else "embedding"
+
+
+def pairs(kind: str, tokens: int, capacity: int) -> int:
+    """Query-key pairs that are visible while `tokens` tokens are read."""
+    seen = tokens if kind == "full" else min(tokens, capacity)
+    return seen * (seen + 1) // 2 + (tokens - seen) * capacity
+
+
+def flops(shape: Shape, kind: str, tokens: int, before: int = 0) -> dict[str, int]:
+    """FLOPs of reading `tokens` tokens after `before` others, for one row of logits.
+
+    kind: "full", "window" (nothing remembers what leaves) or "ahn". A multiplication and an
+    addition are two. Elementwise operations, norms and softmax are not counted.
+    """
+    _check(kind, tokens, before)
+    end, capacity = before + tokens, shape.ahn.capacity
+    full = shape.layers if kind == "full" else len(shape.ahn.fa_layer_ids)
+    seen = {k: pairs(k, end, capacity) - pairs(k, before, capacity) for k in ("full", "window")}
+    attended = full * seen["full"] + (shape.layers - full) * seen["window"]
+    counted = {
+        "projections": 2 * shape.projections * tokens,
+        "attention": 4 * shape.heads * shape.head_dim * attended,
+        "mlp": 2 * shape.mlp * tokens,
+        "head": 2 * shape.embedding,
+    }
+    if kind == "ahn":
+        evicted = max(0, end - max(before, capacity))
+        states = shape.memory_layers * shape.heads * shape.head_dim**2
+        recurrence = 2 * PASSES[shape.ahn.memory] * states
+        counted["memory"] = 2 * shape.gates * tokens + (2 * shape.readout + recurrence) * evicted
+    return counted
+
+
+def paper_flops(shape: Shape, kind: str, tokens: int) -> tuple[int, int]:
+    """FLOPs as the paper counts: of mixing (attention and its projections), of all."""
+    counted = flops(shape, kind, tokens)
+    mixing = counted["projections"] + counted["attention"]
+    if kind == "ahn":
+        mixing += 2 * (shape.gates + shape.readout) * tokens
+    return mixing, mixing + counted["mlp"] + 2 * 2 * shape.embedding * tokens
+
+
+def cache_bytes(
+    shape: Shape,
+    kind: str,
+    tokens: int,
+    dtype: mx.Dtype = mx.bfloat16,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+) -> dict[str, int]:
+    """Bytes of all caches after `tokens` tokens: keys and values, gates, state."""
+    _check(kind, tokens, 0)
+    found = {"keys, values": 0, "gates": 0, "state": 0}
+    if not tokens:
+        return found
+    heads = (1, shape.kv_heads)
+    for layer in range(shape.layers):
+        if kind == "full" or layer in shape.ahn.fa_layer_ids:
+            full = KVCache()
+            full.update_and_fetch(*_nothing((*heads, tokens, shape.head_dim), dtype))
+            found["keys, values"] += full.nbytes
+            continue
+        cache = AHNCache(shape.ahn.window, shape.ahn.sinks, kv_bits, kv_group_size)
+        held = min(tokens, cache.capacity)
+        count = MEMORIES[shape.ahn.memory].gate_count
+        gates = mx.zeros((1, shape.heads, held, count), dtype)
+        cache.update(*_nothing((*heads, held, shape.head_dim), dtype), gates)
+        assert cache.buffers is not None
+        *kept, gates = cache.buffers
+        found["keys, values"] += sum(x.nbytes for x in kept)
+        if kind == "ahn":
+            found["gates"] += gates.nbytes
+            if tokens > cache.capacity:
+                found["state"] += 4 * shape.heads * shape.head_dim**2
+    return found
+
+
+def paper_cache_bytes(shape: Shape, kind: str, tokens: int) -> int:
+    """As the paper counts: four bytes per element, no gates."""
+    held = tokens if kind == "full" else min(tokens, shape.ahn.capacity)
+    elements = 2 * shape.layers * shape.kv_heads * shape.head_dim * held
+    if kind == "ahn":
+        elements += shape.memory_layers * shape.heads * shape.head_dim**2
+    return 4 * elements
+
+
+def weight_bytes(shape: Shape, bits: float, memory_bytes: int = 2) -> int:
+    """Bytes of all weights: matrices of the base at `bits` per element, the rest 16 bits."""
+    head = 0 if shape.tied else shape.embedding
+    base = shape.projections + shape.mlp + shape.embedding + head
+    rest = memory_bytes * (shape.gates + shape.readout) + 2 * shape.vectors
+    return int(base * bits / 8) + rest
+
+
+def _nothing(size: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Keys and values that are never evaluated, and so take no memory."""
+    return mx.zeros(size, dtype), mx.zeros(size, dtype)
+
+
+def _check(kind: str, tokens: int, before: int) -> None:
+    if kind not in KINDS:
+        raise AHNError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if tokens < 0 or before < 0:
+        raise AHNError(f"a context must not be negative, not {min(tokens, before)}")

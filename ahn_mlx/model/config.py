@@ -1,0 +1,115 @@
+"""What makes a transformer an AHN model: memory kind, window, sinks.
+
+Read from the `ahn` entry that our own config.json holds, or from the fields of
+the PyTorch release (`_ahn_implementation`, `sliding_window`, ...).
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import AHNError
+
+# Names in the PyTorch release -> ours.
+PUBLISHED_NAMES = {
+    "GatedDeltaNet": "gated_deltanet",
+    "DeltaNet": "deltanet",
+    "Mamba2": "mamba2",
+}
+SINK_POSITIONS = ("absolute", "clamped")
+
+
+@dataclass(frozen=True)
+class AHNConfig:
+    """Settings of the memory (paper, section 2).
+
+    memory: "gated_deltanet", "deltanet" or "mamba2".
+    window: W, recent tokens kept losslessly.
+    sinks: S, first tokens kept for ever.
+    sink_positions: "absolute" (true positions, as in the paper) or "clamped"
+        (a sink is never seen farther away than window + sinks).
+    fa_layer_ids: layers that keep full attention and get no memory.
+    router: scale each head's memory by how much it has compressed.
+    query_projection: the memory reads with a projection of the raw queries.
+
+    Raises AHNError on a value out of range.
+    """
+
+    memory: str = "gated_deltanet"
+    window: int = 32640
+    sinks: int = 128
+    sink_positions: str = "absolute"
+    fa_layer_ids: tuple[int, ...] = field(default=())
+    router: bool = False
+    query_projection: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("memory", self.memory, tuple(PUBLISHED_NAMES.values()))
+        _one_of("sink_positions", self.sink_positions, SINK_POSITIONS)
+        _at_least("window", self.window, 1)
+        _at_least("sinks", self.sinks, 0)
+        object.__setattr__(self, "fa_layer_ids", _layer_ids(self.fa_layer_ids))
+        for name in ("router", "query_projection"):
+            if not isinstance(getattr(self, name), bool):
+                raise AHNError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.query_projection and self.memory != "gated_deltanet":
+            # The other two memories ignore the flag, as in the PyTorch release.
+            object.__setattr__(self, "query_projection", False)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens kept losslessly: window + sinks."""
+        return self.window + self.sinks
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "AHNConfig":
+        """Read a model's config.json, ours or the PyTorch release's.
+
+        Raises AHNError when it has no AHN fields or a value is out of range.
+        """
+        if "ahn" in config:
+            ours = config["ahn"]
+            if not isinstance(ours, dict):
+                raise AHNError(f"'ahn' in config.json must be an object, not {ours!r}")
+            unknown = sorted(set(ours) - set(cls.__dataclass_fields__))
+            if unknown:
+                raise AHNError(f"unknown setting {unknown[0]!r} under 'ahn' in config.json")
+            return cls(**ours)
+        published = config.get("_ahn_implementation")
+        if published is None:
+            raise AHNError("config.json has no AHN fields ('ahn' or '_ahn_implementation')")
+        _one_of("_ahn_implementation", published, tuple(PUBLISHED_NAMES))
+        window, sinks = config.get("sliding_window"), config.get("num_attn_sinks")
+        return cls(
+            memory=PUBLISHED_NAMES[published],
+            window=cls.window if window is None else window,
+            sinks=cls.sinks if sinks is None else sinks,
+            fa_layer_ids=config.get("fa_layer_ids") or (),
+            router=config.get("use_ahn_router") or False,
+            query_projection=config.get("use_q_proj") or False,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `ahn` entry of our config.json."""
+        return {**asdict(self), "fa_layer_ids": list(self.fa_layer_ids)}
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise AHNError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _at_least(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise AHNError(f"{name} must be a whole number of at least {low}, not {value!r}")
+
+
+def _layer_ids(value: Any) -> tuple[int, ...]:
+    """Accept (1, 2), [1, 2] and the release's "1,2"."""
+    try:
+        items = value.split(",") if isinstance(value, str) else list(value)
+        ids = tuple(sorted({int(x) for x in items if str(x).strip()}))
+    except (TypeError, ValueError):
+        raise AHNError(f"fa_layer_ids must be layer numbers such as 0,5, not {value!r}") from None
+    if ids and ids[0] < 0:
+        raise AHNError(f"fa_layer_ids must not be negative, not {value!r}")
+    return ids

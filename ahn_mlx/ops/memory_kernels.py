@@ -1,0 +1,156 @@
+"""Launches of the memories' Metal kernels; each kernel's file says what it does."""
+
+import mlx.core as mx
+
+from . import kernels as metal
+from .ring import Update
+
+Result = tuple[mx.array, mx.array]
+
+SIMDGROUPS = 16  # per threadgroup of a step
+STAGED = 16  # tokens per block of a scan
+THREADGROUPS = 64  # that a scan should at least have, to fill a GPU
+
+KINDS = ("gated_deltanet", "deltanet", "mamba2")
+
+
+def delta_step(
+    q: mx.array,
+    evicted: tuple[mx.array, ...],
+    slot: mx.array,
+    state: mx.array,
+    local: mx.array,
+    z: mx.array,
+    norm: mx.array,
+    projection: mx.array,
+    router: mx.array | None = None,
+) -> Result:
+    """One token of Gated DeltaNet (two gates) or DeltaNet (one), in one dispatch.
+
+    q: [B, H, 1, D]. evicted: keys, values [B, Hkv, slots, D], gates [B, H, slots, G].
+    slot: [B] int32, which of them. state: [B, H, D, D] float32. local: [B, H, 1, D], what
+    the memory's output is added to. z: [B, 1, H], output gate before silu. norm: [D].
+    projection: [H, D, D]. router: [H] or None. Returns heads like local, and the state.
+    """
+    k, v, gates = evicted
+    heads, new_state = _launch(
+        "memory_step_delta",
+        {"q": q, "k": k, "v": v, "gates": gates, "slot": slot, "state": state}
+        | {"local": local, "z": z, "norm": norm, "projection": projection}
+        | {"router": mx.ones(q.shape[1]) if router is None else router.astype(mx.float32)},
+        {"heads": (local.shape, local.dtype), "new_state": (state.shape, mx.float32)},
+    )
+    return heads, new_state
+
+
+def mamba2_step(
+    q: mx.array,
+    evicted: tuple[mx.array, ...],
+    slot: mx.array,
+    state: mx.array,
+    local: mx.array,
+    z: mx.array,
+    norm: mx.array,
+    projection: mx.array,
+    rates: mx.array,
+    router: mx.array | None = None,
+) -> Result:
+    """One token of Mamba2. As delta_step, with norm [H D] and rates A [H]."""
+    k, v, gates = evicted
+    B, H, _, D = q.shape
+    projected, squares, new_state = _launch(
+        "memory_step_mamba2",
+        {"q": q, "k": k, "v": v, "gates": gates, "slot": slot, "state": state, "z": z}
+        | {"rates": rates.astype(mx.float32), "norm": norm, "projection": projection},
+        {
+            "projected": ((B, H, 1, D), mx.float32),
+            "squares": ((B, H, 1, 1), mx.float32),
+            "new_state": (state.shape, mx.float32),
+        },
+    )
+    if router is not None:
+        projected = projected * router.astype(mx.float32)[:, None, None]
+    return _finish(local, projected, squares), new_state
+
+
+@mx.compile
+def _finish(local: mx.array, projected: mx.array, squares: mx.array) -> mx.array:
+    """The norm's factor, known only when all heads are done."""
+    width = projected.shape[1] * projected.shape[3]
+    scale = mx.rsqrt(squares.sum(axis=1, keepdims=True) / width + 1e-5)
+    return (local + projected * scale).astype(local.dtype)
+
+
+def scan(
+    kind: str,
+    q: mx.array,
+    update: Update,
+    state: mx.array,
+    rates: mx.array | None = None,
+    splits: int | None = None,
+) -> Result:
+    """Write the T tokens that `update` evicts and read after each.
+
+    kind: "gated_deltanet", "deltanet" or "mamba2", which takes rates A [H]. q: [B, H, T, D].
+    state: [B, H, D, D] float32. splits: threadgroups per head, 1, 2 or 4; by default as
+    many as fill a GPU. Returns o [B, T, H, D] float32, and the state.
+    """
+    B, H, T, D = q.shape
+    if splits is None:
+        fits = [p for p in (1, 2, 4) if 4 * D // p >= 4 * STAGED]
+        splits = next((p for p in fits if B * H * p >= THREADGROUPS), fits[-1])
+    ring = update.chunk if update.ring is None else update.ring
+    first = update.end - T - update.window
+    inputs = {
+        "q": q,
+        **dict(zip(("ring_k", "ring_v", "ring_gates"), ring, strict=True)),
+        **dict(zip(("chunk_k", "chunk_v", "chunk_gates"), update.chunk, strict=True)),
+        "first": mx.array([first] * B),
+        "offset": mx.array([update.offset] * B),
+        "state": state,
+        "rates": mx.zeros(H) if rates is None else rates.astype(mx.float32),
+    }
+    call = metal.kernel("memory_scan", tuple(inputs), ("o", "new_state"))
+    o, new_state = call(
+        inputs=list(inputs.values()),
+        template=[
+            ("D", D),
+            ("H", H),
+            ("HKV", ring[0].shape[1]),
+            ("G", ring[2].shape[3]),
+            ("KIND", KINDS.index(kind)),
+            ("P", splits),
+            ("BT", STAGED),
+            ("W", update.window),
+            ("S", update.sinks),
+        ],
+        grid=(4 * D // splits, splits, B * H),
+        threadgroup=(4 * D // splits, 1, 1),
+        output_shapes=[(B, T, H, D), state.shape],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    return o, new_state
+
+
+def _launch(
+    name: str, inputs: dict[str, mx.array], outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]]
+) -> list[mx.array]:
+    q, k, gates = inputs["q"], inputs["k"], inputs["gates"]
+    B, H, _, D = q.shape
+    template = [
+        ("T", q.dtype),
+        ("D", D),
+        ("H", H),
+        ("HKV", k.shape[1]),
+        ("G", gates.shape[3]),
+        ("SG", SIMDGROUPS),
+    ]
+    call = metal.kernel(name, tuple(inputs), tuple(outputs))
+    return call(
+        inputs=list(inputs.values()),
+        template=template,
+        grid=(32 * SIMDGROUPS, B * H, 1),
+        threadgroup=(32 * SIMDGROUPS, 1, 1),
+        output_shapes=[shape for shape, _ in outputs.values()],
+        output_dtypes=[dtype for _, dtype in outputs.values()],
+    )
