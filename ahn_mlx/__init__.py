@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from . import platform as platform
 
 if TYPE_CHECKING:
+    from .checkpoints.load import load_model as load_model
     from .errors import AHNError as AHNError
     from .hub.zoo import load as load
     from .model.augment import augment as augment
-    from .model.augment import load_model as load_model
     from .model.config import AHNConfig as AHNConfig
     from .reading.session import Session as Session
 
@@ -29,7 +29,7 @@ _HOME = {
     "Session": ".reading.session",
     "augment": ".model.augment",
     "load": ".hub.zoo",
-    "load_model": ".model.augment",
+    "load_model": ".checkpoints.load",
 }
 
 

@@ -1,4 +1,6 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and how its message quotes a file."""
+
+from typing import Any
 
 
 class AHNError(ValueError):
@@ -9,3 +11,9 @@ class AHNError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def show(text: Any) -> str:
+    """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
+    quoted = ascii(text)
+    return quoted if len(quoted) <= 120 else quoted[:117] + "..."

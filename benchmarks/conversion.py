@@ -21,12 +21,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models
 
-from ahn_mlx.checkpoints.directory import INDEX, is_memory, published_name
+from ahn_mlx.checkpoints.directory import INDEX
 from ahn_mlx.checkpoints.safetensors import Layout, TensorWriter
 from ahn_mlx.checkpoints.shards import by_layer
 from ahn_mlx.hub.published import MODELS
 from ahn_mlx.model.augment import build
 from ahn_mlx.model.config import PUBLISHED_NAMES
+from ahn_mlx.model.names import is_memory, published_name
 
 IN_RELEASE = {name: release for release, name in PUBLISHED_NAMES.items()}
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ahn_mlx.measure.doctor import KERNELS
 from ahn_mlx.memory.forms import SCANS, STEPS
-from ahn_mlx.ops import memory_kernels as metal_memory
+from ahn_mlx.ops import memory_kernels
 from ahn_mlx.ops.window import DECODE, PREFILL
 
 from .measure import table
@@ -38,7 +38,7 @@ def ours() -> list[tuple[str, str, int, Callable[[], Any]]]:
                 rates: mx.array | None = memory.rates,
                 splits: int = splits,
             ) -> Any:
-                return metal_memory.scan(kind, q, update, state, rates, splits)
+                return memory_kernels.scan(kind, q, update, state, rates, splits)
 
             found.append((f"{check.name}, P = {splits}", "token, head", heads * tokens, scan))
     for check in (*STEPS.values(), DECODE, PREFILL):

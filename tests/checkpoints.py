@@ -14,7 +14,7 @@ import mlx.core as mx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ahn_mlx.checkpoints.convert import convert
-from ahn_mlx.model.augment import load_model
+from ahn_mlx.checkpoints.load import load_model
 
 REPO = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,16 +9,9 @@ import mlx.core as mx
 import pytest
 from checkpoints import GDN, GOLDEN, model_dir, read_json, same
 
-from ahn_mlx.checkpoints.directory import (
-    check_model_dir,
-    is_memory,
-    published_name,
-    read_config,
-    read_headers,
-    read_tensors,
-    rename_published,
-)
+from ahn_mlx.checkpoints.directory import check_model_dir, read_config, read_headers, read_tensors
 from ahn_mlx.errors import AHNError
+from ahn_mlx.model.names import is_memory, published_name, rename_published
 
 SMALL = GDN / "ahn_only"
 CONFIG = read_json(GDN / "base")

@@ -14,14 +14,11 @@ from mlx.utils import tree_flatten
 
 from ahn_mlx.checkpoints import shards
 from ahn_mlx.checkpoints.convert import RELEASE_FIELDS, convert
-from ahn_mlx.checkpoints.directory import (
-    check_model_dir,
-    read_headers,
-    read_tensors,
-    rename_published,
-)
+from ahn_mlx.checkpoints.directory import check_model_dir, read_headers, read_tensors
+from ahn_mlx.checkpoints.load import load_model
 from ahn_mlx.cli.convert import convert as command
-from ahn_mlx.model.augment import build, load_model
+from ahn_mlx.model.augment import build
+from ahn_mlx.model.names import rename_published
 
 VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
 WITH_BASE = [v for v in VARIANTS if (GOLDEN / v / "base").exists()]

@@ -303,7 +303,8 @@ def test_ctrl_c(tmp_path):
     """The real signal, while weights are being written."""
     program = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); "
-        "from ahn_mlx import cli; from ahn_mlx.checkpoints import shards; finite = shards.is_finite; "
+        "from ahn_mlx import cli; from ahn_mlx.checkpoints import shards; "
+        "finite = shards.is_finite; "
         "shards.is_finite = lambda x: (time.sleep(0.2), finite(x))[1]; "
         "sys.argv = ['ahn-mlx', 'convert', '--ahn', sys.argv[2], '--out', sys.argv[3]]; cli.main()"
     )

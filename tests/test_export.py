@@ -14,7 +14,7 @@ from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.export import export_pytorch
-from ahn_mlx.model.augment import load
+from ahn_mlx.checkpoints.load import load
 
 VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
 

@@ -27,7 +27,8 @@ from mlx_lm.convert import convert as mlx_lm_convert
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.convert import convert
-from ahn_mlx.checkpoints.directory import published_name, read_tensors
+from ahn_mlx.checkpoints.directory import read_tensors
+from ahn_mlx.model.names import published_name
 
 # --- quantized here, or by MLX before ---
 

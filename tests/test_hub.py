@@ -18,8 +18,8 @@ from standin import StandIn
 from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
+from ahn_mlx.checkpoints.load import load_model
 from ahn_mlx.hub import published, zoo
-from ahn_mlx.model.augment import load_model
 
 NAME = "ahn-gdn-3b"
 BASE = published.MODELS[NAME].base.repo

@@ -10,7 +10,7 @@ from test_golden import GOLDEN, VARIANTS, convert, follow, load_model, read, sam
 
 from ahn_mlx.measure import doctor
 from ahn_mlx.measure.doctor import KERNELS
-from ahn_mlx.ops import kernels as metal
+from ahn_mlx.ops import kernels
 from ahn_mlx.ops.window import DECODE
 
 pytest_plugins = ["emulator.plugin"]
@@ -22,13 +22,13 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("AHN_MLX_TEST_CACHE", str(cache_dir()))  # objects stay what they are
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(doctor, "TIMED", 24)  # the emulator is slow
-    metal.kernel.cache_clear()
-    metal._agrees.cache_clear()
+    kernels.kernel.cache_clear()
+    kernels._agrees.cache_clear()
     mx.disable_compile()
     yield
     mx.enable_compile()
-    metal.kernel.cache_clear()
-    metal._agrees.cache_clear()
+    kernels.kernel.cache_clear()
+    kernels._agrees.cache_clear()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,62 +54,62 @@ def test_a_whole_model(emulated_metal, variant, tmp_path):
 def test_every_kernel_agrees(any_metal, check):
     before = mx.random.state[0].tolist()
     assert check.error(64, mx.float32) < 1e-5
-    assert check.error(16, mx.bfloat16) < metal.tolerance(mx.bfloat16)
+    assert check.error(16, mx.bfloat16) < kernels.tolerance(mx.bfloat16)
     assert mx.random.state[0].tolist() == before
 
 
 def test_a_broken_kernel_is_named_once_and_not_used(any_metal, monkeypatch, tmp_path):
-    sound = metal.source
+    sound = kernels.source
     broken = {"window_decode_merge.metal": ("out / total", "out")}
 
     def source(file: str) -> str:
         return sound(file).replace(*broken.get(file, ("", "")))
 
-    monkeypatch.setattr(metal, "source", source)
+    monkeypatch.setattr(kernels, "source", source)
     with pytest.warns(RuntimeWarning, match=r"window_decode \(head size 64, float32\) is off by"):
-        assert not metal.usable(DECODE, 64, mx.float32)
-    assert not metal.usable(DECODE, 64, mx.float32)  # and says nothing more
+        assert not kernels.usable(DECODE, 64, mx.float32)
+    assert not kernels.usable(DECODE, 64, mx.float32)  # and says nothing more
     verdicts = tmp_path / "cache" / "ahn-mlx" / "kernels.json"
     assert list(json.loads(verdicts.read_text()).values()) != [""]
     broken.clear()
-    metal.kernel.cache_clear()
-    metal._agrees.cache_clear()
-    assert metal.usable(DECODE, 64, mx.float32)  # other sources, another verdict
+    kernels.kernel.cache_clear()
+    kernels._agrees.cache_clear()
+    assert kernels.usable(DECODE, 64, mx.float32)  # other sources, another verdict
 
 
 def test_a_kernel_that_gives_nan_or_does_not_compile(any_metal, monkeypatch):
-    sound = metal.source
+    sound = kernels.source
     for old, new, message in (
         ("out / total", "out * NAN", "is off by nan"),
         ("out / total", "no_such_variable", "failed"),
     ):
         monkeypatch.setattr(
-            metal, "source", lambda file, old=old, new=new: sound(file).replace(old, new)
+            kernels, "source", lambda file, old=old, new=new: sound(file).replace(old, new)
         )
-        metal.kernel.cache_clear()
-        metal._agrees.cache_clear()
+        kernels.kernel.cache_clear()
+        kernels._agrees.cache_clear()
         with pytest.warns(RuntimeWarning, match=message):
-            assert not metal.usable(DECODE, 64, mx.float32)
+            assert not kernels.usable(DECODE, 64, mx.float32)
 
 
 def test_a_verdict_is_found_once_per_machine(emulated_metal, tmp_path):
-    assert metal.usable(DECODE, 64, mx.float32)
+    assert kernels.usable(DECODE, 64, mx.float32)
     calls = len(emulated_metal.calls)
     assert calls
-    metal._agrees.cache_clear()  # as another process
-    assert metal.usable(DECODE, 64, mx.float32)
+    kernels._agrees.cache_clear()  # as another process
+    assert kernels.usable(DECODE, 64, mx.float32)
     assert len(emulated_metal.calls) == calls
     (tmp_path / "cache" / "ahn-mlx" / "kernels.json").write_text("not json")
-    metal._agrees.cache_clear()
-    assert metal.usable(DECODE, 64, mx.float32)
+    kernels._agrees.cache_clear()
+    assert kernels.usable(DECODE, 64, mx.float32)
     assert len(emulated_metal.calls) > calls
 
 
 def test_what_does_not_fit_or_is_switched_off(emulated_metal, monkeypatch):
-    assert not metal.usable(DECODE, 80, mx.float32)
-    assert not metal.usable(DECODE, 64, mx.int32)
+    assert not kernels.usable(DECODE, 80, mx.float32)
+    assert not kernels.usable(DECODE, 64, mx.int32)
     monkeypatch.setenv("AHN_METAL", "0")
-    assert not metal.usable(DECODE, 64, mx.float32)
+    assert not kernels.usable(DECODE, 64, mx.float32)
     (line,) = doctor.examine_kernels()
     assert "switched off" in line.value
     assert not emulated_metal.calls
@@ -125,8 +125,8 @@ def test_doctor_lists_every_kernel(any_metal):
 
 
 def test_doctor_reports_what_is_broken(any_metal, monkeypatch):
-    sound = metal.source
-    monkeypatch.setattr(metal, "source", lambda file: sound(file).replace("out / total", "out"))
+    sound = kernels.source
+    monkeypatch.setattr(kernels, "source", lambda file: sound(file).replace("out / total", "out"))
     finding = doctor.examine_kernels()[0]
     assert "is off by" in finding.value and finding.mend
 
@@ -136,5 +136,5 @@ def test_without_metal() -> None:
         pytest.skip("there is Metal")
     (line,) = doctor.examine_kernels()
     assert line.value.startswith("no Metal device")
-    assert not metal.usable(DECODE, 64, mx.float32)
-    assert Path(metal._PLACES[1]).is_dir()
+    assert not kernels.usable(DECODE, 64, mx.float32)
+    assert Path(kernels._PLACES[1]).is_dir()

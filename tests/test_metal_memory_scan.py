@@ -6,9 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_strict import check_strictly
 
-from ahn_mlx.ops import delta, mamba2
-from ahn_mlx.ops import kernels as metal
-from ahn_mlx.ops import memory_kernels as metal_memory
+from ahn_mlx.ops import delta, kernels, mamba2, memory_kernels
 from ahn_mlx.ops.ring import Update, slot_of
 
 pytest_plugins = ["emulator.plugin"]
@@ -18,9 +16,9 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
     yield
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
 
 
 def case(
@@ -67,7 +65,7 @@ def close(found, expected, tolerance):
 
 def check(kind, splits=None, tolerance=1e-5, **shape):
     tokens, update, q, state, rates = case(kind, **shape)
-    found = metal_memory.scan(kind, q, update, state, rates, splits)
+    found = memory_kernels.scan(kind, q, update, state, rates, splits)
     close(found, oracle(kind, tokens, update, q, state, rates), tolerance)
 
 
@@ -113,7 +111,7 @@ def test_zero_keys(any_metal):
         ring, chunk = ((mx.zeros_like(x[0]), *x[1:]) for x in (update.ring, update.chunk))
         update = update._replace(ring=ring, chunk=chunk)
         expected = oracle(kind, tokens, update, 0 * q, state, rates)
-        close(metal_memory.scan(kind, 0 * q, update, state, rates)[1:], expected[1:], 1e-5)
+        close(memory_kernels.scan(kind, 0 * q, update, state, rates)[1:], expected[1:], 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +121,7 @@ def test_traffic(emulated_metal, kind, splits):
     emulated_metal.mode = "count"
     D, T, H = 128, 32, 2
     _, update, q, state, rates = case(kind, offset=40, L=T, window=16, sinks=2, D=D)
-    mx.eval(metal_memory.scan(kind, q, update, state, rates, splits))
+    mx.eval(memory_kernels.scan(kind, q, update, state, rates, splits))
     c = emulated_metal.last.counters
     read = c.total("read_per_threadgroup", without=["state"]) / (T * H)
     assert read <= 1.05 * 4 * (splits * 2 * D + D + 2)
@@ -138,4 +136,4 @@ def test_traffic(emulated_metal, kind, splits):
 def test_strict(needs_strict, monkeypatch, kind, dtype, D):
     _, update, q, state, rates = case(kind, offset=12, L=5, window=6, sinks=2, D=D, dtype=dtype)
     check_strictly(monkeypatch, ("ring_gates", "chunk_gates", "first", "offset", "rates"))
-    metal_memory.scan(kind, q, update, state, rates)
+    memory_kernels.scan(kind, q, update, state, rates)

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from metal_strict import check_strictly
 
 from ahn_mlx.memory import MEMORIES
-from ahn_mlx.ops import delta, mamba2
-from ahn_mlx.ops import kernels as metal
-from ahn_mlx.ops import memory_kernels as metal_memory
+from ahn_mlx.ops import delta, kernels, mamba2, memory_kernels
 
 pytest_plugins = ["emulator.plugin"]
 
@@ -18,9 +16,9 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
     yield
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
 
 
 def case(kind, B=1, Hkv=1, G=2, D=64, slots=3, decay=0.3, dtype=mx.float32, seed=0):
@@ -65,11 +63,11 @@ def kernel(kind, memory, q, k, v, gates, slot, state, local, h, rates, router):
     evicted = (k, v, gates)
     if kind == "mamba2":
         norm = memory.norm.weight
-        return metal_memory.mamba2_step(
+        return memory_kernels.mamba2_step(
             q, evicted, slot, state, local, z, norm, projection, rates, router
         )
     norm = memory.o_norm.weight
-    return metal_memory.delta_step(q, evicted, slot, state, local, z, norm, projection, router)
+    return memory_kernels.delta_step(q, evicted, slot, state, local, z, norm, projection, router)
 
 
 def close(found, expected, tolerance):

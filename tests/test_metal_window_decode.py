@@ -6,18 +6,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_strict import check_strictly
 
-from ahn_mlx.ops import kernels as metal
-from ahn_mlx.ops import window_kernels as metal_window
+from ahn_mlx.ops import kernels, window_kernels
 
 pytest_plugins = ["emulator.plugin"]
 
 
 @pytest.fixture(autouse=True)
 def fresh_kernels(monkeypatch):
-    monkeypatch.setattr(metal_window, "SHARE", 16)  # several threadgroups for few slots
-    metal.kernel.cache_clear()
+    monkeypatch.setattr(window_kernels, "SHARE", 16)  # several threadgroups for few slots
+    kernels.kernel.cache_clear()
     yield
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
 
 
 def case(slots, B=1, Hkv=1, G=2, D=64, dtype=mx.float32, seed=0, far=True):
@@ -46,7 +45,7 @@ def check(filled, sinks=0, tolerance=1e-5, far=True, **shape):
     q, k, v, q_sink = case(far=far, **shape)
     filled = [min(n, k.shape[2]) for n in filled]
     scale = q.shape[-1] ** -0.5
-    found = metal_window.decode(q, k, v, mx.array(filled, mx.int32), scale, q_sink, sinks)
+    found = window_kernels.decode(q, k, v, mx.array(filled, mx.int32), scale, q_sink, sinks)
     expected = oracle(q, k, v, filled, scale, q_sink, sinks)
     assert found.shape == expected.shape and found.dtype == q.dtype
     assert mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()
@@ -80,7 +79,7 @@ def test_wide_heads(any_metal, dtype, G):
 
 def test_scores_that_overflow_exp(any_metal):
     q, k, v, _ = case(40)
-    found = metal_window.decode(100 * q, k, v, mx.array([40], mx.int32), 1.0)
+    found = window_kernels.decode(100 * q, k, v, mx.array([40], mx.int32), 1.0)
     expected = oracle(100 * q, k, v, [40], 1.0, None, 0)
     assert mx.abs(found - expected).max() <= 1e-5 * mx.abs(expected).max()
 
@@ -89,7 +88,7 @@ def test_traffic(emulated_metal):
     """Each visible key and value once per key/value head, nothing else of the window."""
     emulated_metal.mode = "count"
     q, k, v, q_sink = case(64, Hkv=2, G=4, D=128)
-    mx.eval(metal_window.decode(q, k, v, mx.array([50], mx.int32), 0.1, q_sink, 4))
+    mx.eval(window_kernels.decode(q, k, v, mx.array([50], mx.int32), 0.1, q_sink, 4))
     c = emulated_metal.calls[0][1].counters
     for name in ("k", "v"):
         assert c.buffers[name].read_per_threadgroup == 2 * 50 * 128 * 4
@@ -102,4 +101,4 @@ def test_traffic(emulated_metal):
 def test_strict(needs_strict, monkeypatch, dtype, D):
     q, k, v, q_sink = case(20, D=D, dtype=dtype)
     check_strictly(monkeypatch, ("filled", "scale", "stats"))
-    metal_window.decode(q, k, v, mx.array([20], mx.int32), 0.1, q_sink, 4)
+    window_kernels.decode(q, k, v, mx.array([20], mx.int32), 0.1, q_sink, 4)

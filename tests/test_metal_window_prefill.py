@@ -6,9 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_strict import check_strictly
 
-from ahn_mlx.ops import kernels as metal
-from ahn_mlx.ops import window
-from ahn_mlx.ops import window_kernels as metal_window
+from ahn_mlx.ops import kernels, window, window_kernels
 from ahn_mlx.ops.ring import Update, slot_of
 
 pytest_plugins = ["emulator.plugin"]
@@ -16,9 +14,9 @@ pytest_plugins = ["emulator.plugin"]
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
     yield
-    metal.kernel.cache_clear()
+    kernels.kernel.cache_clear()
 
 
 def case(offset, L, window, sinks, B=1, Hkv=1, G=2, D=64, dtype=mx.float32, seed=0, far=True):
@@ -41,7 +39,7 @@ def case(offset, L, window, sinks, B=1, Hkv=1, G=2, D=64, dtype=mx.float32, seed
 def check(tolerance=1e-5, **shape):
     q, update, q_sink, k, v = case(**shape)
     scale = q.shape[-1] ** -0.5
-    found = metal_window.prefill(q, update, scale, q_sink)
+    found = window_kernels.prefill(q, update, scale, q_sink)
     wide = [None if x is None else x.astype(mx.float32) for x in (q, k, v, q_sink)]
     expected = window.sequential(
         *wide[:3],
@@ -95,7 +93,7 @@ def test_traffic(emulated_metal):
     emulated_metal.mode = "count"
     W, S, L, D, H = 24, 4, 64, 128, 2
     q, update, q_sink, _, _ = case(offset=100, L=L, window=W, sinks=S, D=D)
-    mx.eval(metal_window.prefill(q, update, 0.1, q_sink))
+    mx.eval(window_kernels.prefill(q, update, 0.1, q_sink))
     c = emulated_metal.last.counters
     for name in ("k", "v"):
         read = sum(c.buffers[f"{place}_{name}"].read_per_threadgroup for place in ("ring", "chunk"))
@@ -107,4 +105,4 @@ def test_traffic(emulated_metal):
 def test_strict(needs_strict, monkeypatch, dtype, D):
     q, update, q_sink, _, _ = case(offset=12, L=5, window=6, sinks=2, D=D, dtype=dtype)
     check_strictly(monkeypatch, ("offset", "scale"))
-    metal_window.prefill(q, update, 0.1, q_sink)
+    window_kernels.prefill(q, update, 0.1, q_sink)

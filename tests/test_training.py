@@ -25,11 +25,12 @@ from mlx_lm.models.cache import KVCache
 from ahn_mlx import AHNError, load_model
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.measure.compare import compare, silenced, stream
+from ahn_mlx.model.augment import memory_layers
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.train import layerwise, loop
 from ahn_mlx.train.data import Sequences
 from ahn_mlx.train.output import load_base, load_trained
-from ahn_mlx.train.streams import install, memory_layers, trainable
+from ahn_mlx.train.streams import install, trainable
 
 BOOK = Path(__file__).parent.parent / "ahn_mlx/demo/pride-and-prejudice.txt"
 MEMORIES = ("gated_deltanet", "deltanet", "mamba2")

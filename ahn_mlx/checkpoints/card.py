@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData, metadata_load
 
-from ..hub.published import MODELS
 from ..model.config import AHNConfig
 from .directory import check_member, read_config
 
 CARD = "README.md"
 MAX_CARD = 1 << 20  # bytes
 
-# base repository -> licence, for when a copy has no card.
-LICENCES = {entry.base.repo: entry.base.licence for entry in MODELS.values()}
+# Licences of bases, for when a copy has no card.
+LICENCES = {
+    "Qwen/Qwen2.5-3B-Instruct": "qwen-research",
+    "Qwen/Qwen2.5-7B-Instruct": "apache-2.0",
+    "Qwen/Qwen2.5-14B-Instruct": "apache-2.0",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
+}
 
 TEXT = """\
 # {title}

@@ -16,23 +16,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import AHNError
-from ..hub.published import Q_BITS
+from ..errors import AHNError, show
+from ..model.augment import FLOAT32, build
 from ..model.config import AHNConfig
+from ..model.names import is_memory, published_name, rename_published
 from .card import origin, write_card
-from .directory import (
-    Source,
-    check_config,
-    check_member,
-    check_quantization,
-    is_memory,
-    published_name,
-    rename_published,
-)
-from .formats import describe, gguf_tokenizer, is_gguf
+from .directory import Source, check_config, check_member, check_quantization
+from .formats import describe, is_gguf
 from .outdir import check_out, replacing
-from .safetensors import FLOATS, STORED, WRITTEN, Layout, show
-from .shards import GROUP, Tensor, write_json, write_unused, write_weights
+from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout
+from .shards import GROUP, Q_BITS, Tensor, write_json, write_unused, write_weights
+from .tokenizer import TOKENIZER_FILES, VOCABULARIES, gguf_tokenizer
 
 MAX_YARN = 1000.0
 
@@ -54,13 +48,6 @@ SHARED_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", "rope_theta"),
 )
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("vocab.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 
 
 @dataclass
@@ -203,8 +190,6 @@ def _stretch(checkpoint: Checkpoint, factor: float | None) -> None:
 
 def _plan(checkpoint: Checkpoint, dtype: str | None, q_bits: int) -> dict[str, Tensor]:
     """The model's parameters: exactly those that it has, as they are to be written."""
-    from ..model.augment import DTYPES, FLOAT32, build  # model.py may import this module
-
     config = checkpoint.config
     if dtype is not None and dtype not in DTYPES:
         raise AHNError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

@@ -1,5 +1,5 @@
 """A checkpoint directory that may come from anyone: which files make it up, what they
-hold, and how the tensors of the PyTorch release are called here. Whatever is wrong with
+hold. Whatever is wrong with
 it is an AHNError of one line, raised before MLX opens a file."""
 
 import glob
@@ -8,12 +8,12 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import AHNError
-from .safetensors import TensorInfo, is_finite, read_header, show
+from ..errors import AHNError, show
+from .safetensors import TensorInfo, is_finite, read_header
 
 INDEX = "model.safetensors.index.json"
 UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
@@ -35,8 +35,6 @@ OBJECTS = (
     *("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config"),
     "ahn_release",
 )
-
-T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -243,42 +241,3 @@ def check_finite(name: str, x: mx.array) -> None:
     """Raise AHNError if a float tensor holds NaN or infinity."""
     if not is_finite(x):
         raise AHNError(f"tensor {show(name)} holds NaN or infinity; fetch the checkpoint again")
-
-
-# Where the memory is: in the PyTorch release beside the attention, here inside it.
-_OURS = {"ahn.fn.": "self_attn.ahn.", "ahn_router.": "self_attn.router."}
-_PUBLISHED = re.compile(r"(model\.layers\.\d+\.)(ahn\.fn\.|ahn_router\.)(.+)", re.DOTALL)
-_MEMORY = re.compile(r"(model\.layers\.\d+\.)(self_attn\.ahn\.|self_attn\.router\.)(.+)", re.DOTALL)
-
-
-def rename_published(weights: dict[str, T], fa_layer_ids: tuple[int, ...] = ()) -> dict[str, T]:
-    """The names of the PyTorch release to ours; other names stay. Drops what no model uses:
-    D of Gated DeltaNet, precomputed rotary frequencies, and the memory that the release
-    gives even to layers that keep full attention."""
-    renamed: dict[str, T] = {}
-    unused = tuple(f"model.layers.{i}.{part}" for i in fa_layer_ids for part in _OURS)
-    for published, value in weights.items():
-        name = published
-        if m := _PUBLISHED.fullmatch(published):
-            if m[2] == "ahn.fn." and m[3] == "D":
-                continue
-            name = m[1] + _OURS[m[2]] + m[3]
-        if published.startswith(unused) or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name in renamed:
-            raise AHNError(f"tensor {show(published)} is there under two names; remove one")
-        renamed[name] = value
-    return renamed
-
-
-def published_name(name: str) -> str:
-    """The PyTorch release's name of one of our parameters, as a user knows it."""
-    m = _MEMORY.fullmatch(name)
-    if m is None:
-        return name
-    return m[1] + {ours: theirs for theirs, ours in _OURS.items()}[m[2]] + m[3]
-
-
-def is_memory(name: str) -> bool:
-    """Whether a tensor, under either name, belongs to the memory and not to the base."""
-    return bool(_PUBLISHED.fullmatch(name) or _MEMORY.fullmatch(name))

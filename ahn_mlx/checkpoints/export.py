@@ -7,22 +7,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from ..model.config import PUBLISHED_NAMES, AHNConfig
-from .convert import RELEASE, TOKENIZER_FILES, copy_files
-from .directory import (
-    INDEX,
-    Source,
-    is_memory,
-    published_name,
-    read_config,
-    read_headers,
-    read_unused,
-)
+from ..model.names import is_memory, published_name
+from .convert import RELEASE, copy_files
+from .directory import INDEX, Source, read_config, read_headers, read_unused
 from .formats import Reader
 from .outdir import check_out, replacing
-from .safetensors import FLOATS, STORED, show
+from .safetensors import FLOATS, STORED
 from .shards import Tensor, write_json, write_weights
+from .tokenizer import TOKENIZER_FILES
 
 LAYOUTS = ("ahn-only", "merged")
 

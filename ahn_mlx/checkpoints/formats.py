@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import AHNError
-from . import gguf
-from . import pickles as torchfile
+from . import pickles
 from .directory import INDEX, Source, load_safetensors, read_config, read_headers, read_unused
 from .ggufile import GGUFile
 
@@ -23,23 +20,13 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
         return file.config(), file.sources()
     config = read_config(path)
     safetensors = os.path.lexists(path / INDEX) or any(path.glob("model*.safetensors"))
-    if not safetensors and (files := torchfile.pickles(path)):
-        return config, torchfile.read_headers(files)
+    if not safetensors and (files := pickles.pickles(path)):
+        return config, pickles.read_headers(files)
     return config, read_headers(path) | read_unused(path)
 
 
 def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
-
-
-def gguf_tokenizer(path: Path) -> TokenizerWrapper:
-    """The tokenizer inside a GGUF file. Raises AHNError if there is none that we know."""
-    try:
-        return gguf.load_tokenizer(GGUFile(path).metadata)
-    except (KeyError, AttributeError, TypeError, ValueError) as e:
-        if isinstance(e, AHNError):
-            raise
-        raise AHNError(f"{path}: no usable tokenizer in it ({' '.join(str(e).split())})") from None
 
 
 class Reader:
@@ -56,9 +43,9 @@ class Reader:
         if isinstance(opened, GGUFile):
             return opened.read(name)
         if file.suffix == ".bin":
-            return torchfile.to_mlx(opened[name])
+            return pickles.to_mlx(opened[name])
         # Once read, MLX keeps what it was asked for: forget it.
         return opened.pop(name) if name in opened else load_safetensors(file)[name]
 
 
-_OPEN: dict[str, Callable[[Path], Any]] = {".gguf": GGUFile, ".bin": torchfile.load}
+_OPEN: dict[str, Callable[[Path], Any]] = {".gguf": GGUFile, ".bin": pickles.load}

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from .directory import Source, check_member
 from .gguf import GROUP, NAMES, unpermute
-from .safetensors import FLOATS, MAX_DIM, STORED, TensorInfo, show
+from .safetensors import FLOATS, MAX_DIM, STORED, TensorInfo
 
 MAX_ENTRIES = 1 << 16  # metadata entries or tensors
 VERSIONS = (2, 3)

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from .directory import Source, check_member, read_json
-from .safetensors import STORED, TensorInfo, show
+from .safetensors import STORED, TensorInfo
 
 FILE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"

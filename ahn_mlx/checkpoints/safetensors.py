@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
 MAX_DIM = 2**31 - 1  # MLX counts dimensions in int32
@@ -26,6 +26,7 @@ FLOATS = ("F32", "F16", "BF16")
 WRITTEN = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 WRITTEN |= {mx.uint32: "U32", mx.uint8: "U8"}  # quantized
 STORED = {text: dtype for dtype, text in WRITTEN.items()}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}  # for users
 MLX_FORMAT = {"format": "mlx"}
 
 # Where a float's exponent bits are.
@@ -50,12 +51,6 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-def show(text: Any) -> str:
-    """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
-    quoted = ascii(text)
-    return quoted if len(quoted) <= 120 else quoted[:117] + "..."
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from .directory import INDEX, UNUSED, Source, check_finite
 from .formats import Reader
-from .safetensors import MLX_FORMAT, STORED, Layout, TensorWriter, is_finite, show
+from .safetensors import MLX_FORMAT, STORED, Layout, TensorWriter, is_finite
 
 SHARD_BYTES = 5 << 30  # as mlx_lm
 GROUP = 64  # values per scale, as mlx_lm
+Q_BITS = (0, 4, 8)  # that a base is converted to; 0 is as it is
 
 
 class Tensor(NamedTuple):

@@ -26,9 +26,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import card
 from ..checkpoints.directory import check_model_dir, read_config
+from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
-from .published import DEFAULT_Q_BITS, MODELS, Q_BITS, Published
+from .published import DEFAULT_Q_BITS, MODELS, Published
 
 # What a checkpoint is made of; code is not.
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]

@@ -9,7 +9,6 @@ from typing import Any
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 
 DEFAULT = "ahn-gdn-smollm2-135m"
-Q_BITS = (0, 4, 8)  # that a base is converted to; 0 is as it is
 DEFAULT_Q_BITS = 4
 
 
@@ -18,7 +17,6 @@ class Base:
     """A base model. config: the fields of its config.json that fix its parameters."""
 
     repo: str
-    licence: str
     config: dict[str, Any]
 
 
@@ -52,8 +50,7 @@ def _qwen(
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": size == "3B",
     }
-    licence = "qwen-research" if size == "3B" else "apache-2.0"
-    return Base(f"Qwen/Qwen2.5-{size}-Instruct", licence, config)
+    return Base(f"Qwen/Qwen2.5-{size}-Instruct", config)
 
 
 QWEN = {
@@ -64,7 +61,6 @@ QWEN = {
 
 SMOLLM2 = Base(
     "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "apache-2.0",
     {
         "model_type": "llama",
         "hidden_size": 576,
@@ -106,8 +102,8 @@ def parameters(name: str) -> tuple[int, int]:
     """How many parameters the base and its memory have, counted on the model itself."""
     from mlx.utils import tree_flatten
 
-    from ..checkpoints.directory import is_memory
     from ..model.augment import build
+    from ..model.names import is_memory
 
     entry = MODELS[name]
     model = build({**entry.base.config, "ahn": entry.ahn.to_dict()})

@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints import gguf
+from ..checkpoints import load as directories
 from ..errors import AHNError
-from ..model import augment as model
+from ..model.augment import augment
 from ..platform import default_dtype
 from . import download as hub
 from .published import DEFAULT, MODELS
@@ -54,7 +55,7 @@ def load(
         return build(window, sinks, dtype)
     if not path.is_dir():
         path = hub.resolve(str(name_or_path), q_bits)
-    return model.load(path, window=window, sinks=sinks, dtype=dtype)
+    return directories.load(path, window=window, sinks=sinks, dtype=dtype)
 
 
 def smollm2_gguf() -> Path:
@@ -77,12 +78,12 @@ def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None
     file = smollm2_gguf()
     base, metadata = gguf.load_llama(file)
     stored = set(_shapes(base))
-    decoder = model.augment(base, config)
+    decoder = augment(base, config)
     weights = WEIGHTS / f"{name}.safetensors"
     _load_memory(decoder, stored, weights)
     decoder.eval()
     chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
-    model.finish(decoder, chosen, weights if weights.is_file() else file)
+    directories.finish(decoder, chosen, weights if weights.is_file() else file)
     return decoder, gguf.load_tokenizer(metadata)
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import mlx.core as mx
 
 from ..memory.forms import SCANS, STEPS
-from ..ops import kernels as metal
+from ..ops import kernels
 from ..ops.window import DECODE, PREFILL
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
 
@@ -41,17 +41,17 @@ def examine_kernels() -> list[Finding]:
     """Compile, check and time every Metal kernel of ours, whatever was found before."""
     if not mx.metal.is_available():
         return [Finding("kernels", "no Metal device; MLX's own operations serve")]
-    if not metal.available():
+    if not kernels.available():
         return [Finding("kernels", "switched off by AHN_METAL=0 or a CPU as default device")]
     return [_kernel(check) for check in KERNELS]
 
 
-def _kernel(check: metal.Check) -> Finding:
+def _kernel(check: kernels.Check) -> Finding:
     D, errors = 128, []
     try:
         for dtype, name in ((mx.float32, "float32"), (mx.bfloat16, "bfloat16")):
             error = check.error(D, dtype)
-            if not error <= metal.tolerance(dtype):
+            if not error <= kernels.tolerance(dtype):
                 return Finding(check.name, f"is off by {error:.1e} in {name}; not used", _REPORT)
             errors.append(f"{error:.0e} in {name}")
         ratio = check.ratio(D, mx.bfloat16, TIMED)
@@ -88,7 +88,7 @@ def _device() -> Finding:
     device = mx.default_device()
     kind = "GPU" if device.type == mx.gpu else "CPU"
     has_metal = "Metal" if mx.metal.is_available() else "no Metal"
-    return Finding("device", ", ".join(filter(None, (kind, metal.device_name(), has_metal))))
+    return Finding("device", ", ".join(filter(None, (kind, kernels.device_name(), has_metal))))
 
 
 def _versions() -> Finding:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..ops import memory_kernels as metal_memory
+from ..ops import memory_kernels
 from ..ops.kernels import Check, usable
 from ..ops.ring import Update
 from . import MEMORIES, Memory
@@ -59,7 +59,7 @@ def _scan_ops(
 def _scan_kernel(
     memory: Memory, q: mx.array, update: Update, state: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    return metal_memory.scan(memory.kind, q, update, _or_empty(state, q), memory.rates)
+    return memory_kernels.scan(memory.kind, q, update, _or_empty(state, q), memory.rates)
 
 
 def _step_ops(
@@ -93,8 +93,10 @@ def _step_kernel(
     weights = (memory.g_proj(h), memory.norm_weight, memory.o_proj.weight)
     router = None if loudness is None else loudness.reshape(-1)
     if memory.rates is None:
-        return metal_memory.delta_step(q, evicted, slot, state, local, *weights, router)
-    return metal_memory.mamba2_step(q, evicted, slot, state, local, *weights, memory.rates, router)
+        return memory_kernels.delta_step(q, evicted, slot, state, local, *weights, router)
+    return memory_kernels.mamba2_step(
+        q, evicted, slot, state, local, *weights, memory.rates, router
+    )
 
 
 def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from . import kernels as metal
+from . import kernels
 from .ring import Update
 
 Result = tuple[mx.array, mx.array]
@@ -110,7 +110,7 @@ def scan(
         "state": state,
         "rates": mx.zeros(H) if rates is None else rates.astype(mx.float32),
     }
-    call = metal.kernel("memory_scan", tuple(inputs), ("o", "new_state"))
+    call = kernels.kernel("memory_scan", tuple(inputs), ("o", "new_state"))
     o, new_state = call(
         inputs=list(inputs.values()),
         template=[
@@ -145,7 +145,7 @@ def _launch(
         ("G", gates.shape[3]),
         ("SG", SIMDGROUPS),
     ]
-    call = metal.kernel(name, tuple(inputs), tuple(outputs))
+    call = kernels.kernel(name, tuple(inputs), tuple(outputs))
     return call(
         inputs=list(inputs.values()),
         template=template,

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..platform import on_cpu
-from . import window_kernels as metal_window
+from . import window_kernels
 from .exp import exp
 from .kernels import Check, usable
 from .ring import Update
@@ -88,7 +88,7 @@ def _attend_to_all_kernel(
     sinks: int,
 ) -> mx.array:
     filled = mx.full(q.shape[0], k.shape[2], dtype=mx.int32)
-    return metal_window.decode(q, k, v, filled, scale, q_sink, sinks)
+    return window_kernels.decode(q, k, v, filled, scale, q_sink, sinks)
 
 
 def _attend_to_all_ops(
@@ -139,7 +139,7 @@ def window_attention(
     Returns [B, H, L, D].
     """
     if not gradients and usable(PREFILL, q.shape[-1], q.dtype):
-        return metal_window.prefill(q, update, scale, q_sink)
+        return window_kernels.prefill(q, update, scale, q_sink)
     return _window_attention_ops(q, update, scale, q_sink)
 
 
@@ -262,7 +262,7 @@ PREFILL = Check(
     files=("window_prefill.metal",),
     dispatches=1,
     example=_prefill_example,
-    ours=metal_window.prefill,
+    ours=window_kernels.prefill,
     theirs=_window_attention_ops,
 )
 

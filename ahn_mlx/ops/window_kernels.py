@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from . import kernels as metal
+from . import kernels
 from .ring import Update
 
 SIMDGROUPS = 8  # per threadgroup of decoding
@@ -39,7 +39,7 @@ def decode(
     template = [("D", D), ("SPLITS", splits)]
     options = [("HKV", Hkv), ("G", H // Hkv), ("SG", SIMDGROUPS)]
     options.append(("SINKS", 0 if q_sink is None else sinks))
-    parts, stats = metal.kernel("window_decode", tuple(inputs), ("parts", "stats"))(
+    parts, stats = kernels.kernel("window_decode", tuple(inputs), ("parts", "stats"))(
         inputs=list(inputs.values()),
         template=[*template, *options],
         grid=(32 * SIMDGROUPS, splits, B * Hkv),
@@ -47,7 +47,7 @@ def decode(
         output_shapes=[(B, H, splits, D), (B, H, splits, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
-    (heads,) = metal.kernel("window_decode_merge", ("parts", "stats"), ("heads",))(
+    (heads,) = kernels.kernel("window_decode_merge", ("parts", "stats"), ("heads",))(
         inputs=[parts, stats],
         template=[("T", q.dtype), *template],
         grid=(D, B * H, 1),
@@ -73,7 +73,7 @@ def prefill(q: mx.array, update: Update, scale: float, q_sink: mx.array | None =
         "scale": mx.array([scale], dtype=mx.float32),
     }
     rows = 8 * QUERY_SIMDGROUPS
-    (heads,) = metal.kernel("window_prefill", tuple(inputs), ("heads",))(
+    (heads,) = kernels.kernel("window_prefill", tuple(inputs), ("heads",))(
         inputs=list(inputs.values()),
         template=[
             ("T", q.dtype),

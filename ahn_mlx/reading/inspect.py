@@ -10,9 +10,9 @@ import numpy as np
 
 from ..errors import AHNError
 from ..memory import DeltaNet, Mamba2, Memory
+from ..model.augment import memory_layers
 from ..model.cache import AHNCache
 from ..model.trace import BLOCK
-from ..train.streams import memory_layers
 from .session import Session
 
 COLUMNS = 160  # of the map over the text; more would be narrower than a pixel

@@ -21,8 +21,8 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import load_safetensors
-from ..checkpoints.safetensors import Layout, TensorWriter, bits, read_header, show
-from ..errors import AHNError
+from ..checkpoints.safetensors import Layout, TensorWriter, bits, read_header
+from ..errors import AHNError, show
 from ..model.cache import AHNCache
 from ..model.trace import Trace
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from ..memory.layers import GateProjection
 from ..model.attention import AHNAttention
+from ..model.augment import memory_layers
 from ..model.cache import AHNCache
 from ..ops.exp import exp
 from .data import Sequences
-from .streams import memory_layers
 
 # Write strength of a token that is looked at as much as the mean, and its bounds.
 STRENGTH, STRENGTHS = 0.1, (0.002, 0.95)

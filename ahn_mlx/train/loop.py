@@ -21,9 +21,10 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AHNError
+from ..model.augment import memory_layers
 from . import layerwise, losses
 from .data import Sequences
-from .streams import Parameters, install, memory_layers, study, teach, trainable
+from .streams import Parameters, install, study, teach, trainable
 
 STATE, METRICS = "training.safetensors", "metrics.jsonl"
 

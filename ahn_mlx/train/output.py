@@ -12,17 +12,20 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from ..checkpoints import gguf
 from ..checkpoints.card import Origin, origin
-from ..checkpoints.directory import published_name, read_config, read_tensors, rename_published
+from ..checkpoints.directory import read_config, read_tensors
 from ..checkpoints.export import release_config
+from ..checkpoints.load import cast
+from ..checkpoints.safetensors import DTYPES
 from ..checkpoints.shards import write_json
 from ..errors import AHNError
 from ..hub import download as hub
 from ..hub import zoo
-from ..model.augment import DTYPES, augment, cast
+from ..model.augment import augment, memory_layers
 from ..model.config import PUBLISHED_NAMES, AHNConfig
+from ..model.names import published_name, rename_published
 from ..platform import default_dtype
 from .loop import METRICS, read_metrics
-from .streams import Parameters, install, memory_layers, trainable
+from .streams import Parameters, install, trainable
 
 CARD = """\
 ---

@@ -4,7 +4,7 @@ The teacher sees all tokens; the student a window, sinks and the memory. Both ru
 frozen layers on their own hidden states, from the same embeddings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.attention import AHNAttention
+from ..model.augment import memory_layers
 from ..model.cache import AHNCache
 
 # Parameters of memories and routers, by their names in the model.
@@ -89,13 +90,6 @@ def head(model: nn.Module, hidden: mx.array) -> mx.array:
     """Hidden states after the final norm -> logits."""
     tied = "lm_head" not in model
     return model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
-
-
-def memory_layers(model: nn.Module) -> Iterator[tuple[int, AHNAttention]]:
-    """Number and attention of each layer that has a memory."""
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer.self_attn, AHNAttention):
-            yield i, layer.self_attn
 
 
 def trainable(model: nn.Module) -> Parameters:
