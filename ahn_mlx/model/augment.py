@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models.cache
 import mlx_lm.utils
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import KVCache
@@ -32,6 +33,11 @@ class FullCache(KVCache):
     no AHN layer makes, so mlx-lm is told that it cannot batch these."""
 
     merge = property()  # hasattr says no
+
+
+# Where mlx-lm looks for the class of a cache that it has saved.
+for _cache in (AHNCache, FullCache):
+    setattr(mlx_lm.models.cache, _cache.__name__, _cache)
 
 
 class AHNModel:

@@ -10,7 +10,6 @@ before anything reads them, so results do not depend on how a prompt was cut.
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm.models.cache
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from ..errors import AHNError
@@ -389,7 +388,3 @@ def _resized(x: mx.array, rows: int, slots: int) -> mx.array:
     if n >= slots:
         return x[:, :, :slots]
     return mx.pad(x, [(0, 0), (0, 0), (0, slots - n), (0, 0)])
-
-
-# Where mlx-lm looks for the class of a cache that it has saved.
-mlx_lm.models.cache.AHNCache = AHNCache  # type: ignore[attr-defined]
