@@ -16,7 +16,7 @@ from ..memory.forms import scan, step
 from ..ops import window_attention
 from ..ops.ring import Place
 from ..ops.window import attend, attend_to_all
-from .cache import AHNCache, BatchAHNCache
+from .cache import AHNCache, BatchAHNCache, PureCache
 from .config import AHNConfig
 from .slots import Rows, pack, unpack
 
@@ -50,7 +50,10 @@ class AHNAttention(nn.Module):
         self._lock = RLock()
 
     def __call__(
-        self, x: mx.array, mask: Any = None, cache: AHNCache | BatchAHNCache | None = None
+        self,
+        x: mx.array,
+        mask: Any = None,
+        cache: AHNCache | BatchAHNCache | PureCache | None = None,
     ) -> mx.array:
         """x [B, L, C] normed hidden states -> [B, L, C]. Visibility is decided here: the
         mask, made for full attention, is not used."""
@@ -58,6 +61,11 @@ class AHNAttention(nn.Module):
             cache = AHNCache(self.config.window, self.config.sinks)
         # While one thread traces the step, the layer's parameters are placeholders.
         with self._lock:
+            if isinstance(cache, PureCache):
+                settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
+                out, after = self.step(x, cache.place, cache.rows, *settings, plain=True)
+                cache.rows = Rows(*after)
+                return out
             if isinstance(cache, BatchAHNCache):
                 return self._batch(x, cache)
             if x.shape[1] == 1 and cache.full:

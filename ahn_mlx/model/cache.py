@@ -189,6 +189,20 @@ class AHNCache(_BaseCache):
         )
 
 
+class PureCache:
+    """What one layer finds in a step that is a pure function of arrays, and what it leaves:
+    all rows, and where their tokens go."""
+
+    bits, group_size = None, 0
+
+    def __init__(self, window: int, sinks: int, place: Place, rows: Rows):
+        self.window, self.sinks = window, sinks
+        self.place, self.rows = place, rows
+
+    def make_mask(self, *args: Any, **options: Any) -> None:
+        """None: AHN layers decide visibility themselves."""
+
+
 class BatchAHNCache(_BaseCache):
     """AHNCaches of one layer side by side, each at its own position, in mlx-lm's batch protocol.
 
