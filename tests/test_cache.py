@@ -113,25 +113,23 @@ def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
     q, q_sink = (2 * mx.random.normal((1, Hkv * G, n, D), key=key) for key in keys[2:])
     cache, t = AHNCache(window, sinks), 0
     options = {"window": window, "sinks": sinks, "scale": D**-0.5}
-    old, ops.QUERY_TILE = ops.QUERY_TILE, 16
-    try:
-        for L in lengths:
-            part = slice(t, t + L)
-            keys, values, _ = update(cache, k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
-            second = q_sink[:, :, part] if clamped else None
-            before = max(0, min(L, window + sinks - t))
-            if second is not None:  # up to the boundary both queries are the same
-                second = mx.concatenate([q[:, :, t : t + before], second[:, :, before:]], axis=2)
-            expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
-            if L == 1:
-                full = second if t >= window + sinks else None
-                found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
-            else:
-                found = ops.tiled(q[:, :, part], keys, values, offset=t, q_sink=second, **options)
-            assert mx.abs(found - expected).max() < 1e-4
-            t += L
-    finally:
-        ops.QUERY_TILE = old
+    for L in lengths:
+        part = slice(t, t + L)
+        keys, values, _ = update(cache, k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
+        second = q_sink[:, :, part] if clamped else None
+        before = max(0, min(L, window + sinks - t))
+        if second is not None:  # up to the boundary both queries are the same
+            second = mx.concatenate([q[:, :, t : t + before], second[:, :, before:]], axis=2)
+        expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
+        if L == 1:
+            full = second if t >= window + sinks else None
+            found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
+        else:
+            found = ops.tiled(
+                q[:, :, part], keys, values, offset=t, q_sink=second, tile=16, **options
+            )
+        assert mx.abs(found - expected).max() < 1e-4
+        t += L
 
 
 def test_fast_exp():

@@ -28,7 +28,7 @@ def scan(
     """
     if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
         return _scan_kernel(memory, q, update, state)
-    return _scan_ops(memory, q, update, state)
+    return _scan_ops(memory, q, update, state, gradients)
 
 
 def step(
@@ -52,10 +52,14 @@ def step(
 
 
 def _scan_ops(
-    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+    memory: Memory,
+    q: mx.array,
+    update: Update,
+    state: mx.array | None,
+    gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in update.evicted())
-    return memory.scan(q.swapaxes(1, 2), k, v, gates, state)
+    return memory.scan(q.swapaxes(1, 2), k, v, gates, state, gradients)
 
 
 def _scan_kernel(

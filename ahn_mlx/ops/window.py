@@ -12,14 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..platform import on_cpu
+from ..platform import on_cpu, tiles
 from . import window_kernels
 from .exp import exp
 from .kernels import Check, usable
 from .ring import Update
-
-# Queries per tile. Larger tiles compute more scores outside the window.
-QUERY_TILE = 64
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
 FEW_ROWS = 16
@@ -184,8 +181,10 @@ def tiled(
     sinks: int,
     scale: float,
     q_sink: mx.array | None = None,
+    tile: int | None = None,
 ) -> mx.array:
-    """Attention of the tokens offset ... offset + L - 1, tile by tile.
+    """Attention of the tokens offset ... offset + L - 1, `tile` of them at a time, by default
+    as many as suits the device: larger tiles compute more scores outside the window.
 
     k, v: [B, Hkv, K, D], the sinks that exist and then all tokens from some position up
     to offset + L - 1, without a gap in the window. Otherwise as window_attention.
@@ -194,9 +193,9 @@ def tiled(
     end = offset + L
     S = min(sinks, end)
     first = end - (K - S)  # position of the first key behind the sinks
-    outputs = []
-    for t0 in range(offset, end, QUERY_TILE):
-        t1 = min(t0 + QUERY_TILE, end)
+    outputs, tile = [], tile or tiles().query
+    for t0 in range(offset, end, tile):
+        t1 = min(t0 + tile, end)
         lo, hi = max(S, t0 - window + 1), max(S, t1)  # keys some query of the tile sees
         a, b = S + lo - first, S + hi - first
         if a == S:
