@@ -1,5 +1,5 @@
-"""What a memory does in an attention layer: by our Metal kernels where they agree with
-the operations of MLX on this machine, by those operations elsewhere."""
+"""What a memory does in an attention layer: by our Metal kernels where they agree with the
+operations of MLX on this machine and are faster, by those operations elsewhere."""
 
 from functools import partial
 from typing import Any
@@ -7,11 +7,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..ops import memory_kernels
-from ..ops.kernels import Check, usable
+from ..ops.kernels import Check, Sizes, chosen
 from ..ops.ring import Update
 from . import MEMORIES, Memory
 
 Evicted = tuple[mx.array, ...]
+
+HIDDEN = 32  # width of a hidden state in examples
 
 
 def scan(
@@ -26,7 +28,8 @@ def scan(
     q: [B, H, T, D]; state: [B, H, D, D] float32 or None; gradients: only by operations
     that have them. Returns o [B, T, H, D] float32, and the state.
     """
-    if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
+    sizes = Sizes.of(q, update.chunk[0], update.window, update.sinks)
+    if not gradients and chosen(SCANS[memory.kind], sizes):
         return _scan_kernel(memory, q, update, state)
     return _scan_ops(memory, q, update, state, gradients)
 
@@ -45,8 +48,7 @@ def step(
     q, local: [B, H, L, D]; evicted: keys, values [B, Hkv, L, D] and gates [B, H, L, G];
     h: [B, L, C]; loudness: [B, H, L, 1] of the router, or None. Returns heads, and the state.
     """
-    one = q.shape[2] == 1
-    kernel = one and usable(STEPS[memory.kind], q.shape[-1], q.dtype)
+    kernel = q.shape[2] == 1 and chosen(STEPS[memory.kind], Sizes.of(q, evicted[0]))
     form = _step_kernel if kernel else _step_ops
     return form(memory, q, evicted, state, local, h, loudness)
 
@@ -110,32 +112,38 @@ def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:
     return mx.zeros((B, H, D, D), dtype=mx.float32) if state is None else state
 
 
-def _example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    """A memory with random weights, a ring of `tokens` slots and as many tokens more."""
-    Hkv, H, C = 2, 4, 32
-    memory = MEMORIES[kind](C, H, D)
-    memory.o_proj.weight = mx.random.normal((H, D, D)) * D**-0.5
-    memory.set_dtype(dtype)
-    runs = []
-    for _ in range(2):
-        k, v = mx.random.normal((2, 1, Hkv, tokens, D)).astype(dtype)
-        gates = memory.gates(mx.random.normal((1, tokens, C)).astype(dtype))
-        runs.append((k, v, gates.astype(dtype).swapaxes(1, 2)))
-    ring, chunk = runs
-    update = Update(ring, chunk, offset=tokens, window=tokens - 3, sinks=3)
-    q, local = mx.random.normal((2, 1, H, tokens, D)).astype(dtype)
-    h = mx.random.normal((1, 1, C)).astype(dtype)
-    return memory, q, update, mx.random.normal((1, H, D, D)), local, h
+def _example(kind: str, sizes: Sizes) -> tuple[Memory, mx.array]:
+    """A memory with random weights, and its state."""
+    D, heads = sizes.D, sizes.heads
+    memory = MEMORIES[kind](HIDDEN, heads, D)
+    memory.o_proj.weight = mx.random.normal((heads, D, D)) * D**-0.5
+    memory.set_dtype(sizes.dtype)
+    return memory, mx.random.normal((1, heads, D, D))
 
 
-def _scan_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    return _example(kind, D, dtype, tokens)[:4]
+def _tokens(memory: Memory, sizes: Sizes, n: int) -> Evicted:
+    """Keys, values and gates of n tokens."""
+    k, v = mx.random.normal((2, 1, sizes.kv_heads, n, sizes.D)).astype(sizes.dtype)
+    gates = memory.gates(mx.random.normal((1, n, HIDDEN)).astype(sizes.dtype))
+    return k, v, gates.astype(sizes.dtype).swapaxes(1, 2)
 
 
-def _step_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    memory, q, update, state, local, h = _example(kind, D, dtype, 4)
-    token = tuple(x[:, :, :1] for x in update.chunk)
-    return memory, q[:, :, :1], token, state, local[:, :, :1], h, mx.full((1, 4, 1, 1), 0.5)
+def _scan_example(kind: str, sizes: Sizes, before: int) -> tuple[Any, ...]:
+    """What the ring keeps of the tokens before, a chunk, and queries for what leaves."""
+    memory, state = _example(kind, sizes)
+    held = min(before, sizes.capacity)
+    ring, chunk = (_tokens(memory, sizes, n) for n in (held, sizes.chunk))
+    update = Update(ring, chunk, before, sizes.window, sizes.sinks)
+    q = mx.random.normal((1, sizes.heads, update.evicts, sizes.D)).astype(sizes.dtype)
+    return memory, q, update, state
+
+
+def _step_example(kind: str, sizes: Sizes, before: int) -> tuple[Any, ...]:
+    memory, state = _example(kind, sizes)
+    q, local = mx.random.normal((2, 1, sizes.heads, 1, sizes.D)).astype(sizes.dtype)
+    h = mx.random.normal((1, 1, HIDDEN)).astype(sizes.dtype)
+    loudness = mx.full((1, sizes.heads, 1, 1), 0.5)
+    return memory, q, _tokens(memory, sizes, 1), state, local, h, loudness
 
 
 SCANS = {
