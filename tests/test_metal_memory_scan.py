@@ -115,7 +115,7 @@ def test_rows_at_places_of_their_own(any_metal, kind):
     joined = [tuple(map(mx.concatenate, map(list, zip(*part, strict=True)))) for part in parts]
     update = updates[0]._replace(ring=joined[0], chunk=joined[1])
     q, state = mx.concatenate(list(queries)), mx.concatenate(list(states))
-    found = memory_kernels.scan(kind, q, update, state, rates[0], offsets=mx.array(offsets))
+    found = memory_kernels.scan(kind, q, update, state, rates[0], offsets=offsets)
     for row, args in enumerate(zip(tokens, updates, queries, states, rates, strict=True)):
         close([x[row : row + 1] for x in found], oracle(kind, *args), 1e-5)
 

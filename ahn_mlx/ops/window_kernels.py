@@ -63,11 +63,11 @@ def prefill(
     update: Update,
     scale: float,
     q_sink: mx.array | None = None,
-    offsets: mx.array | None = None,
+    offsets: tuple[int, ...] | None = None,
 ) -> mx.array:
     """Attention of a chunk to sinks and window, as ops.window_attention.
 
-    offsets: [B] int32, tokens before the chunk in each row; by default the update's in all.
+    offsets: tokens before the chunk in each row; by default the update's in all.
     """
     B, H, L, D = q.shape
     ring = update.chunk if update.ring is None else update.ring
@@ -78,7 +78,7 @@ def prefill(
         "ring_v": ring[1],
         "chunk_k": update.chunk[0],
         "chunk_v": update.chunk[1],
-        "offset": mx.array([update.offset] * B) if offsets is None else offsets,
+        "offset": mx.array(offsets or (update.offset,) * B),
         "scale": mx.array([scale], dtype=mx.float32),
     }
     rows = 8 * QUERY_SIMDGROUPS
