@@ -56,10 +56,8 @@ def plot(
     file: Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str
 ) -> None:
     """Write a PNG with both axes logarithmic."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        click.echo("note: no plot without matplotlib: pip install 'ahn-mlx[plot]'", err=True)
+    Figure = figure_class()
+    if Figure is None:
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -68,6 +66,21 @@ def plot(
     axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
+    write(figure, file)
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure, or None and a note."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        click.echo("note: no plot without matplotlib: pip install 'ahn-mlx[plot]'", err=True)
+        return None
+    return Figure
+
+
+def write(figure: Any, file: Path) -> None:
+    """Write a figure as PNG and say where."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     click.echo(f"plot: {file}", err=True)

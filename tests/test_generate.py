@@ -1,7 +1,6 @@
 """The prompt that a model gets, and the numbers of a run."""
 
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +73,3 @@ def test_full_attention_is_what_mlx_lm_would_hold(loaded: Any) -> None:
     cache = make_prompt_cache(plain)
     mx.eval(plain(mx.ones((1, 512), mx.int32), cache=cache))
     assert run.full_attention_bytes == sum(c.nbytes for c in cache)
-
-
-def test_the_example_of_the_readme() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    code = example.replace("ahn-gdn-3b", zoo.DEFAULT)
-    assert code != example
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["logits"].shape[:2] == names["ids"].shape
-    assert names["fresh"].ahn.window == 4096
