@@ -101,6 +101,7 @@ def answer(url, n):
         return json.load(response)["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_server_answers_many_at_once_as_each_alone(server):
     alone = [answer(server, n) for n in range(24)]
     assert len(set(alone)) > 12
