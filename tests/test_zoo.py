@@ -154,6 +154,7 @@ def test_untrained_memory_is_announced(
     assert "no trained memory" in said
 
 
+@pytest.mark.slow
 @needs_model
 def test_trained_memory_is_loaded_and_checked(
     loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -183,6 +184,7 @@ def test_trained_memory_is_loaded_and_checked(
         zoo.load(zoo.DEFAULT)
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize(("memory", "bound"), [("gdn", 0.9), ("dn", 0.95), ("mamba2", 0.95)])
 def test_what_is_shipped_remembers(memory: str, bound: float) -> None:
