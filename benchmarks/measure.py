@@ -113,11 +113,11 @@ def filled(ours: nn.Module, plain: nn.Module, kind: str, tokens: int) -> list[An
     for start in range(0, tokens, 1024):
         n = min(1024, tokens - start)
         for cache in caches:
-            kv = [mx.random.normal((1, kv_heads, n, D)) for _ in range(2)]
+            kv = [mx.random.uniform(-1, 1, (1, kv_heads, n, D)) for _ in range(2)]
             if kind.startswith("ahn"):
                 beta, decay = mx.random.uniform(0, 1, (2, 1, heads, n, 1))
                 cache.update(*kv, mx.concatenate([beta, -0.1 * decay], axis=-1))
-                cache.memory = mx.random.normal((1, heads, D, D))
+                cache.memory = mx.random.uniform(-1, 1, (1, heads, D, D))
             else:
                 cache.update_and_fetch(*kv)
             mx.eval(cache.state)
