@@ -198,6 +198,8 @@ def test_every_end_is_known_to_config_and_tokenizer(
     assert config.get("eos_token_id") == expected
     ends = set(expected or [])
     assert tokenizer.eos_token_ids == gguf_tokenizer(file).eos_token_ids == ends
+    if ends:  # what closes a turn where only one can be asked for
+        assert tokenizer.eos_token_id == roles.get("eos", min(ends))
     # An end is never shown.
     assert tokenizer.decode([256, *ends], skip_special_tokens=True) == "ab"
 

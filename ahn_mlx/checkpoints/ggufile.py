@@ -216,10 +216,10 @@ class GGUFile:
 
 def _open_parts(file: Path) -> list[Header]:
     """The file; if it is one part of a split model, all parts, which lie beside it."""
-    first = Header(file)
-    count = gguf.plain(first.metadata.get("split.count", 0))
+    given = Header(file)
+    count = gguf.plain(given.metadata.get("split.count", 0))
     if type(count) is not int or count < 2:
-        return [first]
+        return [given]
     named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.name, re.DOTALL)
     if not named or int(named[3]) != count:
         raise AHNError(
@@ -234,8 +234,8 @@ def _open_parts(file: Path) -> list[Header]:
                 f"{path}: missing; {file.name} is one of the {count} parts of a split model, "
                 "put all of them there"
             )
-        part = first if path == file else Header(path)
-        if not _belongs(part, i, parts[0] if parts else part, first):
+        part = given if path == file else Header(path)
+        if not _belongs(part, i, parts[0] if parts else part, given):
             raise AHNError(
                 f"{path}: not part {i + 1} of the split model that {file.name} is of; "
                 "fetch all parts again"
