@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import GDN, GOLDEN, model_dir, read_json, same
+from checkpoints import BOM, GDN, GOLDEN, IDS, model_dir, read_json, same
 
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.directory import read_headers, read_tensors
@@ -116,6 +116,137 @@ def test_tensor_in_two_files(tmp_path, capsys):
     with pytest.raises(AHNError, match=r"model-2-of-2\.safetensors: tensor 'b' is missing"):
         read_tensors(path)
     assert capsys.readouterr().err == ""
+
+
+# --- which files count ---
+
+OLD, NEW = mx.zeros((2,)), mx.ones((2,))
+
+
+def save(path: Path, name: str, **tensors: mx.array) -> None:
+    mx.save_safetensors(str(path / name), tensors)
+
+
+def test_the_index_decides_which_shard_counts(tmp_path, capsys):
+    """A shard that was used again holds another's tensor, too."""
+    path = model_dir(tmp_path, a=OLD, b=NEW)
+    save(path, "extra.safetensors", a=NEW)
+    index(path, {"a": "extra.safetensors", "b": "model.safetensors"})
+    for _ in range(2):
+        found = read_tensors(path)
+        assert same(found, {"a": NEW, "b": NEW})
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "does not want 'a' of model.safetensors" in said
+        index(path, {"b": "model.safetensors", "a": "extra.safetensors"})
+
+
+def test_the_model_is_that_of_the_index(tmp_path):
+    """Also where a file of mlx-lm's own pattern lies beside it."""
+    path = shutil.copytree(GDN / "merged_sharded", tmp_path / "m")
+    logits = load_model(path)[0](IDS)
+    mx.eval(logits)
+    first = path / "model-00001-of-00003.safetensors"
+    stale = {name: x * 0 for name, x in mx.load(str(first)).items()}
+    save(path, "model-00001-of-00002.safetensors", **stale)
+    save(path, "model.safetensors", **stale)
+    save(path, "model_old.safetensors", **stale)
+    assert mx.array_equal(load_model(path)[0](IDS), logits)
+
+
+def test_tensor_that_the_index_does_not_list(tmp_path, capsys):
+    path = model_dir(tmp_path, a=OLD, b=NEW, c=NEW)
+    index(path, {"a": "model.safetensors"})
+    assert same(read_tensors(path), {"a": OLD, "b": NEW, "c": NEW})
+    said = capsys.readouterr().err
+    assert "does not list 'b' (and 1 more); it is read all the same" in said
+    save(path, "other.safetensors", b=OLD, d=OLD)
+    index(path, {"a": "model.safetensors", "d": "other.safetensors"})
+    with pytest.raises(AHNError, match=r"other.safetensors: tensor 'b' is in model.saf"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "files, taken",
+    [
+        (["model.safetensors", "consolidated.safetensors"], "model.safetensors"),
+        (["model.safetensors", "model-00001-of-00001.safetensors"], "model.safetensors"),
+        (["model.safetensors", "model-2.safetensors"], "model.safetensors"),
+        (["model.safetensors", "adapter_model.safetensors"], "model.safetensors"),
+        (["consolidated.safetensors", "weights.00.safetensors"], "consolidated.safetensors"),
+        (["model-1-of-1.safetensors", "consolidated.safetensors"], "model-1-of-1.safetensors"),
+    ],
+)
+def test_one_of_several_checkpoints(files, taken, tmp_path, capsys):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    for name in files:
+        save(path, name, a=NEW if name == taken else OLD)
+    assert same(read_tensors(path), {"a": NEW})
+    said = capsys.readouterr().err
+    assert f"read from {taken}" in said and "is left out" in said and said.count("\n") == 1
+    other = next(name for name in files if name != taken)
+    assert repr(other) in said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["consolidated.safetensors"],
+        ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"],
+        [f"model.safetensors-0000{i}-of-00002.safetensors" for i in (1, 2)],
+        ["model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"],
+        ["weights.00.safetensors", "weights.01.safetensors"],
+        ["pytorch_model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.safetensors"],
+    ],
+)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_usual_names_of_shards(names, indexed, tmp_path, capsys):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    tensors = {f"t{i}": NEW * i for i in range(len(names))}
+    for name, (key, x) in zip(names, tensors.items(), strict=True):
+        save(path, name, **{key: x})
+    if indexed:
+        stem = names[0].split("-")[0].split(".")[0]
+        weight_map = dict(zip(tensors, names, strict=True))
+        file = path / f"{stem}.safetensors.index.json"
+        file.write_bytes(BOM + json.dumps({"weight_map": weight_map}).encode())
+    assert same(read_tensors(path), tensors)
+    assert capsys.readouterr().err == ""
+    if len(names) > 1:
+        (path / names[0]).unlink()
+        with pytest.raises(AHNError, match=r"missing"):
+            read_tensors(path)
+
+
+def test_shards_of_two_checkpoints(tmp_path):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    for name in ("model-1-of-1", "model-1-of-2", "model-2-of-2"):
+        save(path, f"{name}.safetensors", a=NEW)
+    with pytest.raises(AHNError, match="of two checkpoints; remove one"):
+        read_tensors(path)
+
+
+def test_shards_of_an_index_that_is_stale(tmp_path):
+    """The whole model is there in one file, but the index knows better."""
+    path = model_dir(tmp_path)
+    index(path, {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"})
+    with pytest.raises(AHNError, match=r"model-1-of-2.safetensors: missing"):
+        read_tensors(path)
+
+
+def test_pickles_beside_safetensors_are_named(tmp_path, capsys):
+    path = shutil.copytree(GDN / "merged", tmp_path / "m")
+    (path / "pytorch_model.bin").write_bytes(b"x")
+    (path / "training_args.bin").write_bytes(b"x")
+    (path / "model.Q4_0.gguf").write_bytes(b"x")
+    describe(path)
+    said = capsys.readouterr().err
+    assert "'model.Q4_0.gguf' (and 1 more) is left out" in said and said.count("\n") == 1
+
+
+# --- links and pipes ---
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])

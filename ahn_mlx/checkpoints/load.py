@@ -81,7 +81,7 @@ def load(
     return model, load_tokenizer(path, config)
 
 
-def built(path: Path, make: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> Any:
+def built(path: Path, make: Callable[[Any], Any], config: Any) -> Any:
     """What `make` makes of the config. Its AHNError gets the path."""
     try:
         return make(config)

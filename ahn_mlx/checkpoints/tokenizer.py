@@ -1,5 +1,6 @@
 """The tokenizer of a model directory or of a GGUF file."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +10,7 @@ from mlx_lm.tokenizer_utils import load as mlx_lm_load
 
 from ..errors import AHNError
 from . import gguf
-from .directory import copy_files, has_bom
+from .directory import copy_files, has_bom, read_json
 from .ggufile import GGUFile
 
 TOKENIZER_FILES = (
@@ -42,14 +43,26 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
 def _of_directory(path: Path) -> TokenizerWrapper:
     names = (*TOKENIZER_FILES, "config.json")
     try:
-        if not any(has_bom(path / name) for name in names):
+        if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):
             return mlx_lm_load(path)
+        # Files that transformers would not read.
         with TemporaryDirectory() as directory:
-            copy_files(names, [path], Path(directory))
+            copy_files(TOKENIZER_FILES, [path], Path(directory))
+            if (path / "config.json").is_file():
+                kind = {"model_type": read_json(path / "config.json").get("model_type")}
+                (Path(directory) / "config.json").write_text(json.dumps(kind))
             return mlx_lm_load(Path(directory))
     except Exception as e:  # transformers raises many kinds for a missing tokenizer
         reason = " ".join(str(e).split())[:200]
         raise AHNError(f"{path}: no usable tokenizer ({reason}); copy the base's files") from None
+
+
+def _has_text_ends(path: Path) -> bool:
+    """Whether config.json names end tokens by their text."""
+    if not (path / "config.json").is_file():
+        return False
+    ends = read_json(path / "config.json").get("eos_token_id")
+    return any(isinstance(end, str) for end in (ends if isinstance(ends, list) else [ends]))
 
 
 def gguf_tokenizer(path: Path) -> TokenizerWrapper:

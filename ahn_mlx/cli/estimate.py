@@ -52,9 +52,10 @@ def estimate(**options: Any) -> None:
     if options["paper"]:
         _paper()
         return
+    from ..checkpoints.load import built
     from ..measure.cost import shape_of
 
-    shape = shape_of(config_of(options))
+    shape = built(options["name"], shape_of, config_of(options))
     found = {kind: _count(shape, kind, options["context"], options) for kind in kinds}
     curve = {n: {kind: _count(shape, kind, n, options) for kind in kinds} for n in CURVE}
     if options["as_json"]:

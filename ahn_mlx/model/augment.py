@@ -110,7 +110,8 @@ def build_base(config: dict[str, Any]) -> nn.Module:
     try:
         return model_class(args_class.from_dict(config))
     except (TypeError, ArithmeticError, LookupError, ValueError, RuntimeError, AssertionError) as e:
-        raise AHNError(f"config.json does not describe a {family} model: {e}") from None
+        reason = f"it lacks {e}" if isinstance(e, KeyError) else e
+        raise AHNError(f"config.json does not describe a {family} model: {reason}") from None
 
 
 def build(config: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..checkpoints.card import Origin, origin
 from ..checkpoints.directory import read_tensors
 from ..checkpoints.export import release_config
 from ..checkpoints.formats import is_gguf
-from ..checkpoints.load import finish, load_plain
+from ..checkpoints.load import built, finish, load_plain
 from ..checkpoints.shards import write_json
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import AHNError
@@ -78,7 +79,7 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
         sink_positions=options["sink_positions"],
         query_projection=_queries_fit(model) if projects is None else projects,
     )
-    augment(model, config)
+    built(path, partial(augment, model), config)
     finish(model, options["dtype"], path)
     return model, tokenizer, (facts, source)
 
