@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData, metadata_load
 
 from ..model.config import AHNConfig
-from .directory import check_member, read_config
+from .baseconfig import read_config
+from .directory import check_member
 
 CARD = "README.md"
 MAX_CARD = 1 << 20  # bytes

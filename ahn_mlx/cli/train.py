@@ -7,7 +7,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..checkpoints.directory import read_config
+from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
@@ -90,7 +90,7 @@ def train(**options: Any) -> None:
         options["query_projection"] = config.query_projection
     model, tokenizer, base = load_base(options)
     if options["ahn"]:
-        install_trained(model, options["ahn"])
+        install_trained(model, options["ahn"], base)
         options["layerwise"] = 0
     names = loop.Settings.__dataclass_fields__
     settings = loop.Settings(**{k: v for k, v in options.items() if k in names})
