@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
 from .digest import stop_between_steps
-from .generate import read_document, say, warn_slow
+from .generate import say, warn_slow
 from .options import (
     check_numbers,
     load_model,
@@ -50,6 +51,7 @@ def chat(**options: Any) -> None:
         _talk(load_session(options["memory"], None, options["seed"]), options)
         return
     from ..reading.session import Session
+    from ..reading.template import TemplateError
 
     warn_slow()
     model, tokenizer = load_model(options)
@@ -57,16 +59,22 @@ def chat(**options: Any) -> None:
         import mlx.core as mx
 
         mx.random.seed(options["seed"])
-    fresh = Session(
-        model,
-        tokenizer,
-        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
-        system=options["system"],
-        kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
-        kv_group_size=int(options["kv_group_size"]),
-    )
-    assert fresh.template is not None
-    beginning = len(tokenizer.encode(fresh.template.start, add_special_tokens=False))
+    try:
+        fresh = Session(
+            model,
+            tokenizer,
+            origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+            system=options["system"],
+            kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+            kv_group_size=int(options["kv_group_size"]),
+        )
+        assert fresh.template is not None
+        fresh.template.opening("answered")
+    except TemplateError as e:
+        raise AHNError(
+            f"{e}, and a chat cannot be held; ahn-mlx digest and ask need less"
+        ) from None
+    beginning = len(fresh.encoder(*fresh.opening()))
     if options["system"] and beginning > model.ahn.sinks:
         sinks = model.ahn.sinks
         say(f"note: the system message has {beginning} tokens, of which the sinks keep {sinks}")
@@ -80,7 +88,7 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
     ask_user = _reader()
     while True:
         try:
-            line = ask_user().strip()
+            line = typed_line(ask_user())
         except EOFError:
             return
         except KeyboardInterrupt:  # an empty line, as in a shell
@@ -90,11 +98,11 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
         if not line.startswith("/"):
             print_answer(session, line, sampling)
             continue
-        command, _, argument = line.partition(" ")
+        command, *rest = line.split(None, 1)
         try:
             if command == "/quit":
                 return
-            session = _command(command, argument.strip(), session, origin)
+            session = _command(command, typed_path("".join(rest)), session, origin)
         except (AHNError, OSError) as e:
             say(f"error: {e}")
 
@@ -104,7 +112,7 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
     if command in ("/read", "/save", "/load") and not argument:
         raise AHNError(f"{command} needs a file: {command} FILE")
     if command == "/read":
-        text = read_document(argument, has_prompt=False)
+        text = read_file(argument)
         other = session.fork()  # Ctrl-C leaves the conversation as it was
         with stop_between_steps() as check:
             try:
