@@ -65,13 +65,10 @@ def compare(**options: Any) -> None:
             f"{options['text']}: {len(ids):,} tokens are less than {count} segments of {L:,};"
             " use fewer or shorter ones"
         )
-    # Evenly over the text, and each begins as a text does when it is read.
-    body = L - len(begin)
-    starts = [n * (len(ids) - body) // max(1, count - 1) for n in range(count)]
     with _bar(count, "segments") as bar:
         result = measure.compare(
             model,
-            [mx.array([[*begin, *ids[a : a + body]]]) for a in starts],
+            measure.segments(ids, begin, L, count),
             model.ahn.window,
             model.ahn.sinks,
             bar.update,

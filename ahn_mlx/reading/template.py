@@ -100,6 +100,8 @@ class Template:
         if self.system and SYSTEM not in text:
             raise AHNError("the chat template has no place for a system message; drop --system")
         whole = self._render(self.system, PROBE)
+        if self._render(self.system, PROBE) != whole:
+            raise TemplateError("the chat template says something else each time")
         for given in (self.system, self.system.strip()):
             self._given = given
             self.start, self.answer = (self._pieces(part) for part in text.split(MARKS[0]))
@@ -136,7 +138,7 @@ class Template:
     def _later_turns(self) -> None:
         """Find what stands between answer and next message, if it is the same each time."""
         one, said, two, reply, three = MARKS
-        self._between, self._why = None, "treats its last message apart"
+        self._between, self._why = None, "says later turns otherwise than the first"
         try:
             first = self._try(one)
             start, answer = first.split(one)

@@ -155,12 +155,15 @@ def newlines(text: str) -> str:
 
 
 def readable(text: str) -> str:
-    """The text with each lone surrogate, which no tokenizer takes, as U+FFFD. They come from
-    JSON that was cut off and from bytes that were typed."""
+    """The text without lone surrogates, which no tokenizer takes. They stand for bytes that
+    were typed where Python expected another encoding, or are left of a character that JSON
+    cut in two; what cannot be read becomes U+FFFD."""
     if not _SURROGATE.search(text):
         return text
-    # Two that belong together become their character.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # not from bytes
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
