@@ -47,13 +47,15 @@ NUMBERED = (
 EMPTY_THOUGHTS = CHATML.replace(
     "{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
 )
+TRIMS_LATER = CHATML.replace("m.content", "m.content if loop.first else m.content | trim")
 ONE_TURN = "{% if messages | length > 3 %}{{ raise_exception('one turn') }}{% endif %}" + CHATML
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
 )
 DATED = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-    "It is {{ strftime_now('%H:%M:%S') }}<|im_end|>\n{% endif %}" + CHATML
+    "It is {{ strftime_now('%H:%M:%S') }}{{ '.' * (strftime_now('%S') | int) }}<|im_end|>\n"
+    "{% endif %}" + CHATML
 )
 SAID = ["One.", "1", "Two?", "2", "Three", "3", "Four!"]
 
@@ -112,6 +114,7 @@ def test_the_parts_are_what_the_template_says(name, system):
         (SYSTEM_LAST, "Be brief."),
         (NUMBERED, ""),
         (EMPTY_THOUGHTS, ""),
+        (TRIMS_LATER, ""),
         (ONE_TURN, "Be brief."),
         (SYSTEM_AT_END, "Be brief."),
     ],

@@ -47,11 +47,22 @@ def chat(**options: Any) -> None:
     ahn-mlx chat --model ahn-gdn-3b --system "You are a patient teacher."
     """
     check_numbers(options)
-    if options["memory"]:
-        _talk(load_session(options["memory"], None, options["seed"]), options)
-        return
-    from ..reading.session import Session
     from ..reading.template import TemplateError
+
+    try:
+        session = _session(options)
+        if session.template:
+            session.template.opening("answered")
+    except TemplateError as e:
+        raise AHNError(f"{e}; chat cannot do without, ahn-mlx digest and ask can") from None
+    _talk(session, options)
+
+
+def _session(options: dict[str, Any]) -> Any:
+    """The one to begin with: of a file, or new."""
+    if options["memory"]:
+        return load_session(options["memory"], None, options["seed"])
+    from ..reading.session import Session
 
     warn_slow()
     model, tokenizer = load_model(options)
@@ -59,26 +70,19 @@ def chat(**options: Any) -> None:
         import mlx.core as mx
 
         mx.random.seed(options["seed"])
-    try:
-        fresh = Session(
-            model,
-            tokenizer,
-            origin={k: options[k] for k in ("name", "dtype", "q_bits")},
-            system=options["system"],
-            kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
-            kv_group_size=int(options["kv_group_size"]),
-        )
-        assert fresh.template is not None
-        fresh.template.opening("answered")
-    except TemplateError as e:
-        raise AHNError(
-            f"{e}, and a chat cannot be held; ahn-mlx digest and ask need less"
-        ) from None
-    beginning = len(fresh.encoder(*fresh.opening()))
+    session = Session(
+        model,
+        tokenizer,
+        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+        system=options["system"],
+        kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+        kv_group_size=int(options["kv_group_size"]),
+    )
+    beginning = len(session.encoder(*session.opening()))
     if options["system"] and beginning > model.ahn.sinks:
         sinks = model.ahn.sinks
         say(f"note: the system message has {beginning} tokens, of which the sinks keep {sinks}")
-    _talk(fresh, options)
+    return session
 
 
 def _talk(origin: Any, options: dict[str, Any]) -> None:
@@ -95,11 +99,11 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
             continue
         if not line:
             continue
-        if not line.startswith("/"):
-            print_answer(session, line, sampling)
-            continue
         command, *rest = line.split(None, 1)
         try:
+            if not line.startswith("/"):
+                print_answer(session, line, sampling)
+                continue
             if command == "/quit":
                 return
             session = _command(command, typed_path("".join(rest)), session, origin)
