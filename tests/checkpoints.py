@@ -13,7 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2, qwen3
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.load import load_model
@@ -71,19 +73,44 @@ def edit_tensors(path: Path, **changes: mx.array | None) -> None:
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
 
 
-def byte_tokenizer(path: Path) -> Path:
-    """A directory with the tokenizer of the golden models: one token per byte."""
+def byte_bpe() -> Tokenizer:
+    """One token per byte, 0 to 255 in the order of their signs."""
     bpe = Tokenizer(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def byte_tokenizer(path: Path) -> Path:
+    """A directory with the tokenizer of the golden models: one token per byte."""
     path.mkdir(parents=True)
-    bpe.save(str(path / "tokenizer.json"))
+    byte_bpe().save(str(path / "tokenizer.json"))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # 256, 257, 258
+
+
+def chat_tokenizer(
+    template: str | None = CHATML, bpe: Tokenizer | None = None, plain: tuple[str, ...] = ()
+) -> TokenizerWrapper:
+    """One token per byte, CONTROLS, and then `plain`: added tokens that are not special."""
+    bpe = bpe or byte_bpe()
+    bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in CONTROLS])
+    bpe.add_tokens([AddedToken(t, normalized=False) for t in plain])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=template
+    )
+    return TokenizerWrapper(tokenizer)
 
 
 def model_dir(path: Path, config: object = None, **tensors: mx.array) -> Path:

@@ -9,8 +9,8 @@ import click
 from tqdm import tqdm
 
 from ..errors import AHNError
+from ..reading.text import read_document
 from .estimate import print_table
-from .generate import read_document
 from .options import check_numbers, load_model, loading_options
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def compare(**options: Any) -> None:
     import mlx.core as mx
 
     from ..measure import compare as measure
+    from ..reading.tokens import Encoder
 
     if options["ahn"]:
         from ..train.output import load_trained
@@ -53,22 +54,21 @@ def compare(**options: Any) -> None:
         model, tokenizer = load_trained(options["ahn"], options)
     else:
         model, tokenizer = load_model(options)
-    ids = mx.array(tokenizer.encode(text, add_special_tokens=False))
+    encoder = Encoder(tokenizer)
+    ids, begin = encoder("", text), encoder.begin
     if options["tokens"]:
-        _stream(model, ids, options)
+        _stream(model, mx.array([*begin, *ids]), options)
         return
     L, count = options["seq_len"], options["segments"]
-    if ids.size < L * count:
+    if len(ids) < L * count:
         raise AHNError(
-            f"{options['text']}: {ids.size:,} tokens are less than {count} segments of {L:,};"
+            f"{options['text']}: {len(ids):,} tokens are less than {count} segments of {L:,};"
             " use fewer or shorter ones"
         )
-    # Evenly over the text.
-    starts = [n * (ids.size - L) // max(1, count - 1) for n in range(count)]
     with _bar(count, "segments") as bar:
         result = measure.compare(
             model,
-            [ids[None, a : a + L] for a in starts],
+            measure.segments(ids, begin, L, count),
             model.ahn.window,
             model.ahn.sinks,
             bar.update,

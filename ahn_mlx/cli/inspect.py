@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from ..errors import AHNError
+from ..reading.text import read_document
 from .ask import load_session
-from .generate import read_document, say
+from .generate import say
 
 
 @click.command()

@@ -26,7 +26,9 @@ from ..model.trace import Trace
 from . import memoryfile
 from .generate import prefill_step
 from .memoryfile import Cache
-from .template import Template
+from .template import Pieces, Template
+from .text import readable
+from .tokens import Encoder
 
 PREVIEW = 200  # characters
 
@@ -39,7 +41,8 @@ class Session:
     step: tokens read at a time. kv_bits, kv_group_size: as in AHNCache. chat: speak through
     the tokenizer's chat template; otherwise texts are continued as they are.
 
-    Raises AHNError if there is no chat template that can be taken apart.
+    Raises AHNError if there is no chat template that can be taken apart, and with `system`
+    but without `chat`.
     """
 
     def __init__(
@@ -56,7 +59,10 @@ class Session:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.origin = {"name": "", **(origin or {})}
+        if system and not chat:
+            raise AHNError("--system needs the chat template; drop --no-chat-template")
         self.template = Template(tokenizer, system) if chat else None
+        self.encoder = Encoder(tokenizer)
         self.step = step or prefill_step()
         self.caches: list[Cache] = model.make_cache()
         if kv_bits is not None:
@@ -88,14 +94,23 @@ class Session:
         """Read more of the user's message. progress: called with tokens read of this text."""
         self.read_ids(self.encode(text), progress)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that continues this conversation."""
-        opening = self.template.opening(self.turn) if self.template else ""
+    def opening(self) -> Pieces:
+        """What the template puts before more text of the user, as pieces for the encoder.
+        Raises TemplateError if it cannot be taken apart after an answer."""
+        return self.template.opening(self.turn) if self.template else ("",)
+
+    def encode(self, text: str, opening: Pieces | None = None) -> list[int]:
+        """Token ids of a text that continues this conversation.
+
+        opening: of the run that began to read it; what a template prints may be of its time.
+        """
+        opening = self.opening() if opening is None else opening
         if not self.preview:
-            self.preview = " ".join(text[: 2 * PREVIEW].split())[:PREVIEW]
-        first = self.turn == "start" and self.template is None
-        self.turn = "read"
-        return self.tokenizer.encode(opening + text, add_special_tokens=first)
+            self.preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
+        if self.template and self.turn != "read":
+            text = self.template.begin(text)
+        begin, self.turn = self._begin(), "read"
+        return [*begin, *self.encoder(*opening, text)]
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
         """Read token ids, as many as fill steps; the rest waits.
@@ -220,11 +235,13 @@ class Session:
 
     def _question(self, question: str) -> list[int]:
         """Token ids from here to where the answer begins."""
-        if self.template is None:
-            first = self.turn == "start"
-            return self.tokenizer.encode(question, add_special_tokens=first) if question else []
-        text = self.template.question(self.turn, question)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        if self.template:
+            return self.encoder(*self.template.question(self.turn, question))
+        return [*self._begin(), *self.encoder("", question)] if question else []
+
+    def _begin(self) -> list[int]:
+        """What the tokenizer puts before a text; a chat template says it by itself."""
+        return self.encoder.begin if self.turn == "start" and not self.template else []
 
 
 def _fork(caches: list[Cache]) -> list[Cache]:
