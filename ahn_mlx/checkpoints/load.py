@@ -1,6 +1,5 @@
 """From a directory to a model that can be used, and its tokenizer."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..model.augment import FLOAT32, ModelArgs, build
 from ..model.config import AHNConfig
 from ..platform import default_dtype
 from .directory import check_model_dir, read_tensors
-from .safetensors import DTYPES, is_finite
+from .safetensors import DTYPES, not_finite
 from .tokenizer import load_tokenizer
 
 
@@ -85,15 +84,9 @@ def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
     if chosen is not None:
         cast(model, chosen)
     parameters: Any = tree_flatten(model.parameters())
-    floats = [(n, x) for n, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
-    # A sum is quick on any device; only where it is not finite each number is looked at.
-    sums = [x.sum().astype(mx.float32) for _, x in floats]
-    mx.eval(model.parameters(), sums)
-    for (name, x), total in zip(floats, sums, strict=True):
-        if not math.isfinite(total.item()) and not is_finite(x):
-            raise AHNError(
-                f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again"
-            )
+    mx.eval(model.parameters())
+    if name := not_finite(parameters):
+        raise AHNError(f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again")
 
 
 def load(

@@ -136,7 +136,7 @@ class AHNCache(_BaseCache):
         have = 0 if self.buffers is None else self.buffers[0].shape[2]
         if have >= slots:
             return
-        grown = min(self.capacity, -(-slots // GROWTH) * GROWTH)
+        grown = grown_to(slots, self.capacity)
         zeros = tuple(
             mx.zeros((x.shape[0], x.shape[1], grown - have, x.shape[3]), dtype=x.dtype) for x in new
         )
@@ -203,6 +203,11 @@ class AHNCache(_BaseCache):
         return create_attention_mask(
             N, offset=self.offset, return_array=return_array, window_size=window_size
         )
+
+
+def grown_to(tokens: int, capacity: int) -> int:
+    """Slots that a cache has, when it has kept so many tokens."""
+    return min(capacity, -(-tokens // GROWTH) * GROWTH)
 
 
 def read_slot(buffers: tuple[mx.array, ...], slot: mx.array) -> tuple[mx.array, ...]:
