@@ -24,6 +24,7 @@ PREVIEW = 200  # characters
 TURNS = ("start", "read", "answered", "cut")
 MAX_STEP = 1 << 16  # tokens read at a time
 MAX_TOKENS = 1 << 30  # MLX counts positions in int32
+MAX_ANSWER = 1 << 24  # tokens, which are not traced
 KV_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 Cache = AHNCache | KVCache
@@ -78,8 +79,9 @@ def _is_layer(value: Any) -> bool:
     """[offset, window, sinks, kv_bits, group_size], or [offset] where attention is full."""
     if not isinstance(value, list) or len(value) not in (1, 5):
         return False
-    whole = all(type(n) is int for n in value if n is not None)
-    return whole and (len(value) == 1 or (value[3] in (None, *KV_BITS) and value[4] in GROUP_SIZES))
+    if not all(type(n) is int or (i, n) == (3, None) for i, n in enumerate(value)):
+        return False
+    return len(value) == 1 or (value[3] in (None, *KV_BITS) and value[4] in GROUP_SIZES)
 
 
 def _are_layers(value: Any) -> bool:
@@ -189,12 +191,10 @@ def _quantized(facts: Mapping[str, Any]) -> tuple[int | None, int]:
 def expected(facts: Mapping[str, Any], pending: int, kept: list[Kept]) -> dict[str, Wanted]:
     """All arrays of a memory with these facts, by name. pending: tokens not yet read.
 
-    Raises ValueError if the numbers among the facts do not fit each other.
+    Raises ValueError if the numbers of a layer do not fit the others.
     """
     window, sinks, step = facts["window"], facts["sinks"], facts["step"]
     offset, capacity = facts["tokens"] - pending, window + sinks
-    if not 0 <= pending < step:
-        raise ValueError(f"{pending} tokens wait to be read, in steps of {step}")
     arrays = {"pending": Wanted(("U32",), (exactly(pending),))}
     for i, (layer, (heads, width, buffers)) in enumerate(zip(facts["layers"], kept, strict=True)):
         right = [offset, window, sinks, *_quantized(facts)] if len(layer) > 1 else [offset]
@@ -205,7 +205,8 @@ def expected(facts: Mapping[str, Any], pending: int, kept: list[Kept]) -> dict[s
         slots = range(offset, offset + step + KVCache.step)
         if len(layer) > 1:
             slots = exactly(grown_to(min(offset, capacity), capacity))
-            blocks = range(-(-max(0, offset - window) // BLOCK) + 1)
+            traced = max(0, offset - window - MAX_ANSWER), max(0, offset - window)
+            blocks = range(-(-traced[0] // BLOCK), -(-traced[1] // BLOCK) + 1)
             arrays[name + "trace.0"] = Wanted(("F32",), (exactly(2), blocks))
             arrays[name + "trace.1"] = Wanted(("F32",), (exactly(3), heads))
             if offset > capacity:
@@ -217,16 +218,21 @@ def expected(facts: Mapping[str, Any], pending: int, kept: list[Kept]) -> dict[s
 
 def check_arrays(found: Mapping[str, Found], facts: Mapping[str, Any], kept: list[Kept]) -> None:
     """Names, dtypes and shapes, whole numbers among the facts too."""
-    pending = found.get("pending", ("", (0,)))[1]
-    wanted = expected(facts, pending[0] if pending else 0, kept)
-    for name in sorted(wanted.keys() ^ found.keys()):
-        what = "is missing" if name in wanted else "belongs to no memory like this"
-        raise ValueError(f"array {show(name)} {what}")
-    for name, (dtypes, sizes) in wanted.items():
-        dtype, shape = found[name]
-        fits = len(shape) == len(sizes) and all(n in r for n, r in zip(shape, sizes, strict=True))
-        if dtype not in dtypes or not fits:
-            raise ValueError(f"array {name} is {dtype} {list(shape)}, not {wanted[name]}")
+    _compare("pending", found, Wanted(("U32",), (range(facts["step"]),)))
+    wanted = expected(facts, found["pending"][1][0], kept)
+    for name in sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"array {show(name)} belongs to no memory like this")
+    for name in wanted:
+        _compare(name, found, wanted[name])
+
+
+def _compare(name: str, found: Mapping[str, Found], wanted: Wanted) -> None:
+    if name not in found:
+        raise ValueError(f"array {name} is missing")
+    (dtype, shape), sizes = found[name], wanted.shape
+    fits = len(shape) == len(sizes) and all(n in r for n, r in zip(shape, sizes, strict=True))
+    if dtype not in wanted.dtypes or not fits:
+        raise ValueError(f"array {name} is {dtype} {list(shape)}, not {wanted}")
 
 
 def check_values(

@@ -29,6 +29,7 @@ from . import layout
 from .layout import Cache
 
 VERSION = 1
+MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
@@ -149,16 +150,16 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
     if "ahn" not in metadata:
         raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")
     with _named(file):
+        if len(metadata["ahn"]) > MAX_FACTS:
+            raise ValueError(f"it says {len(metadata['ahn']):,} characters of itself")
         facts = json.loads(metadata["ahn"])
         if not isinstance(facts, dict) or "version" not in facts:
             raise ValueError("it does not say its version")
-        if facts["version"] == VERSION:
+        version = facts["version"]
+        if type(version) is int and version == VERSION:
             layout.check_facts(facts)
-    if facts["version"] != VERSION:
-        raise AHNError(
-            f"{file}: version {show(facts['version'])}, this program reads {VERSION}; upgrade"
-        )
-    return facts, {name: (x.dtype, x.shape) for name, x in header.items()}, metadata
+            return facts, {name: (x.dtype, x.shape) for name, x in header.items()}, metadata
+    raise AHNError(f"{file}: version {show(version)}, this program reads {VERSION}; upgrade")
 
 
 def _arrays(
@@ -166,9 +167,9 @@ def _arrays(
 ) -> dict[str, mx.array]:
     """All arrays of a file whose header is right, if its checksum and values are too."""
     arrays = load_safetensors(file)
-    if _checksum(metadata["ahn"], arrays) != metadata.get("sha256"):
-        raise AHNError(f"{file}: damaged, its checksum does not fit; digest the text again")
     with _named(file):
+        if _checksum(metadata["ahn"], arrays) != metadata.get("sha256"):
+            raise ValueError("its checksum does not fit")
         layout.check_values(arrays, facts, vocabulary)
     return arrays
 
