@@ -44,23 +44,27 @@ class Layer(NamedTuple):
 
 
 def measure(session: Session) -> list[Layer]:
-    """Raises AHNError if nothing has left the window."""
-    layers = []
+    """Raises AHNError if nothing has left the window, or nothing was counted."""
+    layers: list[Layer] = []
     for i, attention in memory_layers(session.model):
         cache = session.caches[i]
         assert isinstance(cache, AHNCache) and cache.trace is not None
-        if cache.memory is None or not cache.trace.strengths.size:
+        if cache.memory is None:
             raise AHNError(
                 f"{session.tokens:,} tokens were read and all are still in the window of"
                 f" {cache.window:,}; the memory is empty, digest a longer text"
             )
+        if not cache.trace.strengths.size:
+            raise AHNError("the text was read token by token, which is not counted; digest it")
         sums, counts = np.array(cache.trace.strengths)
-        strength, local, memory = np.array(cache.trace.heads)
+        strength, local, memory = np.array(cache.trace.heads).astype(float)
         blocks = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
         norm = np.array(mx.linalg.norm(cache.memory[0], axis=[-2, -1]))
         share = memory / np.maximum(local + memory, 1e-30)
         length = _length(attention.ahn, cache)
         layers.append(Layer(i, norm, length, strength / counts.sum(), share, blocks))
+    if not layers:
+        raise AHNError("no layer of the model has a memory; take one with fewer fa_layer_ids")
     return layers
 
 
