@@ -64,15 +64,18 @@ def origin(part: str, path: Path) -> Origin:
         repo, revision = owner.removeprefix("models--").replace("--", "/"), path.name
     data = _front_matter(path)
     licence = data.get("license_name") or data.get("license") or LICENCES.get(repo, "")
-    return Origin(part, repo, revision, licence if isinstance(licence, str) else "")
+    return Origin(part, repo, revision, _line(licence) if isinstance(licence, str) else "")
 
 
 def read_origins(directory: Path) -> list[Origin]:
     """What write_card has recorded; nothing if there is no such card."""
     try:
-        return [Origin(**fields) for fields in _front_matter(directory)["ahn_sources"]]
+        found = [Origin(**fields) for fields in _front_matter(directory)["ahn_sources"]]
     except (KeyError, TypeError):
         return []
+    if not all(isinstance(field, str) for origin in found for field in origin):
+        return []
+    return [Origin(*map(_line, origin)) for origin in found]
 
 
 def write_card(directory: Path, title: str, origins: list[Origin]) -> None:
@@ -109,9 +112,13 @@ def card(directory: Path, title: str, origins: list[Origin]) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{TEXT.format(title=title, rows=table)}"
 
 
+def _line(text: str) -> str:
+    """Names of licences and repositories come from anyone: one line of what can be printed."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
+
+
 def _cell(text: str) -> str:
-    # Names of licences and directories come from anyone.
-    return " ".join(text.split()).replace("|", "\\|")[:200]
+    return _line(text).replace("|", "\\|")
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 describe, build, quantize as given, and take each tensor from the file that has it.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..model.names import is_memory, published_name, rename_published
 from ..platform import default_dtype
 from .directory import Source
 from .formats import Reader, describe
-from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, is_finite
+from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite
 from .tokenizer import load_tokenizer
 
 
@@ -198,15 +197,9 @@ def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
     if chosen is not None:
         cast(model, chosen)
     parameters: Any = tree_flatten(model.parameters())
-    floats = [(n, x) for n, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
-    # A sum is quick on any device; only where it is not finite each number is looked at.
-    sums = [x.sum().astype(mx.float32) for _, x in floats]
-    mx.eval(model.parameters(), sums)
-    for (name, x), total in zip(floats, sums, strict=True):
-        if not math.isfinite(total.item()) and not is_finite(x):
-            raise AHNError(
-                f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again"
-            )
+    mx.eval(model.parameters())
+    if name := not_finite(parameters):
+        raise AHNError(f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again")
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
