@@ -8,13 +8,17 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from ..outputs.files import OutFile
 from .ask import load_session, print_answer
 from .digest import stop_between_steps
 from .generate import read_document, say, warn_slow
 from .options import (
     check_numbers,
+    is_given,
     load_model,
     loading_options,
+    needs_memory,
+    no_effect,
     sampling_options,
     window_bits_options,
 )
@@ -28,6 +32,11 @@ HELP = """/read FILE    read a text as part of the conversation
 
 
 @click.command()
+@no_effect(
+    *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
+    when=lambda options: options["memory"],
+    why="with --memory: {memory} goes on as it began",
+)
 @loading_options
 @sampling_options
 @window_bits_options
@@ -35,6 +44,7 @@ HELP = """/read FILE    read a text as part of the conversation
 @click.option(
     "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
 )
+@needs_memory
 def chat(**options: Any) -> None:
     """Talk without end: the memory of the conversation does not grow.
 
@@ -47,7 +57,8 @@ def chat(**options: Any) -> None:
     """
     check_numbers(options)
     if options["memory"]:
-        _talk(load_session(options["memory"], None, options["seed"]), options)
+        name = options["name"] if is_given("name") else None
+        _talk(load_session(options["memory"], name, options["seed"]), options)
         return
     from ..reading.session import Session
 
@@ -87,14 +98,16 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
             continue
         if not line:
             continue
-        if not line.startswith("/"):
-            print_answer(session, line, sampling)
-            continue
         command, _, argument = line.partition(" ")
         try:
+            if not line.startswith("/"):
+                print_answer(session, line, sampling)
+                continue
             if command == "/quit":
                 return
             session = _command(command, argument.strip(), session, origin)
+        except BrokenPipeError:  # nobody listens
+            raise
         except (AHNError, OSError) as e:
             say(f"error: {e}")
 
@@ -115,7 +128,7 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
         say(f"read {other.tokens - session.tokens:,} tokens")
         return other
     if command == "/save":
-        session.save(argument)
+        _save(session, Path(argument))
         say(f"saved {session.tokens:,} tokens")
     elif command == "/load":
         return type(session).load(argument, session.model, session.tokenizer)
@@ -128,6 +141,18 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
     else:
         raise AHNError(f"no such command: {command}; /help lists them")
     return session
+
+
+def _save(session: Any, file: Path) -> None:
+    """Write the conversation. Of what is there, only an earlier one is replaced: a digest
+    may have taken hours."""
+    from ..reading import memoryfile
+
+    def is_chat(file: Path) -> bool:
+        return memoryfile.is_memory(file) and bool(memoryfile.read_facts(file).get("talked"))
+
+    OutFile(file, "a saved conversation", is_chat).check()
+    session.save(file, talked=True)
 
 
 def _reader() -> Callable[[], str]:

@@ -8,7 +8,6 @@ JSON in the header's metadata, and a checksum covers both.
 
 import hashlib
 import json
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,10 @@ from ..checkpoints.safetensors import Layout, TensorWriter, bits, read_header
 from ..errors import AHNError, show
 from ..model.cache import AHNCache
 from ..model.trace import Trace
+from ..outputs.files import OutFile
 
 VERSION = 1
+HEADER = 1 << 20  # bytes of it that tell what a file is
 
 # What a session says of itself; `digest` adds where it stopped.
 FACTS = {"model", "tokenizer", "tokens", "window", "sinks", "step", "turn", "chat", "system"}
@@ -61,7 +62,8 @@ def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
 
 
 def save(file: Path, caches: list[Cache], pending: list[int], facts: Mapping[str, Any]) -> None:
-    """Write to a temporary name, then rename. Raises OSError when the disk is full."""
+    """Write to a temporary name, then rename. Raises AHNError if it cannot be written, or
+    would replace what is no memory."""
     arrays: dict[str, mx.array] = {}
     layers = []
     for i, cache in enumerate(caches):
@@ -80,21 +82,19 @@ def save(file: Path, caches: list[Cache], pending: list[int], facts: Mapping[str
     text = json.dumps({**facts, "version": VERSION, "layers": layers}, sort_keys=True)
     metadata = {"format": "mlx", "ahn": text, "sha256": _checksum(text, arrays)}
     layout = {name: Layout(x.dtype, x.shape) for name, x in arrays.items()}
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        with TensorWriter(part, layout, metadata) as writer:
-            for name, x in arrays.items():
-                writer.put(name, x)
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with (
+        OutFile(file, "a memory", is_memory).writing() as part,
+        TensorWriter(part, layout, metadata) as writer,
+    ):
+        for name, x in arrays.items():
+            writer.put(name, x)
 
 
-def remove_stale(file: Path) -> None:
-    """Delete what killed writers of `file` have left behind."""
-    for part in file.parent.glob(f".{file.name}.*.part"):
-        part.unlink(missing_ok=True)
+def is_memory(file: Path) -> bool:
+    """Whether a file is a memory by its header, be it damaged or of another version."""
+    with file.open("rb") as f:
+        header = f.read(8 + min(int.from_bytes(f.read(8), "little"), HEADER))
+    return b'"__metadata__"' in header and b'"ahn"' in header
 
 
 def read_facts(file: Path) -> dict[str, Any]:

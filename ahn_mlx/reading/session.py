@@ -177,7 +177,7 @@ class Session:
         return other
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Write all of it to one file, by a temporary name. Raises OSError."""
+        """Write all of it to one file, by a temporary name. Raises AHNError if it cannot be."""
         self._check()
         window, sinks = self.model.ahn.window, self.model.ahn.sinks
         identity = {**self.origin, **memoryfile.model_identity(self.model)}

@@ -6,7 +6,6 @@ step number, so parameters, optimizer and step are all there is to resume.
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AHNError
 from ..model.augment import memory_layers
+from ..outputs.files import replacing
 from . import layerwise, losses
 from .data import Sequences
 from .streams import Parameters, install, study, teach, trainable
@@ -193,15 +193,8 @@ class Trainer:
         flat: Any = tree_flatten(self.optimizer.state)
         state |= {f"optimizer.{n}": x for n, x in flat}
         facts = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
-        part = directory / f".{STATE}.part.safetensors"
-        try:
-            mx.save_safetensors(str(part), state, facts)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(directory / STATE)
-        except (OSError, RuntimeError) as e:
-            part.unlink(missing_ok=True)
-            raise AHNError(f"{directory / STATE}: cannot be written ({e}); free some space") from e
+        with replacing(directory / STATE) as part, part.open("wb") as file:
+            mx.save_safetensors(file, state, facts)
 
     def _resume(self, directory: Path) -> None:
         """Go on from a saved state. Raises AHNError if it is of a run with other settings."""
@@ -263,8 +256,10 @@ class Metrics:
 
     def __init__(self, file: Path, step: int):
         self.file = file
-        lines = read_metrics(file)[:step] if step else []
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if step:
+            kept = "".join(json.dumps(line) + "\n" for line in read_metrics(file)[:step])
+            with replacing(file) as part:
+                part.write_text(kept)
         self.last = time.perf_counter()
 
     def write(self, step: int, loss: float, tokens: int, window: int, sinks: int) -> float:
@@ -272,8 +267,11 @@ class Metrics:
         now = time.perf_counter()
         speed, self.last = tokens / (now - self.last), now
         line = {"step": step, "loss": loss, "window": window, "sinks": sinks}
-        with self.file.open("a") as out:
-            out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        try:
+            with self.file.open("a") as out:
+                out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        except OSError as e:
+            raise AHNError(f"{self.file}: cannot be written ({e.strerror}); --resume") from None
         return speed
 
 

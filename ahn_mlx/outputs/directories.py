@@ -2,31 +2,51 @@
 when complete, and nothing but a model is ever replaced."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import AHNError
+from .files import check_writable, part_of, real_path, same_file
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> Path:
     """The real path of `out`, if writing there harms nothing that is not to be replaced."""
-    real = Path(os.path.realpath(out))
-    for path in inputs:
-        given = Path(os.path.realpath(path))
-        if real.is_relative_to(given) or given.is_relative_to(real):
-            raise AHNError(f"{out}: --out overlaps the input {path}; choose another directory")
-    if not os.path.lexists(real):
-        return real
-    if not real.is_dir():
-        raise AHNError(f"{out}: is a file; choose a directory")
-    if any(real.iterdir()) and not force:
+    real = check_place(out, inputs)
+    in_use = real.is_dir() and any(real.iterdir())
+    if in_use and not force:
         raise AHNError(f"{out}: the directory is not empty; --force replaces a model in it")
-    if any(real.iterdir()) and not _is_model_dir(real):
+    if in_use and not _is_model_dir(real):
         raise AHNError(f"{out}: holds something other than a model, which --force does not replace")
+    check_writable(nearest(real.parent))  # where it is made, to be renamed
     return real
+
+
+def check_place(out: Path, inputs: list[Path]) -> Path:
+    """The real path of `out`: a directory, or none yet, that neither holds an input nor lies
+    in one."""
+    real = real_path(out)
+    for path in inputs:
+        given = real_path(path)
+        if _lies_in(real, given) or _lies_in(given, real):
+            raise AHNError(f"{out}: --out overlaps the input {path}; choose another directory")
+    if os.path.lexists(out) and not out.is_dir():
+        kind = "a file" if out.is_file() else "not a directory"
+        raise AHNError(f"{out}: is {kind}; choose a directory")
+    return real
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or what is there of those above it."""
+    return next(p for p in (path, *path.parents) if os.path.lexists(p))
+
+
+def _lies_in(path: Path, directory: Path) -> bool:
+    """Also where a file system does not tell spellings apart."""
+    return path.is_relative_to(directory) or any(
+        same_file(p, directory) for p in (path, *path.parents)
+    )
 
 
 def _is_model_dir(path: Path) -> bool:
@@ -36,10 +56,22 @@ def _is_model_dir(path: Path) -> bool:
 
 
 @contextmanager
+def reporting(out: Path, inputs: list[Path]) -> Iterator[None]:
+    """An OSError in here becomes one line on the file that it is about."""
+    try:
+        yield
+    except OSError as e:
+        # Writing reports no file name, or one in the directory that is gone by now.
+        file = Path(e.filename or out)
+        where = file if any(file.is_relative_to(p) for p in inputs) else out
+        raise AHNError(f"{where}: {e.strerror or e}; nothing was written") from None
+
+
+@contextmanager
 def replacing(out: Path, force: bool) -> Iterator[Path]:
     """A new directory beside `out` that takes its name at the end, or vanishes."""
     created = [p for p in out.parents if not p.exists()]  # innermost first
-    directory = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    directory = part_of(out)
     try:
         directory.mkdir(parents=True)
         yield directory
@@ -57,7 +89,7 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
 
 def _swap(directory: Path, out: Path) -> None:
     """Put `directory` in the place of `out`, or leave `out` as it was."""
-    old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
+    old = part_of(out, "old")
     out.rename(old)
     try:
         directory.rename(out)
