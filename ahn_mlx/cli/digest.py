@@ -1,7 +1,6 @@
 """ahn-mlx digest: a document in, its memory as a file out."""
 
 import hashlib
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -115,7 +114,7 @@ def _check_out(out: Path, partial: Path, append: bool) -> None:
     """Raise AHNError unless both can be written and nothing is lost by it."""
     from ..reading.memoryfile import is_memory
 
-    if os.path.lexists(out) and out.is_file() and not append:
+    if real_path(out).is_file() and not append:
         raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
     for file in (out, partial):
         OutFile(file, "a memory", is_memory).check()

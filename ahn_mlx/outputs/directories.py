@@ -13,7 +13,12 @@ from .files import check_writable, part_of, real_path, same_file
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> Path:
     """The real path of `out`, if writing there harms nothing that is not to be replaced."""
-    real = check_place(out, inputs)
+    real = real_path(out)
+    for path in inputs:
+        given = real_path(path)
+        if _lies_in(real, given) or _lies_in(given, real):
+            raise AHNError(f"{out}: --out overlaps the input {path}; choose another directory")
+    check_kind(out)
     in_use = real.is_dir() and any(real.iterdir())
     if in_use and not force:
         raise AHNError(f"{out}: the directory is not empty; --force replaces a model in it")
@@ -23,18 +28,12 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> Path:
     return real
 
 
-def check_place(out: Path, inputs: list[Path]) -> Path:
-    """The real path of `out`: a directory, or none yet, that neither holds an input nor lies
-    in one."""
-    real = real_path(out)
-    for path in inputs:
-        given = real_path(path)
-        if _lies_in(real, given) or _lies_in(given, real):
-            raise AHNError(f"{out}: --out overlaps the input {path}; choose another directory")
-    if os.path.lexists(out) and not out.is_dir():
-        kind = "a file" if out.is_file() else "not a directory"
-        raise AHNError(f"{out}: is {kind}; choose a directory")
-    return real
+def check_kind(out: Path) -> None:
+    """Raise AHNError if `out` is there and no directory."""
+    for path in (out, real_path(out)):
+        if os.path.lexists(path) and not path.is_dir():
+            kind = "a file" if path.is_file() else "not a directory"
+            raise AHNError(f"{out}: is {kind}; choose a directory")
 
 
 def nearest(path: Path) -> Path:

@@ -30,19 +30,20 @@ class OutFile:
 
     def check(self) -> None:
         """Raise AHNError unless the file can be written and nothing is lost by it."""
-        path = self.path
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            found = None
-        except OSError as e:
-            raise AHNError(f"{path}: cannot be written ({e.strerror}); choose another") from None
-        if found is not None:
-            self._check_replaced(found.st_mode)
-        check_writable(real_path(path).parent)
+        real = real_path(self.path)
+        # A pipe has no real path, and a path through what is not there has no other.
+        for path in (self.path, real):
+            try:
+                self._check_replaced(path, path.stat().st_mode)
+                break
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                reason = f"cannot be written ({e.strerror})"
+                raise AHNError(f"{self.path}: {reason}; choose another name") from None
+        check_writable(real.parent)
 
-    def _check_replaced(self, mode: int) -> None:
-        path = self.path
+    def _check_replaced(self, path: Path, mode: int) -> None:
         if stat.S_ISDIR(mode):
             raise AHNError(f"{path}: is a directory; give the name of a file")
         if not stat.S_ISREG(mode):

@@ -152,6 +152,7 @@ class Trainer:
                 f"training on {machines} machines failed at step {self.step} ({e});"
                 " --resume goes on from the last save"
             ) from None
+        install(self.model, fold(self.parameters, self.sizes))  # what is saved of it is of now
         self.step += 1
         return value
 

@@ -25,8 +25,16 @@ from ..hub import zoo
 from ..model.augment import augment, memory_layers
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import published_name, rename_published
-from ..outputs.directories import check_place, nearest
-from ..outputs.files import OutFile, check_writable, is_read, parts_of, replacing
+from ..outputs.directories import check_kind, nearest
+from ..outputs.files import (
+    OutFile,
+    check_writable,
+    is_read,
+    parts_of,
+    real_path,
+    replacing,
+    same_file,
+)
 from ..outputs.pictures import new_figure, save_picture
 from ..platform import default_dtype
 from .loop import METRICS, STATE, read_metrics
@@ -108,8 +116,11 @@ def check_out(out: Path, options: dict[str, Any]) -> None:
 
     options: base, ahn, data, resume of `ahn-mlx train`.
     """
-    inputs = [Path(options["base"])] if Path(options["base"]).is_dir() else []
-    real = check_place(out, [*inputs, *filter(None, [options["ahn"]])])
+    real = real_path(out)
+    for read in filter(None, (options["base"], options["ahn"])):
+        if same_file(real, Path(read)):
+            raise AHNError(f"{out}: is what the training begins from; choose another --out")
+    check_kind(out)
     trained = (real / STATE).is_file()
     if options["resume"] and not trained:
         raise AHNError(f"{out / STATE}: no such file; train without --resume")
