@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import AHNError
 
@@ -45,6 +45,19 @@ def on_cpu() -> bool:
     import mlx.core as mx
 
     return mx.default_device().type == mx.cpu
+
+
+class Tiles(NamedTuple):
+    """How finely work is cut. chunk: tokens of a recurrence at once, a power of two. query:
+    queries of prefill at once."""
+
+    chunk: int
+    query: int
+
+
+def tiles() -> Tiles:
+    """Those of the device: scores that stay in a processor's cache, or few launches."""
+    return Tiles(32, 64) if on_cpu() else Tiles(128, 256)
 
 
 def default_dtype() -> "mx.Dtype | None":

@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tqdm import tqdm
 
-from ahn_mlx.checkpoints import gguf
 from ahn_mlx.hub import zoo
 
 plots_option = click.option(
@@ -76,7 +75,7 @@ def plot(
 def default_models() -> tuple[nn.Module, nn.Module]:
     """The default AHN model and its base as plain mlx-lm, with the very same weights."""
     ours, _ = zoo.load(zoo.DEFAULT, dtype="float32")
-    plain, _ = gguf.load_llama(zoo.smollm2_gguf())
+    plain, _ = zoo.smollm2_base()
     names = dict(tree_flatten(plain.parameters()))
     plain.load_weights([(n, x) for n, x in tree_flatten(ours.parameters()) if n in names])
     return ours, plain

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahn_mlx.model.cache import AHNCache, pack, unpack
+from ahn_mlx.model.cache import AHNCache
+from ahn_mlx.model.slots import pack, unpack
 from ahn_mlx.ops import window as ops
 from ahn_mlx.ops.exp import fast_exp
 from ahn_mlx.platform import on_cpu
@@ -35,8 +36,8 @@ def update(cache, *new):
     if new[0].shape[2] > 1:
         out = cache.update(*new)
         return *out.seen(), out.evicted() if out.evicts else None
-    before = cache.turn()
-    after, seen = before.put(pack(*new, cache.bits, cache.group_size))
+    before, place = cache.turn()
+    after, *seen = before.put(pack(*new, cache.bits, cache.group_size), place)
     cache.turned(after)
     return *seen, unpack(before.leaving, cache.bits, cache.group_size)
 
@@ -68,7 +69,6 @@ def test_ring_equals_a_list(window, sinks, lengths):
             assert out is None
         read += evicted
         assert cache.offset == t and cache.size() == len(kept)
-        assert cache.is_trimmable() == (not read)
     assert read == list(range(sinks, sinks + len(read)))
 
 
@@ -83,18 +83,17 @@ def test_flat_memory_and_honest_bytes():
     assert cache.nbytes == full + 4 * 8 * 8 * 4
 
 
-def test_trim_copy_and_state():
+def test_copy_and_state():
     cache = AHNCache(8, 2)
     assert cache.empty() and cache.nbytes == 0
     cache.update(tokens(0, 9, 1, 2), tokens(0, 9, 1, 2), tokens(0, 9, 1, 1))
-    assert cache.trim(3) == 3 and cache.offset == 6
     other = copy.deepcopy(cache)
     again = AHNCache.from_state(cache.state)
     for c in (cache, other, again):
         # Past the boundary one by one: the copy read in advance must not be stale.
-        out = [update(c, *(tokens(t, 1, 1, w) for w in (2, 2, 1))) for t in range(6, 14)]
+        out = [update(c, *(tokens(t, 1, 1, w) for w in (2, 2, 1))) for t in range(9, 14)]
         assert [times(gone[0])[0] for *_, gone in out if gone] == [2, 3, 4, 5]
-        assert c.trim(1) == 0 and c.offset == 14
+        assert c.offset == 14
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,25 +113,23 @@ def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
     q, q_sink = (2 * mx.random.normal((1, Hkv * G, n, D), key=key) for key in keys[2:])
     cache, t = AHNCache(window, sinks), 0
     options = {"window": window, "sinks": sinks, "scale": D**-0.5}
-    old, ops.QUERY_TILE = ops.QUERY_TILE, 16
-    try:
-        for L in lengths:
-            part = slice(t, t + L)
-            keys, values, _ = update(cache, k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
-            second = q_sink[:, :, part] if clamped else None
-            before = max(0, min(L, window + sinks - t))
-            if second is not None:  # up to the boundary both queries are the same
-                second = mx.concatenate([q[:, :, t : t + before], second[:, :, before:]], axis=2)
-            expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
-            if L == 1:
-                full = second if t >= window + sinks else None
-                found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
-            else:
-                found = ops.tiled(q[:, :, part], keys, values, offset=t, q_sink=second, **options)
-            assert mx.abs(found - expected).max() < 1e-4
-            t += L
-    finally:
-        ops.QUERY_TILE = old
+    for L in lengths:
+        part = slice(t, t + L)
+        keys, values, _ = update(cache, k[:, :, part], v[:, :, part], tokens(t, L, 1, 1))
+        second = q_sink[:, :, part] if clamped else None
+        before = max(0, min(L, window + sinks - t))
+        if second is not None:  # up to the boundary both queries are the same
+            second = mx.concatenate([q[:, :, t : t + before], second[:, :, before:]], axis=2)
+        expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
+        if L == 1:
+            full = second if t >= window + sinks else None
+            found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
+        else:
+            found = ops.tiled(
+                q[:, :, part], keys, values, offset=t, q_sink=second, tile=16, **options
+            )
+        assert mx.abs(found - expected).max() < 1e-4
+        t += L
 
 
 def test_fast_exp():

@@ -10,7 +10,6 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import ahn_mlx
 from ahn_mlx import AHNError
-from ahn_mlx.checkpoints import gguf
 from ahn_mlx.hub import zoo
 from ahn_mlx.reading.generate import Run, make_prompt
 
@@ -68,7 +67,7 @@ def test_full_attention_is_what_mlx_lm_would_hold(loaded: Any) -> None:
     model, tokenizer = loaded
     run = Run(model, tokenizer, [])
     run.read = 512  # a multiple of the step in which mlx-lm's caches grow
-    plain, _ = gguf.load_llama(zoo.smollm2_gguf())
+    plain, _ = zoo.smollm2_base()
     import mlx.core as mx
 
     cache = make_prompt_cache(plain)

@@ -115,6 +115,7 @@ def test_what_does_not_fit_or_is_switched_off(emulated_metal, monkeypatch):
     assert not emulated_metal.calls
 
 
+@pytest.mark.slow
 def test_doctor_lists_every_kernel(any_metal):
     findings = doctor.examine_kernels()
     assert [f.name for f in findings] == [check.name for check in KERNELS]
@@ -124,6 +125,7 @@ def test_doctor_lists_every_kernel(any_metal):
     assert "2 dispatches" in findings[0].value and "1 dispatch," in findings[1].value
 
 
+@pytest.mark.slow
 def test_doctor_reports_what_is_broken(any_metal, monkeypatch):
     sound = kernels.source
     monkeypatch.setattr(kernels, "source", lambda file: sound(file).replace("out / total", "out"))

@@ -40,7 +40,7 @@ def case(kind, B=1, Hkv=1, G=2, D=64, slots=3, decay=0.3, dtype=mx.float32, seed
     memory.g_proj.weight = memory.g_proj.weight.astype(dtype)
     state = mx.random.normal((B, H, D, D))
     slot = mx.array([(seed + b) % slots for b in range(B)], dtype=mx.int32)
-    router = mx.random.uniform(shape=(H,)) if seed % 2 else None
+    router = mx.random.uniform(shape=(B, H)) if seed % 2 else None
     rates = -decay * mx.linspace(0.5, 1.0, H)
     return memory, (q, k, v, gates.astype(dtype), slot, state, local, h, rates, router)
 
@@ -55,7 +55,7 @@ def oracle(kind, memory, q, k, v, gates, slot, state, local, h, rates, router):
         g = gates[..., 1].astype(mx.float32) if kind == "gated_deltanet" else None
         o, state = delta.sequential(q, k, v, g, gates[..., 0], state)
     m = memory.output(o, h).astype(mx.float32)
-    return local + (m if router is None else m * router[:, None, None]), state
+    return local + (m if router is None else m * router[..., None, None]), state
 
 
 def kernel(kind, memory, q, k, v, gates, slot, state, local, h, rates, router):

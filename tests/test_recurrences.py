@@ -12,7 +12,7 @@ from ahn_mlx.ops import delta, mamba2
 shapes = st.fixed_dictionaries(
     {
         "B": st.integers(1, 2),
-        "T": st.integers(1, 100),
+        "T": st.integers(1, 140),
         "Hkv": st.integers(1, 2),
         "G": st.integers(1, 3),
         "D": st.sampled_from([8, 16, 32]),
@@ -41,12 +41,15 @@ def close(found, expected, tolerance=2e-5):
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.booleans())
 def test_delta_rule(shape, gated):
+    """Chunks of a CPU and of a GPU, MLX's own form, and the one that is chosen."""
     q, k, v, g, beta, state = inputs(**shape)
     args = (q, k, v, g if gated else None, beta, state)
     expected = delta.sequential(*args)
     close(delta.chunked(*args), expected)
     close(delta.mlx_fast(*args), expected)
-    close(delta._choose(*args), expected)
+    for gradients in (False, True):
+        close(delta._choose(*args, gradients), expected)
+    close(delta.chunked(*args, 128), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,6 +61,7 @@ def test_ssd(shape):
     expected = mamba2.sequential(*args)
     close(mamba2.chunked(*args), expected)
     close(mamba2.ssd(*args), expected)
+    close(mamba2.chunked(*args, 128), expected)
 
 
 def test_one_token_forms_and_zero_state():

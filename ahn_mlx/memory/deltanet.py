@@ -35,10 +35,16 @@ class DeltaNet(nn.Module):
         return mx.sigmoid(self.b_proj(h).astype(mx.float32))[..., None]
 
     def scan(
-        self, q: mx.array, k: mx.array, v: mx.array, gates: mx.array, state: mx.array | None
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        gates: mx.array,
+        state: mx.array | None,
+        gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.delta_rule."""
-        return ops.delta_rule(q, k, v, gates[..., 0], state)
+        return ops.delta_rule(q, k, v, gates[..., 0], state, gradients)
 
     def output(self, o: mx.array, h: mx.array) -> mx.array:
         """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""

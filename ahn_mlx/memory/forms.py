@@ -28,7 +28,7 @@ def scan(
     """
     if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
         return _scan_kernel(memory, q, update, state)
-    return _scan_ops(memory, q, update, state)
+    return _scan_ops(memory, q, update, state, gradients)
 
 
 def step(
@@ -40,20 +40,26 @@ def step(
     h: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    """Write one token, read, and add what was read to the local heads.
+    """Write L tokens, read after each, and add what was read to the local heads.
 
-    q, local: [B, H, 1, D]; evicted: keys, values [B, Hkv, 1, D] and gates [B, H, 1, G];
-    h: [B, 1, C]; loudness: [H, 1, 1] of the router, or None. Returns heads, and the state.
+    q, local: [B, H, L, D]; evicted: keys, values [B, Hkv, L, D] and gates [B, H, L, G];
+    h: [B, L, C]; loudness: [B, H, L, 1] of the router, or None. Returns heads, and the state.
     """
-    form = _step_kernel if usable(STEPS[memory.kind], q.shape[-1], q.dtype) else _step_ops
+    one = q.shape[2] == 1
+    kernel = one and usable(STEPS[memory.kind], q.shape[-1], q.dtype)
+    form = _step_kernel if kernel else _step_ops
     return form(memory, q, evicted, state, local, h, loudness)
 
 
 def _scan_ops(
-    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+    memory: Memory,
+    q: mx.array,
+    update: Update,
+    state: mx.array | None,
+    gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in update.evicted())
-    return memory.scan(q.swapaxes(1, 2), k, v, gates, state)
+    return memory.scan(q.swapaxes(1, 2), k, v, gates, state, gradients)
 
 
 def _scan_kernel(
@@ -91,7 +97,7 @@ def _step_kernel(
     slot = mx.zeros(q.shape[0], dtype=mx.int32)
     state = _or_empty(state, q)
     weights = (memory.g_proj(h), memory.norm_weight, memory.o_proj.weight)
-    router = None if loudness is None else loudness.reshape(-1)
+    router = None if loudness is None else loudness.reshape(q.shape[:2])
     if memory.rates is None:
         return memory_kernels.delta_step(q, evicted, slot, state, local, *weights, router)
     return memory_kernels.mamba2_step(
@@ -129,7 +135,7 @@ def _scan_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any,
 def _step_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
     memory, q, update, state, local, h = _example(kind, D, dtype, 4)
     token = tuple(x[:, :, :1] for x in update.chunk)
-    return memory, q[:, :, :1], token, state, local[:, :, :1], h, mx.full((4, 1, 1), 0.5)
+    return memory, q[:, :, :1], token, state, local[:, :, :1], h, mx.full((1, 4, 1, 1), 0.5)
 
 
 SCANS = {

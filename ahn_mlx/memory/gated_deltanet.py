@@ -43,10 +43,16 @@ class GatedDeltaNet(nn.Module):
         return _gates(self.b_proj(h), self.a_proj(h), self.dt_bias, self.A_log)
 
     def scan(
-        self, q: mx.array, k: mx.array, v: mx.array, gates: mx.array, state: mx.array | None
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        gates: mx.array,
+        state: mx.array | None,
+        gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.gated_delta_rule."""
-        return ops.gated_delta_rule(q, k, v, gates[..., 1], gates[..., 0], state)
+        return ops.gated_delta_rule(q, k, v, gates[..., 1], gates[..., 0], state, gradients)
 
     def output(self, o: mx.array, h: mx.array) -> mx.array:
         """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""

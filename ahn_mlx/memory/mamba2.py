@@ -39,7 +39,13 @@ class Mamba2(nn.Module):
         return nn.softplus(self.dt_proj(h).astype(mx.float32) + self.dt_bias)[..., None]
 
     def scan(
-        self, q: mx.array, k: mx.array, v: mx.array, gates: mx.array, state: mx.array | None
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        gates: mx.array,
+        state: mx.array | None,
+        gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.ssd."""
         return ops.ssd(q, k, v, gates[..., 0], self.rates, state)

@@ -13,6 +13,6 @@ class Router(nn.Module):
         self.beta = mx.zeros((heads,))
 
     def __call__(self, n: mx.array, window: int) -> mx.array:
-        """n [T] -> [H, T, 1]."""
-        ratio = mx.log(n.astype(mx.float32) / window)
+        """n [..., T] -> [..., H, T, 1]."""
+        ratio = mx.log(n.astype(mx.float32) / window)[..., None, :]
         return mx.sigmoid(self.alpha[:, None] * ratio + self.beta[:, None])[..., None]

@@ -9,6 +9,6 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     if name not in ("ModelArgs", "build"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import augment  # takes MLX, which --help need not load
+    from . import guest  # takes MLX, which --help need not load
 
-    return getattr(augment, name)
+    return getattr(guest, name)

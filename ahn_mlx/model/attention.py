@@ -5,6 +5,7 @@ quantization and sharding stay those of the plain model, and adds to its heads w
 the memory remembers of the tokens that have left the window (paper, equation 5).
 """
 
+from threading import RLock
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +14,14 @@ import mlx.nn as nn
 from ..memory import MEMORIES, Router
 from ..memory.forms import scan, step
 from ..ops import window_attention
+from ..ops.ring import Place
 from ..ops.window import attend, attend_to_all
-from .cache import AHNCache, Turn, pack, unpack
+from .cache import AHNCache, BatchAHNCache, PureCache
 from .config import AHNConfig
+from .slots import Rows, pack, unpack
+
+# Tokens of a batch whose attention is computed at once, to all slots.
+PIECE = 256
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -36,20 +42,35 @@ class AHNAttention(nn.Module):
         self.n_kv_heads = attention.n_kv_heads
         self.scale = attention.scale
         self.config = config
-        head_dim = attention.k_proj.weight.shape[0] // self.n_kv_heads
+        self.head_dim = attention.k_proj.weight.shape[0] // self.n_kv_heads
         options = {"query_projection": True} if config.query_projection else {}
-        self.ahn = MEMORIES[config.memory](hidden, self.n_heads, head_dim, **options)
+        self.ahn = MEMORIES[config.memory](hidden, self.n_heads, self.head_dim, **options)
         if config.router:
             self.router = Router(self.n_heads)
+        self._lock = RLock()
 
-    def __call__(self, x: mx.array, mask: Any = None, cache: AHNCache | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Any = None,
+        cache: AHNCache | BatchAHNCache | PureCache | None = None,
+    ) -> mx.array:
         """x [B, L, C] normed hidden states -> [B, L, C]. Visibility is decided here: the
         mask, made for full attention, is not used."""
         if cache is None:
             cache = AHNCache(self.config.window, self.config.sinks)
-        if x.shape[1] == 1 and cache.full:
-            return self._decode(x, cache)
-        return self.merge(self.heads(x, cache))
+        # While one thread traces the step, the layer's parameters are placeholders.
+        with self._lock:
+            if isinstance(cache, PureCache):
+                settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
+                out, after = self.step(x, cache.place, cache.rows, *settings, plain=True)
+                cache.rows = Rows(*after)
+                return out
+            if isinstance(cache, BatchAHNCache):
+                return self._batch(x, cache)
+            if x.shape[1] == 1 and cache.full:
+                return self._decode(x, cache)
+            return self.merge(self.heads(x, cache))
 
     def heads(self, x: mx.array, cache: AHNCache) -> mx.array:
         """x [B, L, C] -> [B, H, L, D], attention + memory of each head, before o_proj.
@@ -80,63 +101,90 @@ class AHNAttention(nn.Module):
             heads = _add_tail(heads, m)
         return heads
 
-    def _decode(self, x: mx.array, cache: AHNCache) -> mx.array:
-        """One token when the window is full: the same shapes for ever, so compiled once."""
-        if "_step" not in self.__dict__:
-            self._step = mx.compile(self._decode_step, inputs=self.state)
-        last = cache.offset + 1 - cache.capacity
-        out, turn, cache.memory = self._step(
-            x,
-            mx.array([cache.offset, cache.capacity]),
-            mx.array([last]),
-            tuple(cache.turn()),
-            cache.memory,
-            cache.window,
-            cache.sinks,
-            cache.bits,
-            cache.group_size,
-        )
-        cache.turned(Turn(*turn))
+    def _decode(self, x: mx.array, cache: AHNCache | BatchAHNCache) -> mx.array:
+        """One token of each row: the same shapes for ever, so compiled once."""
+        if "_compiled" not in self.__dict__:
+            self._compiled = mx.compile(self.step, inputs=self.state)
+        rows, place = cache.turn()
+        settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
+        out, after = self._compiled(x, tuple(place), tuple(rows), *settings)
+        cache.turned(Rows(*after))
         return out
 
-    def _decode_step(
+    def _batch(self, x: mx.array, cache: BatchAHNCache) -> mx.array:
+        """Rows at places of their own, in pieces that no window is too small for."""
+        if cache.rows is None:
+            B, H, D = 1, self.n_heads, self.head_dim
+            kv = mx.zeros((B, self.n_kv_heads, 1, D), dtype=x.dtype)
+            gates = mx.zeros((B, H, 1, self.ahn.gate_count), dtype=x.dtype)
+            cache.start(pack(kv, kv, gates, cache.bits, cache.group_size))
+        if x.shape[1] == 1 and cache.full:
+            return self._decode(x, cache)
+        settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
+        parts, n = [], min(PIECE, cache.window)
+        for start in range(0, x.shape[1], n):
+            part = x[:, start : start + n]
+            rows, place = cache.turn(part.shape[1])
+            out, after = self.step(part, tuple(place), tuple(rows), *settings)
+            cache.turned(Rows(*after), part.shape[1])
+            parts.append(out)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+    def step(
         self,
         x: mx.array,
-        positions: mx.array,
-        n: mx.array,
-        turn: tuple[Any, ...],
-        memory: mx.array | None,
+        place: tuple[Any, ...],
+        rows: tuple[Any, ...],
         window: int,
         sinks: int,
         bits: int | None,
         group_size: int,
-    ) -> tuple[mx.array, tuple[Any, ...], mx.array]:
-        """A pure function of arrays: positions [2], the token's and where sinks are clamped;
-        n [1], tokens evicted so far. Returns output, turn and memory."""
+        plain: bool = False,
+    ) -> tuple[mx.array, tuple[Any, ...]]:
+        """L <= W tokens of B rows, as a pure function of arrays: nothing in it depends on what
+        a row has read, so that windows that fill, that are just full and that wrap are one.
+
+        x: [B, L, C]. place, rows: the fields of Place and Rows, rows without None. plain: only
+        by operations that mx.export_function can write. Returns [B, L, C], and rows.
+        """
+        where, before = Place(*place), Rows(*rows)
         q, k, v, gates, raw = self.project(x)
-        B, H = q.shape[:2]
-        q_sink = None
-        if self.config.sink_positions == "clamped":
-            # One call for all three: a second batch row stands at the clamped position.
-            rows = mx.concatenate([q, k], axis=1)
-            rows = self.rope(mx.concatenate([rows, rows]), offset=mx.repeat(positions, B))
-            q, k, q_sink = rows[:B, :H], rows[:B, H:], rows[B:, :H]
+        clamped = self.config.sink_positions == "clamped"
+        q_sink = self._near(q, where.near) if clamped else None
+        q, k = self.rope(q, offset=where.at), self.rope(k, offset=where.at)
+        new = pack(k, v, gates, bits, group_size)
+        if x.shape[1] == 1 and where.valid is None:
+            left = before.leaving
+            after, keys, values = before.put(new, where)
+            heads = attend_to_all(
+                q, keys, values, self.scale, q_sink, sinks, where.filled, where.seen, plain
+            )
         else:
-            q, k = (self.rope(heads, offset=positions[0]) for heads in (q, k))
-        before = Turn(*turn)
-        after, (keys, values) = before.put(pack(k, v, gates, bits, group_size))
-        # Every slot is visible, in whatever order.
-        heads = attend_to_all(q, keys, values, self.scale, q_sink, sinks)
+            after, keys, values, left = before.put_chunk(new, where)
+            heads = attend(q, keys, values, self.scale, where.seen, q_sink, sinks, plain)
         if self.config.query_projection:
-            q = self.rope(self.ahn.q_proj(raw), offset=positions[0])
-        evicted = unpack(before.leaving, bits, group_size)
-        loudness = self.router(n, window) if self.config.router else None
-        heads, memory = step(self.ahn, q, evicted, memory, heads, x, loudness)
-        return self.merge(heads), tuple(after), memory
+            q = self.rope(self.ahn.q_proj(raw), offset=where.at)
+        left = unpack(left, bits, group_size)
+        loudness = self.router(where.evicted, window) if self.config.router else None
+        heads, memory = step(self.ahn, q, left, before.memory, heads, x, loudness)
+        return self.merge(heads), tuple(after._replace(memory=memory))
+
+    def _near(self, q: mx.array, near: mx.array) -> mx.array:
+        """Queries [B, H, L, D] at positions [B, L] of their own."""
+        B, H, L, D = q.shape
+        if L == 1:
+            return self.rope(q, offset=near[:, 0])
+        alone = q.swapaxes(1, 2).reshape(B * L, H, 1, D)
+        return self.rope(alone, offset=near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A compiled function can be neither copied nor pickled; it is made again.
-        return {name: value for name, value in self.__dict__.items() if name != "_step"}
+        # Neither can be copied or pickled; both are made again.
+        made = ("_compiled", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = RLock()
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], and

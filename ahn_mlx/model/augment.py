@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models.cache
 import mlx_lm.utils
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import KVCache
@@ -27,16 +28,28 @@ SUPPORTED = ("llama", "qwen2", "qwen3")
 FLOAT32 = ("A_log", "dt_bias")
 
 
+class FullCache(KVCache):
+    """Of a layer that keeps full attention. Rows of different lengths would need a mask that
+    no AHN layer makes, so mlx-lm is told that it cannot batch these."""
+
+    merge = property()  # hasattr says no
+
+
+# Where mlx-lm looks for the class of a cache that it has saved.
+for _cache in (AHNCache, FullCache):
+    setattr(mlx_lm.models.cache, _cache.__name__, _cache)
+
+
 class AHNModel:
     """What an augmented model has beyond the mlx-lm model it was made from."""
 
     ahn: AHNConfig
 
-    def make_cache(self) -> list[AHNCache | KVCache]:
-        """One cache per layer: AHNCache, or KVCache where full attention is kept."""
+    def make_cache(self) -> list[AHNCache | FullCache]:
+        """One cache per layer: AHNCache, or FullCache where full attention is kept."""
         full = self.ahn.fa_layer_ids
         return [
-            KVCache() if i in full else AHNCache(self.ahn.window, self.ahn.sinks)
+            FullCache() if i in full else AHNCache(self.ahn.window, self.ahn.sinks)
             for i in range(len(self.layers))  # type: ignore[attr-defined]
         ]
 

@@ -7,50 +7,31 @@ Keys and values may be kept quantized, in mlx-lm's format. New tokens are quanti
 before anything reads them, so results do not depend on how a prompt was cut.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from ..errors import AHNError
-from ..ops.ring import Update, slot_of
+from ..ops.ring import Place, Update, place_of, slot_of
 from ..ops.window import Stored
+from .slots import Rows, head_size, pack, read_slots, split, unpack, write_run
 from .trace import Trace
 
 # Slots added at a time while the window fills.
 GROWTH = 256
 
 
-class Turn(NamedTuple):
-    """One token in, one out, as arrays only: what a compiled decoding step carries on.
-
-    buffers: as in AHNCache. leaving: copies of what the token evicts, one slot of each
-    buffer. slot, following: [1], where it goes, and what the token after it will evict.
-    """
-
-    buffers: tuple[mx.array, ...]
-    leaving: tuple[mx.array, ...]
-    slot: mx.array
-    following: mx.array
-
-    def put(self, token: tuple[mx.array, ...]) -> tuple["Turn", tuple[Stored, Stored]]:
-        """Overwrite the slot, in place. Returns what comes of it, and all keys and values."""
-        buffers = write_slot(self.buffers, token, self.slot)
-        # What leaves next is read now, in the same evaluation as attention: a reader
-        # still waiting when its slot is written would force a copy of the window. Gates
-        # are not part of attention; without this their writes would pile up.
-        leaving = read_slot(buffers, self.following)
-        seen = mx.depends(list(buffers[:-1]), [buffers[-1], *leaving])
-        return self._replace(buffers=buffers, leaving=leaving), split(*seen)
-
-
 class AHNCache(_BaseCache):
     """Fixed-size cache of one attention layer, in mlx-lm's cache protocol.
 
-    window, sinks: W >= 1 and S >= 0 tokens. Batch rows have equal lengths.
+    window, sinks: W >= 1 and S >= 0 tokens. Batch rows have equal lengths (else BatchAHNCache).
     bits, group_size: how keys and values are quantized; bits None keeps them as they are.
     `memory` is the recurrent state [B, H, D, D] float32, None before the first eviction.
     """
+
+    # Set by whoever wants to know what the memory does.
+    trace: Trace | None = None
 
     def __init__(self, window: int, sinks: int, bits: int | None = None, group_size: int = 64):
         self.window = window
@@ -61,8 +42,6 @@ class AHNCache(_BaseCache):
         # keys, values (each three arrays if quantized), gates: [B, heads, slots, width].
         self.buffers: tuple[mx.array, ...] | None = None
         self.memory: mx.array | None = None
-        # Set by whoever wants to know what the memory does.
-        self.trace: Trace | None = None
         # Copies of what leaves next, one slot of each buffer.
         self._next: tuple[mx.array, ...] | None = None
 
@@ -98,19 +77,18 @@ class AHNCache(_BaseCache):
         # Gates are not part of attention; without this their writes would pile up.
         return split(*mx.depends(kept, [gates]))
 
-    def turn(self) -> Turn:
-        """Where the next single token goes, once the window is full."""
-        assert self.full and self.buffers is not None
-        slot, following = (
-            slot_of(t, self.window, self.sinks) for t in (self.offset, self.offset + 1)
-        )
+    def turn(self, L: int = 1) -> tuple[Rows, Place]:
+        """What the next single token finds once the window is full, and where it goes."""
+        assert L == 1 and self.full and self.buffers is not None
+        B = self.buffers[0].shape[0]
+        place = place_of((self.offset,) * B, None, 1, self.capacity, self.window, self.sinks)
         if self._next is None:
-            self._next = read_slot(self.buffers, mx.array([slot]))
-        return Turn(self.buffers, self._next, mx.array([slot]), mx.array([following]))
+            self._next = read_slots(self.buffers, place.slots)
+        return Rows(self.buffers, self._next, self.memory), place
 
-    def turned(self, turn: Turn) -> None:
-        """Take over the buffers in which `turn` put its token."""
-        self.buffers, self._next = turn.buffers, turn.leaving
+    def turned(self, rows: Rows, L: int = 1) -> None:
+        """Take over what came of the token."""
+        self.buffers, self._next, self.memory = rows
         self.offset += 1
 
     def _store(self, new: tuple[mx.array, ...]) -> None:
@@ -128,7 +106,7 @@ class AHNCache(_BaseCache):
             n = min(end - token, last - slot)
             rows = slice(token - self.offset, token - self.offset + n)
             part = tuple(x[:, :, rows] for x in new)
-            self.buffers = write_slot(self.buffers, part, mx.array([slot]))
+            self.buffers = write_run(self.buffers, part, slot)
             token += n
 
     def _reserve(self, new: tuple[mx.array, ...], slots: int) -> None:
@@ -161,13 +139,21 @@ class AHNCache(_BaseCache):
         self._next = None
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "AHNCache":
-        """A cache with the same tokens, quantized; as mlx-lm's caches do it.
+        """A cache with the same tokens, quantized; this one, if it is so already, since
+        mlx-lm asks after every step.
 
-        Raises AHNError if the group size does not divide the head size.
+        Raises AHNError if the group size does not divide the head size, or if this one is
+        quantized otherwise.
         """
-        assert self.bits is None
+        if self.bits is not None:
+            if (self.bits, self.group_size) != (bits, group_size):
+                raise AHNError(
+                    f"the window is quantized to {self.bits} bits in groups of {self.group_size}"
+                    f" already, and cannot become {bits} bits in groups of {group_size}"
+                )
+            return self
         cache = AHNCache(self.window, self.sinks, bits, group_size)
-        cache.offset, cache.memory = self.offset, self.memory
+        cache.offset, cache.memory, cache.trace = self.offset, self.memory, self.trace
         if self.buffers is not None:
             keys, values, gates = self.buffers
             cache.buffers = pack(keys, values, gates, bits, group_size)
@@ -187,16 +173,14 @@ class AHNCache(_BaseCache):
         return self.offset == 0
 
     def is_trimmable(self) -> bool:
-        """Only while every token is still there: nothing can be taken out of the memory."""
-        return self.offset <= self.capacity
+        """Never: nothing can be taken out of the memory, and who asks at the start, before
+        anything has left the window, means to trim later."""
+        return False
 
-    def trim(self, n: int) -> int:
-        if not self.is_trimmable():
-            return 0
-        n = min(self.offset, n)
-        self.offset -= n
-        self._next = None
-        return n
+    def merge(self, caches: list["AHNCache"]) -> "BatchAHNCache":
+        """These as rows of one batch; they stay as they are. Raises AHNError if their windows
+        differ."""
+        return BatchAHNCache.of(caches)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """The mask of full attention, for layers without memory; AHN layers ignore it."""
@@ -205,45 +189,216 @@ class AHNCache(_BaseCache):
         )
 
 
-def read_slot(buffers: tuple[mx.array, ...], slot: mx.array) -> tuple[mx.array, ...]:
-    """A copy of one slot of each buffer, [B, heads, 1, width]."""
-    return tuple(mx.take(buffer, slot, axis=2) for buffer in buffers)
+class PureCache:
+    """What one layer finds in a step that is a pure function of arrays, and what it leaves:
+    all rows, and where their tokens go."""
+
+    bits, group_size = None, 0
+
+    def __init__(self, window: int, sinks: int, place: Place, rows: Rows):
+        self.window, self.sinks = window, sinks
+        self.place, self.rows = place, rows
+
+    def make_mask(self, *args: Any, **options: Any) -> None:
+        """None: AHN layers decide visibility themselves."""
 
 
-def write_slot(
-    buffers: tuple[mx.array, ...], token: tuple[mx.array, ...], slot: mx.array
-) -> tuple[mx.array, ...]:
-    """Put [B, heads, n, width] from `slot` on; in place, once nothing else reads the buffer."""
-    return tuple(
-        mx.slice_update(buffer, x.astype(buffer.dtype), slot, (2,))
-        for buffer, x in zip(buffers, token, strict=True)
-    )
+class BatchAHNCache(_BaseCache):
+    """AHNCaches of one layer side by side, each at its own position, in mlx-lm's batch protocol.
 
+    offsets: tokens of each row. rows: their arrays, with as many slots as the longest needs;
+    None while all are empty.
+    """
 
-def pack(
-    keys: mx.array, values: mx.array, gates: mx.array, bits: int | None, group_size: int
-) -> tuple[mx.array, ...]:
-    """What buffers hold of some tokens. Raises AHNError if the group size does not fit."""
-    if bits is None:
-        return keys, values, gates
-    if keys.shape[-1] % group_size:
-        raise AHNError(
-            f"a key/value group size of {group_size} does not divide the head size"
-            f" {keys.shape[-1]}; use 32, or do not quantize the window"
+    def __init__(
+        self, window: int, sinks: int, bits: int | None, group_size: int, offsets: list[int]
+    ):
+        self.window, self.sinks = window, sinks
+        self.bits, self.group_size = bits, group_size
+        self.offsets = offsets
+        self.rows: Rows | None = None
+        # Tokens of each row that are still to come of prompts that were padded.
+        self._left: list[int] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row keeps losslessly once its window is full."""
+        return self.window + self.sinks
+
+    @property
+    def full(self) -> bool:
+        """Whether a single token is a step of the same shapes: always, but for padding."""
+        return self._left is None
+
+    @classmethod
+    def of(cls, caches: list[AHNCache]) -> "BatchAHNCache":
+        """A batch of copies. Raises AHNError unless all have the same window and bits."""
+        first = caches[0]
+        batch = cls(first.window, first.sinks, first.bits, first.group_size, [])
+        for cache in caches:
+            batch._check_like(cache)
+        batch.offsets = [cache.offset for cache in caches]
+        batch._join([(1, cache.buffers, cache.memory) for cache in caches])
+        return batch
+
+    def start(self, token: tuple[mx.array, ...]) -> None:
+        """Make room, before the first token. token: zeros [1, heads, 1, width] as buffers
+        hold them."""
+        self._join([(len(self.offsets), None, None)], token)
+
+    def turn(self, L: int = 1) -> tuple[Rows, Place]:
+        """What the next L <= W tokens find, and where they go."""
+        count = self._count(L)
+        new = count or [L] * len(self.offsets)
+        assert self.rows is not None
+        needed = max(a + b for a, b in zip(self.offsets, new, strict=True))
+        slots = self._wanted(needed)
+        if self.rows.buffers[0].shape[2] < slots:
+            grown = tuple(_resized(x, len(self.offsets), slots) for x in self.rows.buffers)
+            self.rows = self.rows._replace(buffers=grown)
+        held = self.rows.buffers[0].shape[2]
+        counts = None if count is None else tuple(count)
+        at = tuple(self.offsets)
+        return self.rows, place_of(at, counts, L, held, self.window, self.sinks)
+
+    def turned(self, rows: Rows, L: int = 1) -> None:
+        """Take over what came of L tokens."""
+        count = self._count(L) or [L] * len(self.offsets)
+        self.rows = rows
+        self.offsets = [a + b for a, b in zip(self.offsets, count, strict=True)]
+        if self._left is not None:
+            self._left = [a - b for a, b in zip(self._left, count, strict=True)]
+
+    def _count(self, L: int) -> list[int] | None:
+        """How many of the next L tokens of each row are no padding; None: all."""
+        return None if self._left is None else [min(n, L) for n in self._left]
+
+    def _wanted(self, tokens: int) -> int:
+        """Slots for so many tokens and the one after them; they double up to the window."""
+        have = 0 if self.rows is None else self.rows.buffers[0].shape[2]
+        if have > tokens or have == self.capacity:
+            return have
+        return min(self.capacity, max(2 * have, -(-(tokens + 1) // GROWTH) * GROWTH))
+
+    def _join(
+        self,
+        parts: list[tuple[int, tuple[mx.array, ...] | None, mx.array | None]],
+        like: tuple[mx.array, ...] | None = None,
+    ) -> None:
+        """Hold parts of several rows each: their number, buffers and memory, None for zeros."""
+        like = like or next((held for _, held, _ in parts if held is not None), None)
+        if like is None:
+            return  # no row has read anything
+        self.rows, slots = None, self._wanted(max(self.offsets))
+        columns = [
+            tuple(x[:1, :, :0] for x in like) if held is None else held for _, held, _ in parts
+        ]
+        counts = [n for n, *_ in parts]
+        buffers = tuple(
+            mx.concatenate([_resized(x, n, slots) for n, x in zip(counts, column, strict=True)])
+            for column in zip(*columns, strict=True)
         )
-    options: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    return *mx.quantize(keys, **options), *mx.quantize(values, **options), gates
+        H, D = like[-1].shape[1], head_size(like, self.bits)
+        memory = mx.concatenate([mx.zeros((n, H, D, D)) if m is None else m for n, _, m in parts])
+        held = buffers[0].shape[2]
+        place = place_of(tuple(self.offsets), None, 1, held, self.window, self.sinks)
+        self.rows = Rows(buffers, read_slots(buffers, place.slots), memory)
+
+    def _check_like(self, other: "AHNCache | BatchAHNCache") -> None:
+        for name in ("window", "sinks", "bits", "group_size"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise AHNError(f"rows of one batch differ: {name} {ours} and {theirs}")
+
+    # mlx-lm's protocol
+
+    @property
+    def state(self) -> Any:
+        """What mlx-lm evaluates after each step; a row is saved by itself, after extract."""
+        return self.rows or ()
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        raise AHNError("a batch cannot be restored; extract its rows and save those")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: sinks, windows, gates and memory states."""
+        if self.rows is None:
+            return 0
+        arrays = (*self.rows.buffers, *self.rows.leaving, self.rows.memory)
+        return sum(x.nbytes for x in arrays if x is not None)
+
+    def size(self) -> int:
+        return min(max(self.offsets), self.capacity)
+
+    def empty(self) -> bool:
+        return not any(self.offsets)
+
+    def make_mask(self, *args: Any, **options: Any) -> None:
+        """None: AHN layers decide visibility themselves."""
+
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
+        """Announce prompts of these lengths, padded to the right."""
+        if left_padding is not None:
+            raise AHNError("prompts padded on the left are not supported; pad on the right")
+        self._left = None if lengths is None else list(lengths)
+
+    def finalize(self) -> None:
+        """The prompts have been read."""
+        self._left = None
+
+    def extract(self, row: int) -> AHNCache:
+        """A copy of one row, which keeps nothing of the batch alive."""
+        cache = AHNCache(self.window, self.sinks, self.bits, self.group_size)
+        cache.offset = self.offsets[row]
+        if self.rows is not None and cache.offset:
+            slots = min(self.capacity, -(-cache.offset // GROWTH) * GROWTH)
+            part = slice(row, row + 1)
+            cache.buffers = tuple(mx.contiguous(x[part, :, :slots]) for x in self.rows.buffers)
+            if cache.offset > self.capacity and self.rows.memory is not None:
+                cache.memory = mx.contiguous(self.rows.memory[part])
+            # A view still to be copied would make the next step copy the whole batch.
+            mx.async_eval(cache.buffers, cache.memory)
+        return cache
+
+    def filter(self, keep: list[int]) -> None:
+        """Keep these rows, in this order."""
+        self.offsets = [self.offsets[i] for i in keep]
+        if self._left is not None:
+            self._left = [self._left[i] for i in keep]
+        if self.rows is not None:
+            rows = mx.array(keep)
+            buffers, leaving, memory = self.rows
+            self.rows = Rows(
+                tuple(mx.take(x, rows, axis=0) for x in buffers),
+                tuple(mx.take(x, rows, axis=0) for x in leaving),
+                None if memory is None else mx.take(memory, rows, axis=0),
+            )
+
+    def extend(self, other: "BatchAHNCache") -> None:
+        """Take in the rows of another batch."""
+        self._check_like(other)
+        parts = [
+            (len(b.offsets), *((b.rows.buffers, b.rows.memory) if b.rows else (None, None)))
+            for b in (self, other)
+        ]
+        self.offsets = [*self.offsets, *other.offsets]
+        self._join(parts)
 
 
-def split(*held: mx.array) -> tuple[Stored, Stored]:
-    """Keys and values, as stored, of two arrays or, if quantized, six."""
-    return held if len(held) == 2 else (held[:3], held[3:])
-
-
-def unpack(held: tuple[mx.array, ...], bits: int | None, group_size: int) -> tuple[mx.array, ...]:
-    """Keys, values and gates of what buffers hold, in the dtype they came in."""
-    if bits is None:
-        return held
-    options: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    keys, values = split(*held[:-1])
-    return mx.dequantize(*keys, **options), mx.dequantize(*values, **options), held[-1]
+def _resized(x: mx.array, rows: int, slots: int) -> mx.array:
+    """x [B or 1, heads, n, width] with zeros behind its slots, or without those that are too
+    many; with no slots at all, zeros for so many rows."""
+    B, heads, n, width = x.shape
+    if n == 0:
+        return mx.zeros((rows, heads, slots, width), dtype=x.dtype)
+    if n >= slots:
+        return x[:, :, :slots]
+    return mx.pad(x, [(0, 0), (0, 0), (0, slots - n), (0, 0)])

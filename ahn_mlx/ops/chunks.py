@@ -6,13 +6,13 @@ for each key/value head, N chunks of C tokens.
 
 import mlx.core as mx
 
-# Tokens per chunk: large enough for matrix products, small enough for C x C decays.
-CHUNK = 32
+from ..platform import tiles
 
 
-def chunk_size(T: int) -> int:
-    """The smallest power of two that holds T tokens, from 8 up to CHUNK."""
-    return min(CHUNK, max(8, 1 << (T - 1).bit_length()))
+def chunk_size(T: int, most: int | None = None) -> int:
+    """The smallest power of two that holds T tokens, from 8 up to `most`, by default the
+    device's: large enough for matrix products, small enough for C x C decays."""
+    return min(most or tiles().chunk, max(8, 1 << (T - 1).bit_length()))
 
 
 def to_chunks(x: mx.array, groups: int, C: int) -> mx.array:

@@ -28,22 +28,28 @@ def gated_delta_rule(
     g: mx.array,
     beta: mx.array,
     state: mx.array | None = None,
+    gradients: bool = False,
 ) -> Result:
     """Write T tokens and read after each; chooses the fastest form for the device.
 
     q: [B, T, H, D] raw queries; k, v: [B, T, Hkv, D] raw, Hkv divides H.
     g: [B, T, H] log decay (<= 0); beta: [B, T, H] write strength in (0, 1).
-    state: [B, H, D, D] float32 ([key, value]), zeros when None.
+    state: [B, H, D, D] float32 ([key, value]), zeros when None. gradients: they are needed.
     Returns o [B, T, H, D] float32 and the state after the last token.
     """
-    return _choose(q, k, v, g, beta, state)
+    return _choose(q, k, v, g, beta, state, gradients)
 
 
 def delta_rule(
-    q: mx.array, k: mx.array, v: mx.array, beta: mx.array, state: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    beta: mx.array,
+    state: mx.array | None = None,
+    gradients: bool = False,
 ) -> Result:
     """As gated_delta_rule, without decay."""
-    return _choose(q, k, v, None, beta, state)
+    return _choose(q, k, v, None, beta, state, gradients)
 
 
 def _choose(
@@ -53,13 +59,15 @@ def _choose(
     g: mx.array | None,
     beta: mx.array,
     state: mx.array | None,
+    gradients: bool,
 ) -> Result:
     if state is None:
         B, _, H, D = q.shape
         state = mx.zeros((B, H, D, D), dtype=mx.float32)
     if q.shape[1] == 1:
         return step(q, k, v, g, beta, state)
-    form = chunked if on_cpu() else mlx_fast
+    # The gradient of MLX's own is that of a loop over tokens.
+    form = chunked if gradients or on_cpu() else mlx_fast
     return form(q, k, v, g, beta, state)
 
 
@@ -132,8 +140,10 @@ def chunked(
     g: mx.array | None,
     beta: mx.array,
     state: mx.array,
+    chunk: int | None = None,
 ) -> Result:
-    """WY form. With decay ratios L (i, j) = exp(g_{j+1} + ... + g_i) in a chunk:
+    """WY form, in chunks of at most so many tokens. With decay ratios
+    L (i, j) = exp(g_{j+1} + ... + g_i) in a chunk:
 
     A = tril(beta_i (kn_i . kn_j) L_ij, -1);  X = (I + A)^-1
     U = X (beta v) - X (beta exp(g_1 + ... + g_i) kn) M      what each token adds
@@ -141,7 +151,7 @@ def chunked(
     """
     B, T, H, D = q.shape
     Hkv = k.shape[2]
-    G, C = H // Hkv, chunk_size(T)
+    G, C = H // Hkv, chunk_size(T, chunk)
     kn = to_chunks(normalize(k), 1, C)  # [B, Hkv, 1, N, C, D]
     qn = to_chunks(normalize(q, D**-0.5), G, C)
     v = to_chunks(v, 1, C)

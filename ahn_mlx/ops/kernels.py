@@ -178,3 +178,9 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Call
         header=source("common.h"),
     )
     return built
+
+
+@cache
+def ones(shape: tuple[int, ...]) -> mx.array:
+    """float32 ones that no step has to make again."""
+    return mx.array(np.ones(shape, dtype=np.float32))

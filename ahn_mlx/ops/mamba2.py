@@ -81,15 +81,22 @@ def step(
 
 
 def chunked(
-    q: mx.array, k: mx.array, v: mx.array, dt: mx.array, A: mx.array, state: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    dt: mx.array,
+    A: mx.array,
+    state: mx.array,
+    chunk: int | None = None,
 ) -> Result:
-    """SSD form. With decay ratios L (i, j) = exp(a (dt_{j+1} + ... + dt_i)) in a chunk:
+    """SSD form, in chunks of at most so many tokens. With decay ratios
+    L (i, j) = exp(a (dt_{j+1} + ... + dt_i)) in a chunk:
 
     o = exp(a (dt_1 + ... + dt_i)) M qn + (tril((qn kn^T) L) dt) v
     """
     B, T, H, D = q.shape
     Hkv = k.shape[2]
-    G, C = H // Hkv, chunk_size(T)
+    G, C = H // Hkv, chunk_size(T, chunk)
     kn = to_chunks(normalize(k), 1, C)  # [B, Hkv, 1, N, C, D]
     qn = to_chunks(normalize(q), G, C)
     dt = to_chunks(dt, G, C)

@@ -30,14 +30,14 @@ def delta_step(
     q: [B, H, 1, D]. evicted: keys, values [B, Hkv, slots, D], gates [B, H, slots, G].
     slot: [B] int32, which of them. state: [B, H, D, D] float32. local: [B, H, 1, D], what
     the memory's output is added to. z: [B, 1, H], output gate before silu. norm: [D].
-    projection: [H, D, D]. router: [H] or None. Returns heads like local, and the state.
+    projection: [H, D, D]. router: [B, H] or None. Returns heads like local, and the state.
     """
     k, v, gates = evicted
     heads, new_state = _launch(
         "memory_step_delta",
         {"q": q, "k": k, "v": v, "gates": gates, "slot": slot, "state": state}
         | {"local": local, "z": z, "norm": norm, "projection": projection}
-        | {"router": mx.ones(q.shape[1]) if router is None else router.astype(mx.float32)},
+        | {"router": kernels.ones(q.shape[:2]) if router is None else router.astype(mx.float32)},
         {"heads": (local.shape, local.dtype), "new_state": (state.shape, mx.float32)},
     )
     return heads, new_state
@@ -69,7 +69,7 @@ def mamba2_step(
         },
     )
     if router is not None:
-        projected = projected * router.astype(mx.float32)[:, None, None]
+        projected = projected * router.astype(mx.float32)[..., None, None]
     return _finish(local, projected, squares), new_state
 
 

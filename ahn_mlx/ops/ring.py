@@ -4,9 +4,11 @@ Token t < S sits in slot t for ever; later tokens share W ring slots, token t in
 S + (t - S) % W, so that token t takes the place of token t - W, which is what leaves.
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 
 def slot_of(token: int, window: int, sinks: int) -> int:
@@ -73,3 +75,75 @@ class Update(NamedTuple):
 
 def _join(runs: list[mx.array]) -> mx.array:
     return runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=2)
+
+
+class Place(NamedTuple):
+    """Where L new tokens of each of B rows belong, as arrays: row b stands at its own position.
+
+    at: [B], position of the first one. near: [B, L], positions seen from the sinks, at most
+    W + S. slots: [B, L]. following: [B, 1], slot of the token after them. evicted: [B, L],
+    tokens that have left by then, at least 1. valid: bool [B, L], or None if all are: what is
+    not valid changes nothing. filled: [B], slots in use after one token. seen: bool
+    [B, 1, L, K], which keys a query sees, or None for all: those of the slots after the
+    token was written, if it is one that is valid; else those of the slots before, then the new.
+    """
+
+    at: mx.array
+    near: mx.array
+    slots: mx.array
+    following: mx.array
+    evicted: mx.array
+    valid: mx.array | None
+    filled: mx.array
+    seen: mx.array | None
+
+
+def place(at: Any, count: Any, L: int, held: int, window: int, sinks: int, np: Any = mx) -> Place:
+    """A pure function of arrays at, count [B] int32: positions, and how many of L tokens are
+    valid (None: all). L > 1 must not exceed W. held: slots that there are. np: mlx.core, or
+    numpy for positions that the host knows."""
+    capacity = window + sinks
+
+    def slot_of(t: Any) -> Any:
+        return np.where(t < sinks, t, sinks + (t - sinks) % window)
+
+    at = at[:, None]
+    new = np.arange(L)[None]
+    t = at + new
+    valid = None if count is None else new < count[:, None]
+    end = at + (L if count is None else count[:, None])
+    slots = np.arange(held)[None]
+    filled = np.minimum(t[:, :1] + 1, capacity)
+    alone = L == 1 and count is None
+    if alone:
+        seen = slots < filled
+    else:
+        # The last token before these that came to each slot, if any did.
+        last = np.where(slots < sinks, slots, at - 1 - (at - 1 - slots) % window)
+        there = (last < at) & (last >= np.minimum(slots, sinks))
+        old = there[:, None] & ((slots < sinks)[:, None] | (t[:, :, None] - last[:, None] < window))
+        own = np.broadcast_to(new[..., None] >= new[:, None], (*t.shape, L))
+        seen = np.concatenate([old, own], axis=2)
+    return Place(
+        at[:, 0],
+        np.minimum(t, capacity),
+        slot_of(t),
+        slot_of(end),
+        np.maximum(t + 1 - capacity, 1),
+        valid,
+        filled[:, 0],
+        seen[:, None, None] if alone else seen[:, None],
+    )
+
+
+@lru_cache(maxsize=4)  # every layer of a model asks for the same
+def place_of(
+    at: tuple[int, ...], count: tuple[int, ...] | None, L: int, held: int, window: int, sinks: int
+) -> Place:
+    """As place, on the host: nothing is launched, and nothing belongs to a thread."""
+    sees_all = L == 1 and count is None and min(at) + 1 >= window + sinks
+    rows, counts = (None if x is None else np.array(x, dtype=np.int32) for x in (at, count))
+    found: Any = place(rows, counts, L, 0 if sees_all else held, window, sinks, np)
+    arrays: Any = (x if x is None or x.dtype == bool else x.astype(np.int32) for x in found)
+    made = Place(*(None if x is None else mx.array(x) for x in arrays))  # type: ignore[arg-type]
+    return made._replace(seen=None) if sees_all else made

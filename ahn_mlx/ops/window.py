@@ -12,14 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..platform import on_cpu
+from ..platform import on_cpu, tiles
 from . import window_kernels
 from .exp import exp
 from .kernels import Check, usable
 from .ring import Update
-
-# Queries per tile. Larger tiles compute more scores outside the window.
-QUERY_TILE = 64
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
 FEW_ROWS = 16
@@ -36,11 +33,13 @@ def attend(
     mask: mx.array | None = None,
     q_sink: mx.array | None = None,
     sinks: int = 0,
+    plain: bool = False,
 ) -> mx.array:
     """Softmax attention; the first `sinks` keys may be scored by a query of their own.
 
-    q, q_sink: [B, H, L, D]; k, v: [B, Hkv, K, D], or quantized so; mask: bool [L, K] or
-    None. Returns [B, H, L, D].
+    q, q_sink: [B, H, L, D]; k, v: [B, Hkv, K, D], or quantized so; mask: bool [L, K],
+    [B, 1, L, K] or None; plain: only by operations that mx.export_function can write. Returns
+    [B, H, L, D].
     """
     if q_sink is None or sinks == 0:
         if isinstance(k, mx.array) and not on_cpu():
@@ -50,14 +49,14 @@ def attend(
     Hkv = _rows(k)[0].shape[1]
     # One product per key/value head: its query heads stand below each other.
     q, q_sink = ((x * scale).reshape(B, Hkv, -1, D) for x in (q, q_sink))
-    s = _scores(q, _rows(k, sinks))
+    s = _scores(q, _rows(k, sinks), plain)
     if sinks:
-        s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks)), s], axis=-1)
+        s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks), plain), s], axis=-1)
     if mask is not None:
         # Added, not selected: a tenth of the time on the CPU.
         bias = mx.where(mask, 0.0, mx.finfo(s.dtype).min).astype(s.dtype)
         s = (s.reshape(B, H, L, -1) + bias).reshape(s.shape)
-    if s.dtype == mx.float32 and on_cpu():
+    if s.dtype == mx.float32 and on_cpu() and not plain:
         p = exp(s - mx.stop_gradient(s.max(axis=-1, keepdims=True)))
         o = _mix(p, v, D) / p.sum(axis=-1, keepdims=True)
     else:
@@ -70,13 +69,17 @@ def attend_to_all(
     k: Stored,
     v: Stored,
     scale: float,
-    q_sink: mx.array | None = None,
-    sinks: int = 0,
+    q_sink: mx.array | None,
+    sinks: int,
+    filled: mx.array,
+    seen: mx.array | None,
+    plain: bool = False,
 ) -> mx.array:
-    """One token (L = 1) and a full window, all of which it sees. As attend."""
-    if isinstance(k, mx.array) and usable(DECODE, q.shape[-1], q.dtype):
-        return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks)
-    return _attend_to_all_ops(q, k, v, scale, q_sink, sinks)
+    """One token (L = 1) and the filled[b] slots in use, all of which it sees: seen is bool
+    [B, 1, 1, K], which those are, or None for all. Otherwise as attend."""
+    if not plain and isinstance(k, mx.array) and usable(DECODE, q.shape[-1], q.dtype):
+        return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks, filled, seen)
+    return attend(q, k, v, scale, seen, q_sink, sinks, plain)
 
 
 def _attend_to_all_kernel(
@@ -86,15 +89,23 @@ def _attend_to_all_kernel(
     scale: float,
     q_sink: mx.array | None,
     sinks: int,
+    filled: mx.array,
+    seen: mx.array | None,
 ) -> mx.array:
-    filled = mx.full(q.shape[0], k.shape[2], dtype=mx.int32)
     return window_kernels.decode(q, k, v, filled, scale, q_sink, sinks)
 
 
 def _attend_to_all_ops(
-    q: mx.array, k: Stored, v: Stored, scale: float, q_sink: mx.array | None, sinks: int
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    q_sink: mx.array | None,
+    sinks: int,
+    filled: mx.array,
+    seen: mx.array | None,
 ) -> mx.array:
-    return attend(q, k, v, scale, None, q_sink, sinks)
+    return attend(q, k, v, scale, seen, q_sink, sinks)
 
 
 def _rows(x: Stored, start: int = 0, stop: int | None = None) -> tuple[mx.array, ...]:
@@ -102,12 +113,12 @@ def _rows(x: Stored, start: int = 0, stop: int | None = None) -> tuple[mx.array,
     return tuple(a[:, :, start:stop] for a in ((x,) if isinstance(x, mx.array) else x))
 
 
-def _scores(q: mx.array, k: tuple[mx.array, ...]) -> mx.array:
+def _scores(q: mx.array, k: tuple[mx.array, ...], plain: bool = False) -> mx.array:
     """q [B, Hkv, R, D], k of K keys -> [B, Hkv, R, K]."""
     if len(k) == 3:
         packed, scales, biases = k
         return mx.quantized_matmul(q, packed, scales, biases, **_format(k, q.shape[-1]))
-    if q.shape[2] < FEW_ROWS:
+    if q.shape[2] < FEW_ROWS and not plain:
         return (k[0] @ mx.contiguous(q.swapaxes(-1, -2))).swapaxes(-1, -2)
     return q @ k[0].swapaxes(-1, -2)
 
@@ -170,8 +181,10 @@ def tiled(
     sinks: int,
     scale: float,
     q_sink: mx.array | None = None,
+    tile: int | None = None,
 ) -> mx.array:
-    """Attention of the tokens offset ... offset + L - 1, tile by tile.
+    """Attention of the tokens offset ... offset + L - 1, `tile` of them at a time, by default
+    as many as suits the device: larger tiles compute more scores outside the window.
 
     k, v: [B, Hkv, K, D], the sinks that exist and then all tokens from some position up
     to offset + L - 1, without a gap in the window. Otherwise as window_attention.
@@ -180,9 +193,9 @@ def tiled(
     end = offset + L
     S = min(sinks, end)
     first = end - (K - S)  # position of the first key behind the sinks
-    outputs = []
-    for t0 in range(offset, end, QUERY_TILE):
-        t1 = min(t0 + QUERY_TILE, end)
+    outputs, tile = [], tile or tiles().query
+    for t0 in range(offset, end, tile):
+        t1 = min(t0 + tile, end)
         lo, hi = max(S, t0 - window + 1), max(S, t1)  # keys some query of the tile sees
         a, b = S + lo - first, S + hi - first
         if a == S:
@@ -254,7 +267,9 @@ def _prefill_example(D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
 def _decode_example(D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
     q, update, scale, q_sink = _prefill_example(D, dtype, tokens)
     k, v, _ = update.chunk
-    return q[:, :, :1], k, v, scale, q_sink[:, :, :1], 3
+    filled = tokens - tokens // 4
+    seen = (mx.arange(tokens) < filled)[None, None, None]
+    return q[:, :, :1], k, v, scale, q_sink[:, :, :1], 3, mx.array([filled]), seen
 
 
 PREFILL = Check(

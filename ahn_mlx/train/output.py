@@ -12,7 +12,6 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from ..checkpoints import gguf
 from ..checkpoints.card import Origin, origin
 from ..checkpoints.directory import read_config, read_tensors
 from ..checkpoints.export import release_config
@@ -73,8 +72,7 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
     mx.random.seed(options["seed"])
     name = options["base"]
     if name in zoo.ZOO:
-        model, metadata = gguf.load_llama(zoo.smollm2_gguf())
-        tokenizer = gguf.load_tokenizer(metadata)
+        model, tokenizer = zoo.smollm2_base()
         facts = {k: v for k, v in asdict(model.args).items() if v is not None}
         source = Origin("base", "HuggingFaceTB/SmolLM2-135M-Instruct", "", "apache-2.0")
     else:

@@ -1,0 +1,117 @@
+"""What one layer keeps of its conversations, as arrays: how slots are read and written, and
+how keys and values are packed in them. No maths, and no numbers that depend on the past."""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..errors import AHNError
+from ..ops.ring import Place
+from ..ops.window import Stored
+
+
+class Rows(NamedTuple):
+    """What one layer keeps of B conversations, as arrays of fixed shapes only: zero where
+    nothing was written, so that filling and full windows are one and the same.
+
+    buffers: keys, values (each three arrays if quantized), gates [B, heads, slots, width].
+    leaving: copies of the slot that the next token takes. memory: [B, H, D, D] float32.
+    """
+
+    buffers: tuple[mx.array, ...]
+    leaving: tuple[mx.array, ...]
+    memory: mx.array | None
+
+    def put(self, token: tuple[mx.array, ...], place: Place) -> tuple["Rows", Stored, Stored]:
+        """One token in, in place. Returns what comes of it, and all keys and values."""
+        buffers = write_slots(self.buffers, token, place.slots)
+        # What leaves next is read now, in the same evaluation as attention: a reader
+        # still waiting when its slot is written would force a copy of the window. Gates
+        # are not part of attention; without this their writes would pile up.
+        leaving = read_slots(buffers, place.following)
+        seen = mx.depends(list(buffers[:-1]), [buffers[-1], *leaving])
+        return self._replace(buffers=buffers, leaving=leaving), *split(*seen)
+
+    def put_chunk(
+        self, tokens: tuple[mx.array, ...], place: Place
+    ) -> tuple["Rows", Stored, Stored, tuple[mx.array, ...]]:
+        """L <= W tokens in. Returns what comes of it; the keys and values before, then the
+        new; and what has left, with gates of zero where nothing has."""
+        left = read_slots(self.buffers, place.slots)
+        pairs = zip(self.buffers[:-1], tokens[:-1], strict=True)
+        kept = split(*(mx.concatenate([old, new], axis=2) for old, new in pairs))
+        if place.valid is not None:
+            valid = place.valid[:, None, :, None]
+            tokens = tuple(mx.where(valid, x, old) for x, old in zip(tokens, left, strict=True))
+            left = (*left[:-1], mx.where(valid, left[-1], 0))
+        buffers = write_slots(self.buffers, tokens, place.slots)
+        leaving = read_slots(buffers, place.following)
+        return Rows(buffers, leaving, self.memory), *kept, left
+
+
+def read_slots(buffers: tuple[mx.array, ...], slots: mx.array) -> tuple[mx.array, ...]:
+    """Copies of slots [B, n] of each buffer, [B, heads, n, width]."""
+    if slots.size == 1:
+        return tuple(mx.take(buffer, slots[0], axis=2) for buffer in buffers)
+    return tuple(mx.take_along_axis(b, _spread(slots, b), axis=2) for b in buffers)
+
+
+def write_slots(
+    buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slots: mx.array
+) -> tuple[mx.array, ...]:
+    """Put tokens [B, heads, n, width] into slots [B, n]; in place, once nothing else reads
+    the buffer."""
+    pairs = [(b, x.astype(b.dtype)) for b, x in zip(buffers, tokens, strict=True)]
+    if slots.size == 1:
+        return tuple(mx.slice_update(b, x, slots[0], (2,)) for b, x in pairs)
+    return tuple(mx.put_along_axis(b, _spread(slots, b), x, axis=2) for b, x in pairs)
+
+
+def write_run(
+    buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slot: int
+) -> tuple[mx.array, ...]:
+    """Put tokens [B, heads, n, width] from one slot on, in all rows."""
+    start = mx.array([slot])
+    pairs = zip(buffers, tokens, strict=True)
+    return tuple(mx.slice_update(b, x.astype(b.dtype), start, (2,)) for b, x in pairs)
+
+
+def _spread(slots: mx.array, buffer: mx.array) -> mx.array:
+    """slots [B, n] for every head and number of a slot."""
+    B, heads, _, width = buffer.shape
+    return mx.broadcast_to(slots[:, None, :, None], (B, heads, slots.shape[1], width))
+
+
+def pack(
+    keys: mx.array, values: mx.array, gates: mx.array, bits: int | None, group_size: int
+) -> tuple[mx.array, ...]:
+    """What buffers hold of some tokens. Raises AHNError if the group size does not fit."""
+    if bits is None:
+        return keys, values, gates
+    if keys.shape[-1] % group_size:
+        raise AHNError(
+            f"a key/value group size of {group_size} does not divide the head size"
+            f" {keys.shape[-1]}; use 32, or do not quantize the window"
+        )
+    options: dict[str, Any] = {"group_size": group_size, "bits": bits}
+    return *mx.quantize(keys, **options), *mx.quantize(values, **options), gates
+
+
+def split(*held: mx.array) -> tuple[Stored, Stored]:
+    """Keys and values, as stored, of two arrays or, if quantized, six."""
+    return held if len(held) == 2 else (held[:3], held[3:])
+
+
+def unpack(held: tuple[mx.array, ...], bits: int | None, group_size: int) -> tuple[mx.array, ...]:
+    """Keys, values and gates of what buffers hold, in the dtype they came in."""
+    if bits is None:
+        return held
+    options: dict[str, Any] = {"group_size": group_size, "bits": bits}
+    keys, values = split(*held[:-1])
+    return mx.dequantize(*keys, **options), mx.dequantize(*values, **options), held[-1]
+
+
+def head_size(buffers: tuple[mx.array, ...], bits: int | None) -> int:
+    """D of the keys in these buffers."""
+    width = buffers[0].shape[-1]
+    return width if bits is None else width * 32 // bits
