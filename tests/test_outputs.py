@@ -364,6 +364,23 @@ def test_a_directory_with_other_things_stays(place, name, file, forced):
     assert (out / file).read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["convert", "export"])
+@pytest.mark.parametrize("file", ["thesis.txt", "training.safetensors", "data.json", "photos/"])
+def test_force_deletes_nothing_but_a_model(place, name, file):
+    out = place / "out"
+    command = [*arguments(name, place), out]
+    run(*command)
+    if file.endswith("/"):
+        (out / file).mkdir()
+    else:
+        (out / file).write_text("precious")
+    before = contents(place)
+    assert "something other than a model" in refuse(*command, "--force")
+    assert contents(place) == before
+    shutil.rmtree(out / file) if file.endswith("/") else (out / file).unlink()
+    run(*command, "--force")
+
+
 def test_a_training_replaces_nothing_that_it_reads(place):
     options = ["--memory", "deltanet", "--window", 12, "--sinks", 4, "--seq-len", 64]
     options += ["--steps", 1, "--layerwise", 0, "--data", place / "book.txt"]

@@ -2,6 +2,7 @@
 when complete, and nothing but a model is ever replaced."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,14 @@ from pathlib import Path
 
 from ..errors import AHNError
 from .files import check_writable, part_of, real_path, same_file
+
+# A training has more, and so has a directory where someone keeps notes.
+MODEL_FILES = re.compile(
+    r"(model[\w.-]*|unused)\.safetensors|model\.safetensors\.index\.json"
+    r"|(config|generation_config|chat_template|special_tokens_map|added_tokens|vocab)\.json"
+    r"|tokenizer(_config)?\.json|tokenizer\.model|(vocab|merges)\.txt|chat_template\.jinja"
+    r"|ahn_model\.py|README\.md|LICENSE[\w.]*|\.gitattributes|\.DS_Store"
+)
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> Path:
@@ -51,7 +60,8 @@ def _lies_in(path: Path, directory: Path) -> bool:
 def _is_model_dir(path: Path) -> bool:
     """Nothing but what a model directory has: --force must not delete anything else."""
     config, weights = path / "config.json", any(path.glob("model*.safetensors"))
-    return config.is_file() and weights and all(f.is_file() for f in path.iterdir())
+    known = all(f.is_file() and MODEL_FILES.fullmatch(f.name) for f in path.iterdir())
+    return config.is_file() and weights and known
 
 
 @contextmanager
