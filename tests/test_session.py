@@ -279,7 +279,7 @@ def test_disk_full_keeps_the_old_file(saved, loaded):
     session.read(MORE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memoryfile.TensorWriter, "put", lambda *_: (_ for _ in ()).throw(OSError(28)))
-        with pytest.raises(OSError):
+        with pytest.raises(AHNError, match="cannot be written"):
             session.save(saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]

@@ -18,12 +18,12 @@ from ..errors import AHNError, show
 from ..model.augment import FLOAT32, build
 from ..model.config import AHNConfig
 from ..model.names import is_memory
+from ..outputs.directories import check_out, replacing, reporting
 from .baseconfig import check_same_base
 from .card import origin, write_card
 from .directory import Source, copy_files, read_json
 from .formats import describe, is_gguf
 from .load import built, check_plain, fit
-from .outdir import check_out, replacing
 from .safetensors import DTYPES, FLOATS, STORED
 from .shards import GROUP, Q_BITS, Tensor, write_json, write_unused, write_weights
 from .tokenizer import TOKENIZER_FILES, gguf_tokenizer, has_vocabulary
@@ -77,7 +77,7 @@ def convert(
     Raises AHNError, and then leaves everything as it was.
     """
     inputs = [ahn] if base is None else [base, ahn]
-    try:
+    with reporting(out, inputs):
         out = check_out(out, inputs, force)
         checkpoint = _open(base, ahn, yarn)
         _name_dtype(checkpoint.config, dtype)
@@ -92,11 +92,6 @@ def convert(
             parts = ("model",) if base is None else ("base", "memory")
             origins = [origin(part, path) for part, path in zip(parts, inputs, strict=True)]
             write_card(directory, title or out.name, origins)
-    except OSError as e:
-        # Writing reports no file name, or one in the directory that is gone by now.
-        file = Path(e.filename or out)
-        where = file if any(file.is_relative_to(p) for p in inputs) else out
-        raise AHNError(f"{where}: {e.strerror or e}; nothing was written") from None
 
 
 def _open(base: Path | None, ahn: Path, yarn: float | None) -> Checkpoint:

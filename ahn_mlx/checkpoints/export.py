@@ -10,11 +10,11 @@ import mlx.core as mx
 from ..errors import AHNError, show
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import is_memory, published_name
+from ..outputs.directories import check_out, replacing, reporting
 from .baseconfig import read_config
 from .convert import RELEASE
 from .directory import INDEX, Source, copy_files, read_headers, read_unused
 from .formats import Reader
-from .outdir import check_out, replacing
 from .safetensors import FLOATS, STORED
 from .shards import Tensor, write_json, write_weights
 from .tokenizer import TOKENIZER_FILES
@@ -44,21 +44,22 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
     """
     if layout not in LAYOUTS:
         raise AHNError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    out = check_out(out, [path], force)
-    config = read_config(path)
-    try:
-        ahn = AHNConfig.from_dict(config)
-    except AHNError as e:
-        raise AHNError(f"{path}: {e}") from None
-    plan = _plan(path, config, layout)
-    parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
-    names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))
-    with replacing(out, force) as directory:
-        write_weights(directory, plan, parameters, {"format": "pt"})
-        if (directory / "model.safetensors").exists():
-            (directory / INDEX).unlink()  # transformers writes one for shards only
-        write_json(directory / "config.json", release_config(config, ahn, layout))
-        copy_files(names, [path], directory)
+    with reporting(out, [path]):
+        out = check_out(out, [path], force)
+        config = read_config(path)
+        try:
+            ahn = AHNConfig.from_dict(config)
+        except AHNError as e:
+            raise AHNError(f"{path}: {e}") from None
+        plan = _plan(path, config, layout)
+        parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
+        names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))
+        with replacing(out, force) as directory:
+            write_weights(directory, plan, parameters, {"format": "pt"})
+            if (directory / "model.safetensors").exists():
+                (directory / INDEX).unlink()  # transformers writes one for shards only
+            write_json(directory / "config.json", release_config(config, ahn, layout))
+            copy_files(names, [path], directory)
 
 
 def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[str, Any]:

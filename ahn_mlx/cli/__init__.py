@@ -88,7 +88,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as e:
-        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e))
     sys.exit(code or 0)
 
 

@@ -8,14 +8,18 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from ..outputs.files import OutFile
 from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
 from .digest import stop_between_steps
 from .generate import say, warn_slow
 from .options import (
     check_numbers,
+    is_given,
     load_model,
     loading_options,
+    needs_memory,
+    no_effect,
     sampling_options,
     window_bits_options,
 )
@@ -29,6 +33,11 @@ HELP = """/read FILE    read a text as part of the conversation
 
 
 @click.command()
+@no_effect(
+    *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
+    when=lambda options: options["memory"],
+    why="with --memory: {memory} goes on as it began",
+)
 @loading_options
 @sampling_options
 @window_bits_options
@@ -36,6 +45,7 @@ HELP = """/read FILE    read a text as part of the conversation
 @click.option(
     "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
 )
+@needs_memory
 def chat(**options: Any) -> None:
     """Talk without end: the memory of the conversation does not grow.
 
@@ -61,7 +71,8 @@ def chat(**options: Any) -> None:
 def _session(options: dict[str, Any]) -> Any:
     """The one to begin with: of a file, or new."""
     if options["memory"]:
-        return load_session(options["memory"], None, options["seed"])
+        name = options["name"] if is_given("name") else None
+        return load_session(options["memory"], name, options["seed"])
     from ..reading.session import Session
 
     warn_slow()
@@ -107,6 +118,8 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
             if command == "/quit":
                 return
             session = _command(command, typed_path("".join(rest)), session, origin)
+        except BrokenPipeError:  # nobody listens
+            raise
         except (AHNError, OSError) as e:
             say(f"error: {e}")
 
@@ -127,7 +140,7 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
         say(f"read {other.tokens - session.tokens:,} tokens")
         return other
     if command == "/save":
-        session.save(argument)
+        _save(session, Path(argument))
         say(f"saved {session.tokens:,} tokens")
     elif command == "/load":
         return type(session).load(argument, session.model, session.tokenizer)
@@ -140,6 +153,18 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
     else:
         raise AHNError(f"no such command: {command}; /help lists them")
     return session
+
+
+def _save(session: Any, file: Path) -> None:
+    """Write the conversation. Of what is there, only an earlier one is replaced: a digest
+    may have taken hours."""
+    from ..reading import memoryfile
+
+    def is_chat(file: Path) -> bool:
+        return memoryfile.is_memory(file) and bool(memoryfile.read_facts(file).get("talked"))
+
+    OutFile(file, "a saved conversation", is_chat).check()
+    session.save(file, talked=True)
 
 
 def _reader() -> Callable[[], str]:

@@ -14,7 +14,9 @@ from .options import (
     check_numbers,
     load_model,
     loading_options,
+    needs_memory,
     sampling_options,
+    template_options,
     window_bits_options,
 )
 
@@ -26,12 +28,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 @loading_options
 @click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
 @click.option("--prompt", default="", help="Question, put after the text.")
-@click.option("--system", default="", help="System message. Default: the chat template's.")
+@template_options
 @sampling_options
 @window_bits_options
 @click.option("--prefill-step-size", type=int, help="Tokens read at once. [512 on CPU, else 2048]")
-@click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
+@needs_memory
 def generate(**options: Any) -> None:
     """Read a document of any length in constant memory, then answer.
 

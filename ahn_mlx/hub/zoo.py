@@ -24,7 +24,7 @@ from ..errors import AHNError, show
 from ..model.augment import augment, build_base
 from ..platform import default_dtype
 from . import download as hub
-from .published import DEFAULT, MODELS
+from .published import CONVERTED, DEFAULT, MODELS, has_bits_to_choose
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -50,8 +50,8 @@ def load(
     """
     build = ZOO.get(str(name_or_path))
     path = Path(name_or_path)
-    if q_bits is not None and (build is not None or path.is_dir()):
-        raise AHNError(f"--q-bits: {name_or_path} is converted already; it has the bits it has")
+    if q_bits is not None and not has_bits_to_choose(str(name_or_path)):
+        raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
     if build is not None:
         return build(window, sinks, dtype)
     if not path.is_dir():

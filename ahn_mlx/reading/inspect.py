@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ svg{width:100%;height:auto;margin-top:.5em}text{font:11px system-ui,sans-serif;f
 table{border-collapse:collapse}td,th{padding:.3em .8em .3em 0;text-align:left;
 vertical-align:top;border-bottom:1px solid #dde3ea}td.n{text-align:right}
 """
+MARK = '<meta name="generator" content="ahn-mlx inspect">'
 
 
 class Layer(NamedTuple):
@@ -108,13 +110,19 @@ def page(session: Session, name: str, text: str | None = None) -> str:
     rows = "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
     title = html.escape(name)
     text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{MARK}<title>{title}</title>'
         f"<style>{STYLE}</style><h1>What the memory holds of {title}</h1><dl>{rows}</dl>"
         f'<div class="maps">{_by_head(layers)}</div>{_over_text(layers)}'
         f"{_passages(session, layers, ids)}</html>\n"
     )
     # A file's name need not be UTF-8.
     return text.encode(errors="replace").decode()
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page that `page` has made."""
+    with file.open("rb") as f:
+        return MARK.encode() in f.read(1000)
 
 
 def _by_head(layers: list[Layer]) -> str:

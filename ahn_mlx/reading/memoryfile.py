@@ -8,7 +8,6 @@ covers both. layout.py says what both must be like.
 
 import hashlib
 import json
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,13 @@ from ..checkpoints.safetensors import WRITTEN, Layout, TensorWriter, bits, read_
 from ..errors import AHNError, show
 from ..model.cache import AHNCache
 from ..model.trace import Trace
+from ..outputs.files import OutFile
 from . import layout
 from .layout import Cache
 
 VERSION = 1
 MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
+HEADER = 1 << 20  # bytes of it that tell what a file is
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
@@ -72,15 +73,12 @@ def save(
     text = json.dumps(known, sort_keys=True)
     metadata = {"format": "mlx", "ahn": text, "sha256": _checksum(text, arrays)}
     promised = {name: Layout(x.dtype, x.shape) for name, x in arrays.items()}
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        with TensorWriter(part, promised, metadata) as writer:
-            for name, x in arrays.items():
-                writer.put(name, x)
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with (
+        OutFile(file, "a memory", is_memory).writing() as part,
+        TensorWriter(part, promised, metadata) as writer,
+    ):
+        for name, x in arrays.items():
+            writer.put(name, x)
 
 
 def _contents(
@@ -103,10 +101,11 @@ def _contents(
     return arrays, layers
 
 
-def remove_stale(file: Path) -> None:
-    """Delete what killed writers of `file` have left behind."""
-    for part in file.parent.glob(f".{file.name}.*.part"):
-        part.unlink(missing_ok=True)
+def is_memory(file: Path) -> bool:
+    """Whether a file is a memory by its header, be it damaged or of another version."""
+    with file.open("rb") as f:
+        header = f.read(8 + min(int.from_bytes(f.read(8), "little"), HEADER))
+    return b'"__metadata__"' in header and b'"ahn"' in header
 
 
 def read_facts(file: Path) -> dict[str, Any]:

@@ -6,9 +6,7 @@ step number, so parameters, optimizer and step are all there is to resume.
 
 import json
 import math
-import os
 import random
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +23,7 @@ from ..checkpoints.directory import load_safetensors
 from ..checkpoints.safetensors import not_finite, read_header_and_metadata
 from ..errors import AHNError, show
 from ..model.augment import memory_layers
+from ..outputs.files import replacing
 from . import layerwise, losses
 from .data import Sequences
 from .streams import Parameters, install, study, teach, trainable
@@ -155,6 +154,7 @@ class Trainer:
                 f"training on {machines} machines failed at step {self.step} ({e});"
                 " --resume goes on from the last save"
             ) from None
+        install(self.model, fold(self.parameters, self.sizes))  # what is saved of it is of now
         self.step += 1
         return value
 
@@ -192,15 +192,8 @@ class Trainer:
     def save(self, directory: Path) -> None:
         """Parameters, optimizer and step, under their final name only when complete."""
         facts = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
-        part = directory / f".{STATE}.part.safetensors"
-        try:
-            mx.save_safetensors(str(part), self._state(), facts)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(directory / STATE)
-        except (OSError, RuntimeError) as e:
-            part.unlink(missing_ok=True)
-            raise AHNError(f"{directory / STATE}: cannot be written ({e}); free some space") from e
+        with replacing(directory / STATE) as part, part.open("wb") as file:
+            mx.save_safetensors(file, self._state(), facts)
 
     def _state(self) -> Parameters:
         """All that a run goes on from, but its step."""
@@ -305,10 +298,8 @@ class Metrics:
     def __init__(self, file: Path, step: int):
         self.file = file
         lines = [line for line in read_metrics(file) if line["step"] < step] if step else []
-        # Several machines may share the directory.
-        part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        part.replace(file)
+        with replacing(file) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.last = time.perf_counter()
 
     def write(self, step: int, loss: float, tokens: int, window: int, sinks: int) -> float:
@@ -316,8 +307,11 @@ class Metrics:
         now = time.perf_counter()
         speed, self.last = tokens / (now - self.last), now
         line = {"step": step, "loss": loss, "window": window, "sinks": sinks}
-        with self.file.open("a") as out:
-            out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        try:
+            with self.file.open("a") as out:
+                out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        except OSError as e:
+            raise AHNError(f"{self.file}: cannot be written ({e.strerror}); --resume") from None
         return speed
 
 

@@ -1,8 +1,10 @@
 """From a base to a model that can be trained, and from that to a checkpoint."""
 
-import os
+import glob
+import sys
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,22 @@ from ..hub import zoo
 from ..model.augment import augment, memory_layers
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import published_name, rename_published
-from .loop import METRICS, read_metrics
+from ..outputs.directories import check_kind, nearest
+from ..outputs.files import (
+    OutFile,
+    check_writable,
+    is_read,
+    parts_of,
+    real_path,
+    replacing,
+    same_file,
+)
+from ..outputs.pictures import new_figure, save_picture
+from .loop import METRICS, STATE, read_metrics
 from .streams import Parameters, install, trainable
+
+CURVES = "curves.png"
+FILES = (STATE, METRICS, "model.safetensors", "config.json", "README.md", CURVES)
 
 CARD = """\
 ---
@@ -91,6 +107,36 @@ def _queries_fit(model: nn.Module) -> bool:
     return bool(attention.q_proj.weight.shape[0] == model.args.hidden_size)
 
 
+def check_out(out: Path, options: dict[str, Any]) -> None:
+    """Raise AHNError unless a training can be written to `out`, and nothing is lost by it:
+    an empty directory or none; to resume, that of a training.
+
+    options: base, ahn, data, resume of `ahn-mlx train`.
+    """
+    real = real_path(out)
+    for read in filter(None, (options["base"], options["ahn"])):
+        if same_file(real, Path(read)):
+            raise AHNError(f"{out}: is what the training begins from; choose another --out")
+    check_kind(out)
+    trained = (real / STATE).is_file()
+    if options["resume"] and not trained:
+        raise AHNError(f"{out / STATE}: no such file; train without --resume")
+    if trained and not options["resume"]:
+        raise AHNError(f"{out}: has a training already; --resume, or choose another --out")
+    if not trained and real.is_dir() and set(real.iterdir()) - set(leftovers(real)):
+        raise AHNError(f"{out}: the directory is not empty; choose another --out")
+    texts = [Path(file) for pattern in options["data"] for file in glob.glob(pattern)]
+    for name in FILES:
+        if is_read(real / name, texts):
+            raise AHNError(f"{out / name}: is what --data reads; choose another --out")
+    check_writable(nearest(real))
+
+
+def leftovers(out: Path) -> list[Path]:
+    """What a training that was killed did not complete."""
+    return [part for name in FILES for part in parts_of(out / name)]
+
+
 def write_checkpoint(
     out: Path, model: nn.Module, base: tuple[dict[str, Any], Origin], options: dict[str, Any]
 ) -> None:
@@ -103,13 +149,13 @@ def write_checkpoint(
     weights: Parameters = {
         published_name(name): x.astype(mx.float32) for name, x in trainable(model).items()
     }
-    part = out / ".model.part.safetensors"
-    mx.save_safetensors(str(part), weights, {"format": "pt"})
-    os.replace(part, out / "model.safetensors")
+    with replacing(out / "model.safetensors") as part, part.open("wb") as file:
+        mx.save_safetensors(file, weights, {"format": "pt"})
     plain = {k: v for k, v in facts.items() if k not in QUANTIZED}
     settings = release_config(plain, config, "ahn-only")
     # Of no meaning to that release; it keeps where sinks are seen.
-    write_json(out / "config.json", {**settings, "ahn": config.to_dict()})
+    with replacing(out / "config.json") as part:
+        write_json(part, {**settings, "ahn": config.to_dict()})
     shown = {k: v for k, v in options.items() if k not in ("out", "data", "resume", "save_every")}
     card = CARD.format(
         base=source.repo,
@@ -122,32 +168,34 @@ def write_checkpoint(
         name=out.name,
         settings=", ".join(f"{k} {v}" for k, v in shown.items()),
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with replacing(out / "README.md") as part:
+        part.write_text(card, encoding="utf-8", errors="replace")
 
 
 def write_curves(out: Path) -> None:
-    """curves.png of metrics.jsonl: the loss and its running mean. Needs matplotlib."""
+    """CURVES of metrics.jsonl: the loss and its running mean. Training goes on without."""
     lines = read_metrics(out / METRICS)
+    if not lines or find_spec("matplotlib") is None:
+        return
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    if not lines:
-        return
+        _draw(lines, OutFile(out / CURVES, "of a training", lambda file: True))
+    except AHNError as e:
+        print(f"note: {e}", file=sys.stderr)
+
+
+def _draw(lines: list[dict[str, Any]], out: OutFile) -> None:
     losses: list[float] = [line["loss"] for line in lines]
     means: list[float] = []
     for loss in losses:
         means.append(loss if not means else 0.9 * means[-1] + 0.1 * loss)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     steps = [line["step"] for line in lines]
     axes.plot(steps, losses, alpha=0.3, label="loss")
     axes.plot(steps, means, label="running mean")
     axes.set(xlabel="step", ylabel="nats per token")
     axes.legend()
-    part = out / ".curves.part.png"
-    figure.savefig(part, dpi=120)
-    part.replace(out / "curves.png")
+    save_picture(figure, out, 120)
 
 
 def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, Any]:
