@@ -70,7 +70,7 @@ def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     said = refused("generate", "--prompt-file", str(tmp_path / "latin.txt"))
     assert "latin.txt: not UTF-8 text (byte 3)" in said
-    assert "standard input: not UTF-8" in refused("generate", stdin=b"\xff\xfe")
+    assert "standard input: not UTF-8" in refused("generate", stdin=b"\xff\xfa")
 
 
 def test_not_a_model_directory(tmp_path: Path) -> None:

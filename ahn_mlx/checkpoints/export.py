@@ -11,8 +11,9 @@ from ..errors import AHNError, show
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import is_memory, published_name
 from ..outputs.directories import check_out, replacing, reporting
-from .convert import RELEASE, copy_files
-from .directory import INDEX, Source, read_config, read_headers, read_unused
+from .baseconfig import read_config
+from .convert import RELEASE
+from .directory import INDEX, Source, copy_files, read_headers, read_unused
 from .formats import Reader
 from .safetensors import FLOATS, STORED
 from .shards import Tensor, write_json, write_weights
@@ -64,6 +65,9 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
 def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[str, Any]:
     """config.json as the release reads it."""
     kind = f"{config['model_type'].capitalize()}MemDecoderLayer"
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) == 1:
+        config = {**config, "eos_token_id": ends[0]}  # as it writes one
     return {
         **({"_layer_implementation": kind, **TRAINING} if not config.get(RELEASE) else {}),
         **{k: v for k, v in config.items() if k not in OURS},

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from ..reading.text import typed_line
 from .digest import load_as_read, stop_between_steps
 from .generate import say, warn_slow
 from .options import check_numbers, needs_memory, sampling_options
@@ -54,8 +55,8 @@ def _typed() -> Iterator[str]:
             return
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        if line := typed_line(line):
+            yield line
 
 
 def load_session(file: Path, name: str | None, seed: int | None) -> Any:
@@ -76,7 +77,6 @@ def load_session(file: Path, name: str | None, seed: int | None) -> Any:
 @needs_memory
 def print_answer(session: Any, question: str, sampling: dict[str, Any]) -> int:
     """Stream the answer to stdout and its numbers to stderr; the exit code."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     start, first, count, code = time.perf_counter(), 0.0, 0, 0
     with stop_between_steps() as check:
         answer = session.ask(question, progress=lambda read, total: check(), **sampling)

@@ -9,9 +9,10 @@ import click
 
 from ..errors import AHNError
 from ..outputs.files import OutFile
+from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
 from .digest import stop_between_steps
-from .generate import read_document, say, warn_slow
+from .generate import say, warn_slow
 from .options import (
     check_numbers,
     is_given,
@@ -56,10 +57,22 @@ def chat(**options: Any) -> None:
     ahn-mlx chat --model ahn-gdn-3b --system "You are a patient teacher."
     """
     check_numbers(options)
+    from ..reading.template import TemplateError
+
+    try:
+        session = _session(options)
+        if session.template:
+            session.template.opening("answered")
+    except TemplateError as e:
+        raise AHNError(f"{e}; chat cannot do without, ahn-mlx digest and ask can") from None
+    _talk(session, options)
+
+
+def _session(options: dict[str, Any]) -> Any:
+    """The one to begin with: of a file, or new."""
     if options["memory"]:
         name = options["name"] if is_given("name") else None
-        _talk(load_session(options["memory"], name, options["seed"]), options)
-        return
+        return load_session(options["memory"], name, options["seed"])
     from ..reading.session import Session
 
     warn_slow()
@@ -68,7 +81,7 @@ def chat(**options: Any) -> None:
         import mlx.core as mx
 
         mx.random.seed(options["seed"])
-    fresh = Session(
+    session = Session(
         model,
         tokenizer,
         origin={k: options[k] for k in ("name", "dtype", "q_bits")},
@@ -76,12 +89,11 @@ def chat(**options: Any) -> None:
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),
     )
-    assert fresh.template is not None
-    beginning = len(tokenizer.encode(fresh.template.start, add_special_tokens=False))
+    beginning = len(session.encoder(*session.opening()))
     if options["system"] and beginning > model.ahn.sinks:
         sinks = model.ahn.sinks
         say(f"note: the system message has {beginning} tokens, of which the sinks keep {sinks}")
-    _talk(fresh, options)
+    return session
 
 
 def _talk(origin: Any, options: dict[str, Any]) -> None:
@@ -91,21 +103,21 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
     ask_user = _reader()
     while True:
         try:
-            line = ask_user().strip()
+            line = typed_line(ask_user())
         except EOFError:
             return
         except KeyboardInterrupt:  # an empty line, as in a shell
             continue
         if not line:
             continue
-        command, _, argument = line.partition(" ")
+        command, *rest = line.split(None, 1)
         try:
             if not line.startswith("/"):
                 print_answer(session, line, sampling)
                 continue
             if command == "/quit":
                 return
-            session = _command(command, argument.strip(), session, origin)
+            session = _command(command, typed_path("".join(rest)), session, origin)
         except BrokenPipeError:  # nobody listens
             raise
         except (AHNError, OSError) as e:
@@ -117,7 +129,7 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
     if command in ("/read", "/save", "/load") and not argument:
         raise AHNError(f"{command} needs a file: {command} FILE")
     if command == "/read":
-        text = read_document(argument, has_prompt=False)
+        text = read_file(argument)
         other = session.fork()  # Ctrl-C leaves the conversation as it was
         with stop_between_steps() as check:
             try:

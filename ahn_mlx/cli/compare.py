@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
+from ..reading.text import read_document
 from .estimate import print_table
-from .generate import read_document
 from .options import (
     check_numbers,
     force_option,
@@ -72,6 +72,7 @@ def compare(**options: Any) -> None:
     import mlx.core as mx
 
     from ..measure import compare as measure
+    from ..reading.tokens import Encoder
 
     if options["ahn"]:
         from ..train.output import load_trained
@@ -79,22 +80,21 @@ def compare(**options: Any) -> None:
         model, tokenizer = load_trained(options["ahn"], options)
     else:
         model, tokenizer = load_model(options)
-    ids = mx.array(tokenizer.encode(text, add_special_tokens=False))
+    encoder = Encoder(tokenizer)
+    ids, begin = encoder("", text), encoder.begin
     if options["tokens"]:
-        _stream(model, ids, options, out)
+        _stream(model, mx.array([*begin, *ids]), options, out)
         return
     L, count = options["seq_len"], options["segments"]
-    if ids.size < L * count:
+    if len(ids) < L * count:
         raise AHNError(
-            f"{options['text']}: {ids.size:,} tokens are less than {count} segments of {L:,};"
+            f"{options['text']}: {len(ids):,} tokens are less than {count} segments of {L:,};"
             " use fewer or shorter ones"
         )
-    # Evenly over the text.
-    starts = [n * (ids.size - L) // max(1, count - 1) for n in range(count)]
     with _bar(count, "segments") as bar:
         result = measure.compare(
             model,
-            [ids[None, a : a + L] for a in starts],
+            measure.segments(ids, begin, L, count),
             model.ahn.window,
             model.ahn.sinks,
             bar.update,

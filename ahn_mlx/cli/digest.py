@@ -1,6 +1,8 @@
 """ahn-mlx digest: a document in, its memory as a file out."""
 
 import hashlib
+import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from tqdm import tqdm
 from ..errors import AHNError
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
-from .generate import read_document, say, warn_slow
+from ..reading.text import read_document
+from .generate import say, warn_slow
 from .options import (
     check_numbers,
     is_given,
@@ -60,6 +63,7 @@ def digest(**options: Any) -> None:
         raise AHNError("the text is empty; give a text to read")
     from ..reading import memoryfile
     from ..reading.session import Session
+    from ..reading.template import TemplateError
 
     for file in (out, partial):
         for left in parts_of(real_path(file)):
@@ -71,18 +75,27 @@ def digest(**options: Any) -> None:
         session = Session.load(out, model, tokenizer)
     else:
         model, tokenizer = load_model(options)
-        session = Session(
-            model,
-            tokenizer,
-            origin={k: options[k] for k in ("name", "dtype", "q_bits")},
-            system=options["system"],
-            kv_bits=int(options["bits"]) if options["bits"] else None,
-            chat=not options["no_chat_template"],
-        )
-    start = session.tokens
-    ids = session.encode(text)
-    job = hashlib.sha256(f"{start} {session.turn} {ids}".encode()).hexdigest()
-    session, done = _resume(partial, session, job)
+        try:
+            session = Session(
+                model,
+                tokenizer,
+                origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+                system=options["system"],
+                kv_bits=int(options["bits"]) if options["bits"] else None,
+                chat=not options["no_chat_template"],
+            )
+        except TemplateError as e:
+            raise AHNError(f"{e}; use --no-chat-template") from None
+    try:
+        opening = session.opening()
+    except TemplateError as e:
+        raise AHNError(f"{out}: {e}; digest into another file, without --append") from None
+    start, job = session.tokens, _job(session, text, options)
+    resumed, facts = _resume(partial, session, job)
+    # A template may print the time: what was begun keeps the time of its begin.
+    opening = tuple(facts.get("opening", opening))
+    ids, done = session.encode(text, opening), facts.get("done", 0)
+    session = resumed or session
     with stop_between_steps() as check, _bar(len(ids), done) as bar:
         try:
             for at in range(done, len(ids), options["checkpoint_every"]):
@@ -94,17 +107,17 @@ def digest(**options: Any) -> None:
 
                 session.read_ids(block, progress)
                 if at + len(block) < len(ids):
-                    session.save(partial, job=job, done=at + len(block))
+                    session.save(partial, job=job, done=at + len(block), opening=opening)
         except KeyboardInterrupt:
             read = session.tokens - start
-            session.save(partial, job=job, done=read)
+            session.save(partial, job=job, done=read, opening=opening)
             say(f"stopped after {read:,} of {len(ids):,} tokens; the same command goes on")
             sys.exit(130)
     try:
         _check_out(out, partial, options["append"])
         session.save(out)
     except AHNError as e:
-        session.save(partial, job=job, done=len(ids))
+        session.save(partial, job=job, done=len(ids), opening=opening)
         raise AHNError(f"{e}; what was read is kept in {partial}") from None
     partial.unlink(missing_ok=True)
     say(f"{out}: {session.tokens:,} tokens in {out.stat().st_size / 1e6:.1f} MB")
@@ -114,7 +127,7 @@ def _check_out(out: Path, partial: Path, append: bool) -> None:
     """Raise AHNError unless both can be written and nothing is lost by it."""
     from ..reading.memoryfile import is_memory
 
-    if real_path(out).is_file() and not append:
+    if os.path.isfile(real_path(out)) and not append:
         raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
     for file in (out, partial):
         OutFile(file, "a memory", is_memory).check()
@@ -131,24 +144,35 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
     return load_model(options)
 
 
-def _resume(partial: Path, session: Any, job: str) -> tuple[Any, int]:
-    """The session of an interrupted run of the same job, and ids read, or what was given."""
+def _job(session: Any, text: str, options: dict[str, Any]) -> str:
+    """Names what is read, and how: not by token ids, which may have the time in them."""
+    template = session.template
+    facts = [
+        *(session.tokens, session.turn, options["bits"]),
+        *((template.system, session.tokenizer.chat_template) if template else ()),
+        text,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]:
+    """The session of an interrupted run of the same job, with what its file says, or none."""
     from ..reading import memoryfile
     from ..reading.session import Session
 
     if not partial.is_file():
-        return session, 0
+        return None, {}
     try:
         facts = memoryfile.read_facts(partial)
         if facts.get("job") != job:
             say(f"note: {partial} is of another text or setting; starting anew")
-            return session, 0
+            return None, {}
         resumed = Session.load(partial, session.model, session.tokenizer)
     except AHNError as e:
         say(f"note: {e}; starting anew")
-        return session, 0
+        return None, {}
     say(f"going on after {facts['done']:,} tokens")
-    return resumed, facts["done"]
+    return resumed, facts
 
 
 @contextmanager

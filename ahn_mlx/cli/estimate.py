@@ -74,9 +74,10 @@ def estimate(**options: Any) -> None:
         return
     plot, name = options["plot"], Path(options["name"])
     out = picture(plot, (name,), options["force"]) if plot else None
+    from ..checkpoints.load import built
     from ..measure.cost import shape_of
 
-    shape = shape_of(config_of(options))
+    shape = built(options["name"], shape_of, config_of(options))
     found = {kind: _count(shape, kind, options["context"], options) for kind in kinds}
     curve = {n: {kind: _count(shape, kind, n, options) for kind in kinds} for n in CURVE}
     if options["as_json"]:
@@ -89,7 +90,7 @@ def estimate(**options: Any) -> None:
 
 def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
-    from ..checkpoints.directory import read_config
+    from ..checkpoints.formats import describe_config, is_gguf
     from ..hub.download import config_dir
     from ..hub.published import MODELS
     from ..model.config import AHNConfig
@@ -100,8 +101,8 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
         config, ahn = entry.base.config, entry.ahn.to_dict()
         if not entry.repo:
             ahn |= {"window": 1024, "sinks": 64}
-    elif Path(name).is_dir() or REPOSITORY.fullmatch(name):
-        config = read_config(Path(name) if Path(name).is_dir() else config_dir(name))
+    elif (path := Path(name)).is_dir() or is_gguf(path) or REPOSITORY.fullmatch(name):
+        config = describe_config(path if path.exists() else config_dir(name))
         has_memory = "ahn" in config or "_ahn_implementation" in config
         ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
     else:

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from ..outputs.files import OutFile
+from ..reading.text import read_document
 from .ask import load_session
-from .generate import read_document, say
+from .generate import say
 from .options import force_option, needs_memory
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..checkpoints.directory import read_config
+from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
@@ -102,7 +102,7 @@ def train(**options: Any) -> None:
         options |= {"memory": config.memory, "query_projection": config.query_projection}
     model, tokenizer, base = output.load_base(options)
     if options["ahn"]:
-        output.install_trained(model, options["ahn"])
+        output.install_trained(model, options["ahn"], base)
         options["layerwise"] = 0
     names = loop.Settings.__dataclass_fields__
     settings = loop.Settings(**{k: v for k, v in options.items() if k in names})

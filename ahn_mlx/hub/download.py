@@ -24,7 +24,8 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import card
-from ..checkpoints.directory import check_model_dir, read_config
+from ..checkpoints.baseconfig import read_config
+from ..checkpoints.formats import describe
 from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
@@ -117,7 +118,7 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
 
     Files that are there already are not sent again. Raises AHNError, also without a token.
     """
-    config = check_model_dir(directory)
+    config, _ = describe(directory)
     if "ahn" not in config:
         raise AHNError(f"{directory}: not a converted model; see ahn-mlx convert")
     text = card.card(directory, repo, card.read_origins(directory))

@@ -3,21 +3,22 @@
 import glob
 import sys
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from ..checkpoints.baseconfig import check_same_base, read_config
 from ..checkpoints.card import Origin, origin
-from ..checkpoints.directory import read_config, read_tensors
+from ..checkpoints.directory import read_tensors
 from ..checkpoints.export import release_config
-from ..checkpoints.load import cast
-from ..checkpoints.safetensors import DTYPES
+from ..checkpoints.formats import is_gguf
+from ..checkpoints.load import built, finish, load_plain
 from ..checkpoints.shards import write_json
+from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import AHNError
 from ..hub import download as hub
 from ..hub import zoo
@@ -35,7 +36,6 @@ from ..outputs.files import (
     same_file,
 )
 from ..outputs.pictures import new_figure, save_picture
-from ..platform import default_dtype
 from .loop import METRICS, STATE, read_metrics
 from .streams import Parameters, install, trainable
 
@@ -63,6 +63,9 @@ Settings of the training: {settings}
 """
 
 
+QUANTIZED = ("quantization", "quantization_config")  # which a memory is not
+
+
 def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, Any], Origin]]:
     """The base with a memory, its tokenizer, and its config.json and origin.
 
@@ -72,17 +75,16 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
     mx.random.seed(options["seed"])
     name = options["base"]
     if name in zoo.ZOO:
+        path = zoo.smollm2_gguf()
         model, tokenizer = zoo.smollm2_base()
         facts = {k: v for k, v in asdict(model.args).items() if v is not None}
         source = Origin("base", "HuggingFaceTB/SmolLM2-135M-Instruct", "", "apache-2.0")
     else:
-        path = Path(name) if Path(name).is_dir() else hub.download(name)
-        facts, source = read_config(path), origin("base", path)
-        try:
-            model, _ = mlx_lm.utils.load_model(path, lazy=True)
-            tokenizer = load_tokenizer(path, eos_token_ids=facts.get("eos_token_id"))
-        except Exception as e:  # of many kinds, from transformers and mlx-lm
-            raise AHNError(f"{path}: cannot be loaded ({' '.join(str(e).split())[:200]})") from None
+        path = Path(name)
+        if not path.is_dir() and not is_gguf(path):
+            path = hub.download(name)
+        model, facts = load_plain(path)
+        tokenizer, source = load_tokenizer(path, facts), origin("base", path)
     projects = options.get("query_projection")
     config = AHNConfig(
         memory=options["memory"],
@@ -91,11 +93,8 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
         sink_positions=options["sink_positions"],
         query_projection=_queries_fit(model) if projects is None else projects,
     )
-    augment(model, config)
-    chosen = DTYPES[options["dtype"]] if options["dtype"] else default_dtype()
-    if chosen is not None:
-        cast(model, chosen)
-    mx.eval(model.parameters())
+    built(path, partial(augment, model), config)
+    finish(model, options["dtype"], path)
     return model, tokenizer, (facts, source)
 
 
@@ -152,7 +151,8 @@ def write_checkpoint(
     }
     with replacing(out / "model.safetensors") as part, part.open("wb") as file:
         mx.save_safetensors(file, weights, {"format": "pt"})
-    settings = release_config(facts, config, "ahn-only")
+    plain = {k: v for k, v in facts.items() if k not in QUANTIZED}
+    settings = release_config(plain, config, "ahn-only")
     # Of no meaning to that release; it keeps where sinks are seen.
     with replacing(out / "config.json") as part:
         write_json(part, {**settings, "ahn": config.to_dict()})
@@ -206,7 +206,7 @@ def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, A
     """
     config = AHNConfig.from_dict(read_config(directory))
     own = {k: options.get(k) for k in ("window", "sinks")}
-    model, tokenizer, _ = load_base(
+    model, tokenizer, base = load_base(
         {
             **asdict(config),
             **{k: v for k, v in own.items() if v is not None},
@@ -215,15 +215,17 @@ def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, A
             "seed": 0,
         }
     )
-    install_trained(model, directory)
+    install_trained(model, directory, base)
     model.eval()
     mx.eval(model.parameters())
     return model, tokenizer
 
 
-def install_trained(model: nn.Module, directory: Path) -> None:
+def install_trained(model: nn.Module, directory: Path, base: tuple[dict[str, Any], Origin]) -> None:
     """Put the memory of an AHN-only checkpoint into the model. Raises AHNError if it does
-    not fit."""
+    not fit, or was trained for another base."""
+    facts, source = base
+    check_same_base(Path(source.repo), facts, directory, read_config(directory))
     expected = trainable(model)
     found = rename_published(read_tensors(directory))
     for name in sorted(expected | found):
