@@ -80,7 +80,9 @@ def read_origins(directory: Path) -> list[Origin]:
 
 def write_card(directory: Path, title: str, origins: list[Origin]) -> None:
     """Describe the model in `directory`, which has its config.json already."""
-    (directory / CARD).write_text(card(directory, title, origins), encoding="utf-8")
+    text = card(directory, title, origins)
+    # A directory's name need not be UTF-8.
+    (directory / CARD).write_text(text, encoding="utf-8", errors="replace")
 
 
 def card(directory: Path, title: str, origins: list[Origin]) -> str:

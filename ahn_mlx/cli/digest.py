@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def digest(**options: Any) -> None:
         _check_out(out, partial, options["append"])
         session.save(out)
     except AHNError as e:
-        session.save(partial, job=job, done=len(ids))
+        session.save(partial, job=job, done=len(ids), opening=opening)
         raise AHNError(f"{e}; what was read is kept in {partial}") from None
     partial.unlink(missing_ok=True)
     say(f"{out}: {session.tokens:,} tokens in {out.stat().st_size / 1e6:.1f} MB")
@@ -126,7 +127,7 @@ def _check_out(out: Path, partial: Path, append: bool) -> None:
     """Raise AHNError unless both can be written and nothing is lost by it."""
     from ..reading.memoryfile import is_memory
 
-    if real_path(out).is_file() and not append:
+    if os.path.isfile(real_path(out)) and not append:
         raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
     for file in (out, partial):
         OutFile(file, "a memory", is_memory).check()

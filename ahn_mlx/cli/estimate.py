@@ -72,10 +72,9 @@ def estimate(**options: Any) -> None:
     if options["paper"]:
         _paper()
         return
-    from ..checkpoints.load import built
-
     plot, name = options["plot"], Path(options["name"])
     out = picture(plot, (name,), options["force"]) if plot else None
+    from ..checkpoints.load import built
     from ..measure.cost import shape_of
 
     shape = built(options["name"], shape_of, config_of(options))

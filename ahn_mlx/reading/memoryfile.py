@@ -29,8 +29,8 @@ from . import layout
 from .layout import Cache
 
 VERSION = 1
-MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 HEADER = 1 << 20  # bytes of it that tell what a file is
+MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
@@ -62,7 +62,7 @@ def save(
     file: Path, model: nn.Module, caches: list[Cache], pending: list[int], facts: Mapping[str, Any]
 ) -> None:
     """Write to a temporary name, then rename. Raises AHNError if what is written could not be
-    loaded, and OSError when the disk is full."""
+    loaded, if it would replace what is no memory, and when the disk is full."""
     arrays, layers = _contents(caches, pending)
     known = {**facts, "version": VERSION, "layers": layers}
     found = {name: (WRITTEN[x.dtype], x.shape) for name, x in arrays.items()}

@@ -191,8 +191,8 @@ class Session:
     def save(self, path: str | Path, **facts: Any) -> None:
         """Write all of it to one file, by a temporary name.
 
-        Raises AHNError if it cannot be written, would replace what is no memory, or could not
-        be loaded again, which holds for numbers that are not finite.
+        Raises AHNError if that cannot be, would replace what is no memory, or could not be
+        loaded again, which holds for numbers that are not finite.
         """
         self._check()
         window, sinks = self.model.ahn.window, self.model.ahn.sinks

@@ -297,9 +297,10 @@ class Metrics:
 
     def __init__(self, file: Path, step: int):
         self.file = file
-        lines = [line for line in read_metrics(file) if line["step"] < step] if step else []
-        with replacing(file) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if step:
+            lines = [line for line in read_metrics(file) if line["step"] < step]
+            with replacing(file) as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.last = time.perf_counter()
 
     def write(self, step: int, loss: float, tokens: int, window: int, sinks: int) -> float:
