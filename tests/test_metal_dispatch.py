@@ -140,3 +140,13 @@ def test_without_metal() -> None:
     assert line.value.startswith("no Metal device")
     assert not kernels.usable(DECODE, 64, mx.float32)
     assert Path(kernels._PLACES[1]).is_dir()
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "[]", "null", "[" * 10**5, '{"a": null, "b": ["c"], "d": 1}']
+)
+def test_what_is_no_verdict_is_not_believed(tmp_path, text):
+    (tmp_path / "kernels.json").write_text(text)
+    assert kernels._read(tmp_path / "kernels.json") == {}
+    (tmp_path / "kernels.json").write_text('{"a": null, "b": "is off", "c": ""}')
+    assert kernels._read(tmp_path / "kernels.json") == {"b": "is off", "c": ""}

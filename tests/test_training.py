@@ -1,6 +1,7 @@
 """Training as a whole, on a model small enough to learn something in seconds."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -85,9 +86,9 @@ def train(place, out, *args, **options):
 
 def train_arguments(place, out, *args):
     common = ["--data", place / "text.txt", "--window", 12, "--sinks", 4, "--seq-len", 96]
+    rate = [] if ("--steps", 0) in itertools.pairwise(args) else ["--lr", 1e-3]
     return [
-        str(x)
-        for x in ("train", "--base", place / "base", "--out", out, "--lr", 1e-3, *common, *args)
+        str(x) for x in ("train", "--base", place / "base", "--out", out, *rate, *common, *args)
     ]
 
 
@@ -112,6 +113,13 @@ def test_a_tiny_model_learns_to_remember(place, memory):
     assert after.total.kl["memory"] < 0.7 * before.total.kl["memory"]
     assert after.total.kl["window"] == pytest.approx(before.total.kl["window"], rel=1e-5)
     assert same(start, {n: x for n, x in mlx_flat(model).items() if ".ahn." not in n})
+
+
+def test_the_model_is_of_the_last_step(place):
+    model, tokenizer = base_model(place)
+    trainer = loop.Trainer(model, sequences(place, tokenizer), SETTINGS)
+    trainer.train_step()
+    assert same(trainable(model), loop.fold(trainer.parameters, trainer.sizes))
 
 
 def mlx_flat(model):
@@ -308,8 +316,6 @@ def test_a_trained_memory_is_trained_on(place, tmp_path):
     done = train(place, on, "--steps", 0, "--ahn", first)
     assert done.returncode == 0, done.stderr
     assert same(*(mx.load(str(out / "model.safetensors")) for out in (first, on)))
-    done = train(place, tmp_path / "other", "--ahn", first, "--memory", "mamba2")
-    assert done.returncode == 2 and f"{first}: tensor" in done.stderr, done.stderr
 
 
 def test_a_memory_without_query_projection_is_trained_on(place, tmp_path):
@@ -424,7 +430,7 @@ def test_a_lost_machine_ends_the_others_in_one_line(place, tmp_path):
 def test_options_are_refused_in_one_line(place, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
     (tmp_path / "short.txt").write_text("short")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfa")
     cases = [
         (("--data", tmp_path / "absent.txt"), "absent.txt: No such file"),
         (("--data", tmp_path / "bytes.txt"), "bytes.txt: not UTF-8"),

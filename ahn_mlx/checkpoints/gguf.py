@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import AHNError, show
+from ..errors import AHNError, foreign, show
 
 # GGUF's names of tensors -> mlx-lm's.
 NAMES = {
@@ -118,7 +118,7 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
     template = plain(metadata.get("tokenizer.chat_template"))
     if not isinstance(template, str | None):
         raise AHNError(f"its chat template is {show(template)}, not a text")
-    try:
+    with foreign(lambda why: f"no usable tokenizer in it ({why})"):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=_bpe(tokens, types, merges, style, ends),
             bos_token=names["bos"],
@@ -131,11 +131,6 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
             clean_up_tokenization_spaces=False,
         )
         return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=ends)
-    except BaseException as e:
-        # tokenizers raises bare Exception; a panic of its Rust code is not even that.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise AHNError(f"no usable tokenizer in it ({show(str(e))})") from None
 
 
 def _style(metadata: dict[str, Any]) -> Style:

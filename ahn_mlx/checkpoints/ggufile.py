@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError, show
 from . import gguf
-from .directory import Source, check_config
+from .directory import Source
 from .ggufheader import Header, Tensor
 from .safetensors import FLOATS, STORED, TensorInfo
 
@@ -87,7 +87,6 @@ class GGUFile:
         if bits := self._bits():
             config["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
             config["quantization_config"] = config["quantization"]
-        check_config(self.file, config)
         return config
 
     def tokenizer(self) -> TokenizerWrapper:

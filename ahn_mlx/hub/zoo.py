@@ -14,17 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints import load as directories
+from ..checkpoints.formats import describe
 from ..checkpoints.ggufile import GGUFile
 from ..errors import AHNError, show
-from ..model.augment import augment
+from ..model.augment import augment, build_base
 from ..platform import default_dtype
 from . import download as hub
-from .published import DEFAULT, MODELS
+from .published import CONVERTED, DEFAULT, MODELS, has_bits_to_choose
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -50,8 +50,8 @@ def load(
     """
     build = ZOO.get(str(name_or_path))
     path = Path(name_or_path)
-    if q_bits is not None and (build is not None or path.is_dir()):
-        raise AHNError(f"--q-bits: {name_or_path} is converted already; it has the bits it has")
+    if q_bits is not None and not has_bits_to_choose(str(name_or_path)):
+        raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
     if build is not None:
         return build(window, sinks, dtype)
     if not path.is_dir():
@@ -73,9 +73,8 @@ def smollm2_base() -> Loaded:
     """The base model itself in float32, and its tokenizer. Raises AHNError if it is damaged."""
     file = GGUFile(smollm2_gguf())
     # Its tensors are expanded, so that it is a plain model.
-    config = {k: v for k, v in file.config().items() if not k.startswith("quantization")}
-    model_class, args_class = mlx_lm.utils._get_classes(config)
-    base = model_class(args_class.from_dict(config))
+    config, _ = describe(file.file)
+    base = build_base({k: v for k, v in config.items() if not k.startswith("quantization")})
     try:
         base.load_weights(list(file.expanded().items()), strict=True)
     except ValueError as e:

@@ -139,11 +139,13 @@ def _verdicts_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, str]:
+    """Verdicts by key, of those that are text. A kernel without one is checked again."""
     try:
         verdicts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return verdicts if isinstance(verdicts, dict) else {}
+    known = verdicts.items() if isinstance(verdicts, dict) else ()
+    return {key: verdict for key, verdict in known if isinstance(verdict, str)}
 
 
 def _write(file: Path, verdicts: dict[str, str]) -> None:
