@@ -90,7 +90,7 @@ def _are_layers(value: Any) -> bool:
 
 def _are_pieces(value: Any) -> bool:
     """What a template puts before a text."""
-    return isinstance(value, list | tuple) and len(value) <= 100 and all(map(_text(1 << 20), value))
+    return isinstance(value, list | tuple) and all(map(_text(1 << 20), value))
 
 
 # What a session says of itself.
