@@ -141,6 +141,8 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
         options["name"] = name
         if not has_bits_to_choose(name):
             options["q_bits"] = None
+    if not options["name"]:
+        raise AHNError("the memory does not say which model it is of; give --model")
     return load_model(options)
 
 
@@ -168,6 +170,8 @@ def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]
             say(f"note: {partial} is of another text or setting; starting anew")
             return None, {}
         resumed = Session.load(partial, session.model, session.tokenizer)
+        if resumed.tokens - session.tokens != facts["done"]:
+            raise AHNError(f"{partial}: damaged, {facts['done']} is not what it has read")
     except AHNError as e:
         say(f"note: {e}; starting anew")
         return None, {}

@@ -88,6 +88,11 @@ def _are_layers(value: Any) -> bool:
     return isinstance(value, list) and 1 <= len(value) <= 1000 and all(map(_is_layer, value))
 
 
+def _are_pieces(value: Any) -> bool:
+    """What a template puts before a text."""
+    return isinstance(value, list | tuple) and all(map(_text(1 << 20), value))
+
+
 # What a session says of itself.
 FACTS: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
@@ -104,7 +109,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "layers": _are_layers,
 }
 # What `digest` adds of a text that is not all read.
-OPTIONAL = {"job": _text(64), "done": _whole(0, MAX_TOKENS)}
+OPTIONAL = {"job": _text(64), "done": _whole(0, MAX_TOKENS), "opening": _are_pieces}
 
 
 def check_facts(facts: Mapping[str, Any]) -> None:
@@ -116,6 +121,8 @@ def check_facts(facts: Mapping[str, Any]) -> None:
             raise ValueError(f"it does not say its {name}")
     if ("job" in facts) != ("done" in facts):
         raise ValueError("it says either job or done, not both")
+    if facts["system"] and not facts["chat"]:
+        raise ValueError("it says a system message and that there is no chat")
 
 
 # Arrays

@@ -246,8 +246,7 @@ class Session:
 
 def _absolute(name: str) -> str:
     """What finds a model from any directory: a directory's whole path; other names as they are."""
-    is_path = bool(name) and name not in ZOO and os.path.isdir(name)
-    return os.path.abspath(name) if is_path else name
+    return os.path.abspath(name) if name not in ZOO and os.path.isdir(name) else name
 
 
 def _fork(caches: list[Cache]) -> list[Cache]:
