@@ -193,6 +193,31 @@ def test_a_head_that_is_a_copy_costs_nothing(tmp_path, capsys):
     assert estimate(base)["tied"] and "head" not in capsys.readouterr().err
 
 
+def test_a_quantized_head_that_is_a_copy(tmp_path):
+    base = make_base(tmp_path / "base")
+    mlx_lm_convert(str(base), str(tmp_path / "q"), quantize=True, q_group_size=32)
+    logits = load_plain(tmp_path / "q")[0](IDS)[0]
+    mx.eval(logits)
+    tensors = mx.load(str(tmp_path / "q/model.safetensors"))
+    parts = ("weight", "scales", "biases")
+    head = {f"lm_head.{part}": tensors[f"model.embed_tokens.{part}"] for part in parts}
+    mx.eval(tensors)
+    (tmp_path / "q/model.safetensors.index.json").unlink()
+    mx.save_safetensors(str(tmp_path / "q/model.safetensors"), {**tensors, **head})
+    assert mx.array_equal(load_plain(tmp_path / "q")[0](IDS)[0], logits)
+    # Of an embedding that is not quantized it is none.
+    mx.save_safetensors(str(tmp_path / "q/model.safetensors"), {**read_tensors(base), **head})
+    assert describe(tmp_path / "q")[0]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_that_share_nothing_need_not_be_counted(family, tmp_path):
+    base = make_base(tmp_path / "base", family, num_key_value_heads=2)
+    logits = expected(base)
+    edit_config(base, num_key_value_heads=None)
+    assert mx.abs(load_plain(base)[0](IDS)[0] - logits).max().item() < 1e-3
+
+
 def test_config_alone_is_read_as_transformers_does(tmp_path):
     """Of a repository whose weights have not been downloaded."""
     base = make_base(tmp_path / "base", "qwen3")
@@ -266,6 +291,10 @@ REFUSED = {
     "yarn without a factor": ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
     "two rope types": ({"rope_scaling": {**YARN, "type": "linear"}}, "'yarn' and 'linear'"),
     "two thetas": ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is stated twice"),
+    "theta that is no number": (
+        {"rope_theta": None, "rope_parameters": {"rope_theta": "5e5"}},
+        "rope_theta must be a positive number",
+    ),
     "layers that differ": (
         {
             **{"layer_types": SLIDING, "rope_theta": None},

@@ -20,6 +20,7 @@ from .safetensors import TensorInfo, is_finite, read_header
 
 INDEX = "model.safetensors.index.json"
 UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
+OURS = (UNUSED, "training.safetensors")  # which nobody takes for weights of the model
 MAX_JSON = 64 << 20  # bytes of an index; config.json is far smaller
 
 # What files of weights are called before their numbers, the likeliest first: of transformers,
@@ -120,11 +121,12 @@ def _numbered_shards(path: Path, stem: str, suffix: str) -> list[Path]:
         first, second = (min(shards.values()).name for shards in list(found.values())[:2])
         raise AHNError(f"{path}: {first} and {second} are of two checkpoints; remove one")
     for total, shards in found.items():
-        for i in range(1, (total or max(shards)) + 1):
+        numbers = range(1, (total or max(shards)) + 1)
+        for i in numbers:
             if i not in shards:
                 count = f" of {total}" if total else ""
                 raise AHNError(f"{path}: shard {i}{count} is missing; fetch it again")
-        return [shards[i] for i in sorted(shards)]
+        return [shards[i] for i in numbers]
     return []
 
 
@@ -175,7 +177,7 @@ def gather(
 
 def _other_weights(path: Path, files: Files) -> list[str]:
     """The names of what looks like weights and belongs to another checkpoint."""
-    known = {UNUSED, *(file.name for file in files.paths)}
+    known = {*OURS, *(file.name for file in files.paths)}
     return sorted(
         f.name for f in path.iterdir() if f.name not in known and WEIGHTS.fullmatch(f.name)
     )

@@ -110,7 +110,7 @@ def _check_rope(model: nn.Module) -> None:
     if not same:
         raise AHNError(
             f"rope_type {kind!r} cannot run here, it needs positions as numbers; use a base with"
-            " another, or --yarn"
+            " another"
         )
 
 
