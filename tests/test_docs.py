@@ -5,6 +5,7 @@ import asyncio
 import builtins
 import copy
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 
 import ahn_mlx
 from ahn_mlx.cli import COMMANDS, cli
+from ahn_mlx.cli.options import is_given
 from ahn_mlx.hub import zoo
 
 sys.path.insert(0, str(REPO))  # for benchmarks
@@ -134,13 +136,26 @@ def parse(command: click.Command, args: list[str]) -> str:
         if isinstance(parameter.type, click.File):
             parameter.type = click.Path()
     try:
-        command.make_context(command.name or "", [word for word in args if word != "..."])
+        context = command.make_context("", [word for word in args if word != "..."])
+        with context.scope(cleanup=False):
+            refuse_idle(command, context.params)
     except click.MissingParameter:
         if "..." not in args:
             raise
     except click.exceptions.Exit:  # of --help
         pass
     return ""
+
+
+def refuse_idle(command: click.Command, options: dict[str, Any]) -> None:
+    """What the decorators `no_effect` do before the command begins, without beginning it."""
+    checked: Any = command.callback
+    while checked is not None:
+        rule = inspect.getclosurevars(checked).nonlocals
+        if {"names", "when"} <= rule.keys() and rule["when"](options):
+            for name in filter(is_given, rule["names"]):
+                raise click.UsageError(f"{name} has no effect")
+        checked = getattr(checked, "__wrapped__", None)
 
 
 def commands_of(document: Path) -> list[tuple[click.Command, list[str]]]:
@@ -172,6 +187,7 @@ def test_command_lines_parse(document: Path) -> None:
         ("ahn-mlx train ... --dataa x", ["--dataa"]),
         ("ahn-mlx train ... --data x", []),
         ("cat x | ahn-mlx generate --kv-bits 5", ["5"]),
+        ("ahn-mlx chat --memory x --window 5", ["window has no effect"]),
         ("ahn-mlx no-such", ["no-such"]),
         ("ahn-mlx memory look x", ["look"]),
         ("ahn-mlx models x", ["x"]),
