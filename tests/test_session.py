@@ -185,6 +185,24 @@ def test_a_conversation_is_what_the_chat_template_says(loaded):
     assert whole == expected + "A." + tokenizer.decode(session._question("B?"))
 
 
+def test_forks_answer_at_once_from_several_threads(directories):
+    """Each says what it says alone, while others trace the same layers; and the process ends
+    as one that has used a single thread."""
+    program = f"""
+import ahn_mlx
+from concurrent.futures import ThreadPoolExecutor
+model, tokenizer = ahn_mlx.load({str(directories[VARIANTS[0]])!r})
+session = ahn_mlx.Session(model, tokenizer)
+session.read("It is a truth universally acknowledged. " * 3)
+ask = lambda n: "".join(session.fork().ask("Why? " * (n % 4), max_tokens=8 + n % 2))
+with ThreadPoolExecutor(4) as pool:
+    together = list(pool.map(ask, range(16)))
+print(together == [ask(n) for n in range(16)], len(set(together)) > 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "True True\n", done.stderr
+
+
 def test_asynchronous(loaded):
     one, other = new(loaded), new(loaded)
     for s in (one, other):

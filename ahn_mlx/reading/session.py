@@ -8,6 +8,7 @@ one that read all at once.
 import asyncio
 import copy
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,19 @@ from .layout import MAX_STEP, PREVIEW, Cache, make_caches
 from .template import Pieces, Template
 from .text import readable
 from .tokens import Encoder
+
+
+class _End:
+    """Of a thread that computed: without this MLX's own threads outlive it, and the process
+    is aborted when it exits."""
+
+    def __del__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            mx.clear_streams()
+
+
+# What is kept here goes when its thread does, and in that thread.
+_thread = threading.local()
 
 
 class Session:
@@ -144,6 +158,8 @@ class Session:
         leaves the session as it was. Raises AHNError if there is nothing to answer.
         """
         self._check()
+        if not hasattr(_thread, "end"):
+            _thread.end = _End()
         ids = [*self.pending, *self._question(question)]
         if not ids:
             raise AHNError("nothing to continue; read a text or ask a question first")
