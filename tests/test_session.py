@@ -195,9 +195,11 @@ model, tokenizer = ahn_mlx.load({str(directories[VARIANTS[0]])!r})
 session = ahn_mlx.Session(model, tokenizer)
 session.read("It is a truth universally acknowledged. " * 3)
 ask = lambda n: "".join(session.fork().ask("Why? " * (n % 4), max_tokens=8 + n % 2))
-with ThreadPoolExecutor(4) as pool:
-    together = list(pool.map(ask, range(16)))
-print(together == [ask(n) for n in range(16)], len(set(together)) > 1)
+together = []
+for _ in range(6):  # new threads each time, which trace anew
+    with ThreadPoolExecutor(4) as pool:
+        together += pool.map(ask, range(4))
+print(together == 6 * [ask(n) for n in range(4)], len(set(together)) > 1)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "True True\n", done.stderr
