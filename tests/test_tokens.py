@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CHATML, byte_bpe, chat_tokenizer
+from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
 import ahn_mlx
-from ahn_mlx import AHNError
+from ahn_mlx import AHNConfig, AHNError, Session, augment
 from ahn_mlx.measure.compare import segments
-from ahn_mlx.reading.generate import make_prompt
+from ahn_mlx.reading.generate import Run, make_prompt
 from ahn_mlx.reading.tokens import Encoder
 from ahn_mlx.train.data import Sequences
 
@@ -215,3 +216,22 @@ def test_a_tokenizer_that_puts_nothing_before_a_text(tmp_path):
     data = Sequences((str(tmp_path / "a.txt"),), tokenizer, 11, 0)
     assert data.tokens.flatten().tolist() == [*byte_ids("one <|endoftext|> two"), END]
     assert Encoder(tokenizer).begin == []
+
+
+def test_ids_without_an_embedding_are_refused():
+    """MLX does not look, and reads behind the table."""
+    model = augment(
+        llama.Model(llama.ModelArgs("llama", 32, 1, 32, 4, rms_norm_eps=1e-5, vocab_size=300)),
+        AHNConfig(window=8, sinks=2),
+    )
+    tokenizer = chat_tokenizer()
+    session = Session(model, tokenizer, chat=False)
+    for bad in (300, -1, 10**9):
+        with pytest.raises(AHNError, match=f"token {bad} is not among the model's 300"):
+            session.read_ids([5, bad])
+        with pytest.raises(AHNError, match=f"token {bad} is not"):
+            Run(model, tokenizer, [5, bad])
+    session.read_ids([299])
+    session.pending.append(301)
+    with pytest.raises(AHNError, match="token 301 is not"):
+        next(session.ask("Why?"))

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import AHNError
 from ..platform import default_dtype
 from .template import Template
-from .tokens import Encoder
+from .tokens import Encoder, check_ids
 
 # (tokens read, cache bytes), after each step of the prompt.
 Progress = Callable[[int, int], None]
@@ -77,6 +77,7 @@ class Run:
     _times: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        check_ids(self.prompt, self.model)
         self.cache = self.model.make_cache()
         if self.kv_bits is not None:
             self.cache = [c.to_quantized(self.kv_group_size, self.kv_bits) for c in self.cache]

@@ -31,7 +31,7 @@ from .generate import prefill_step
 from .layout import MAX_STEP, PREVIEW, Cache, make_caches
 from .template import Pieces, Template
 from .text import readable
-from .tokens import Encoder
+from .tokens import Encoder, check_ids
 
 
 class _End:
@@ -130,6 +130,7 @@ class Session:
         ids. After an exception inside of a step it cannot go on, and says so.
         """
         self._check()
+        check_ids(ids, self.model)
         before = len(self.pending)
         waiting = [*self.pending, *ids]
         for start in range(0, len(waiting) - self.step + 1, self.step):
@@ -161,6 +162,7 @@ class Session:
         if not hasattr(_thread, "end"):
             _thread.end = _End()
         ids = [*self.pending, *self._question(question)]
+        check_ids(ids, self.model)
         if not ids:
             raise AHNError("nothing to continue; read a text or ask a question first")
         caches = _fork(self.caches)

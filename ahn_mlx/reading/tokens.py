@@ -9,6 +9,7 @@ import secrets
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer
 
@@ -162,3 +163,14 @@ def _encode(tokenizer: TokenizerWrapper, text: str, add_special_tokens: bool = F
     except BaseException as e:  # a panic of the library is not an Exception
         reason = " ".join(str(e).split())[:200]
         raise AHNError(f"the tokenizer cannot read this text ({reason})") from None
+
+
+def check_ids(ids: list[int], model: nn.Module) -> None:
+    """Raise AHNError for a token that the model has no embedding of, where MLX would read
+    whatever lies behind the table."""
+    wrong = next((i for i in ids if not 0 <= i < model.args.vocab_size), None)
+    if wrong is not None:
+        raise AHNError(
+            f"token {wrong} is not among the model's {model.args.vocab_size:,}; the tokenizer is"
+            " another model's, or has tokens added that the model was not given"
+        )
