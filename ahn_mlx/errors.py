@@ -1,5 +1,7 @@
 """The one exception for mistakes a user can mend, and how its message quotes a file."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -17,3 +19,18 @@ def show(text: Any) -> str:
     """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
     quoted = ascii(text)
     return quoted if len(quoted) <= 120 else quoted[:117] + "..."
+
+
+@contextmanager
+def foreign(say: Callable[[str], str]) -> Iterator[None]:
+    """Around a call of a library that raises whatever it likes: what it raises becomes an
+    AHNError that says say(reason). An AHNError stays, and so does Ctrl-C."""
+    try:
+        yield
+    except AHNError:
+        raise
+    except BaseException as e:
+        # A panic of Rust code is not even an Exception.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise AHNError(say(show(str(e) or type(e).__name__))) from None

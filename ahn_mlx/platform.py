@@ -8,11 +8,16 @@ loads OpenBLAS: the system's, or the one that the faiss-cpu wheel bundles.
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import AHNError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -60,6 +65,23 @@ def default_dtype() -> "mx.Dtype | None":
     import mlx.core as mx
 
     return mx.float32 if on_cpu() else None
+
+
+# What MLX says of it has no type of its own: "[malloc] Unable to allocate ...", "Insufficient
+# Memory" of Metal's queue, "out of memory" of CUDA.
+_NO_MEMORY = re.compile(r"allocate|insufficient memory|out ?of ?memory", re.IGNORECASE)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Memory that is not there is an AHNError with this advice. Also decorates a function."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not _NO_MEMORY.search(str(e)):
+            raise
+        reason = " ".join(str(e).split())[:200] or "no more is given"
+        raise AHNError(f"not enough memory ({reason}); {advice}") from None
 
 
 def _prepare() -> Blas:

@@ -25,4 +25,5 @@ def main() -> None:
 for command in (conversion, decode, far, memory, metal, prefill, quantized, recurrence, training):
     main.add_command(command)
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tqdm import tqdm
 
-from ahn_mlx.checkpoints import gguf
 from ahn_mlx.hub import zoo
 
 plots_option = click.option(
@@ -56,10 +55,8 @@ def plot(
     file: Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str
 ) -> None:
     """Write a PNG with both axes logarithmic."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        click.echo("note: no plot without matplotlib: pip install 'ahn-mlx[plot]'", err=True)
+    Figure = figure_class()
+    if Figure is None:
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -68,6 +65,21 @@ def plot(
     axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
+    write(figure, file)
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure, or None and a note."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        click.echo("note: no plot without matplotlib: pip install 'ahn-mlx[plot]'", err=True)
+        return None
+    return Figure
+
+
+def write(figure: Any, file: Path) -> None:
+    """Write a figure as PNG and say where."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     click.echo(f"plot: {file}", err=True)
@@ -76,7 +88,7 @@ def plot(
 def default_models() -> tuple[nn.Module, nn.Module]:
     """The default AHN model and its base as plain mlx-lm, with the very same weights."""
     ours, _ = zoo.load(zoo.DEFAULT, dtype="float32")
-    plain, _ = gguf.load_llama(zoo.smollm2_gguf())
+    plain, _ = zoo.smollm2_base()
     names = dict(tree_flatten(plain.parameters()))
     plain.load_weights([(n, x) for n, x in tree_flatten(ours.parameters()) if n in names])
     return ours, plain
@@ -100,11 +112,11 @@ def filled(ours: nn.Module, plain: nn.Module, kind: str, tokens: int) -> list[An
     for start in range(0, tokens, 1024):
         n = min(1024, tokens - start)
         for cache in caches:
-            kv = [mx.random.normal((1, kv_heads, n, D)) for _ in range(2)]
+            kv = [mx.random.uniform(-1, 1, (1, kv_heads, n, D)) for _ in range(2)]
             if kind.startswith("ahn"):
                 beta, decay = mx.random.uniform(0, 1, (2, 1, heads, n, 1))
                 cache.update(*kv, mx.concatenate([beta, -0.1 * decay], axis=-1))
-                cache.memory = mx.random.normal((1, heads, D, D))
+                cache.memory = mx.random.uniform(-1, 1, (1, heads, D, D))
             else:
                 cache.update_and_fetch(*kv)
             mx.eval(cache.state)

@@ -11,10 +11,15 @@ import zipfile
 from pathlib import Path
 
 import mlx.core as mx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.load import load_model
+from ahn_mlx.train.output import load_base, write_checkpoint
 
 REPO = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,19 +73,44 @@ def edit_tensors(path: Path, **changes: mx.array | None) -> None:
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
 
 
-def byte_tokenizer(path: Path) -> Path:
-    """A directory with the tokenizer of the golden models: one token per byte."""
+def byte_bpe() -> Tokenizer:
+    """One token per byte, 0 to 255 in the order of their signs."""
     bpe = Tokenizer(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def byte_tokenizer(path: Path) -> Path:
+    """A directory with the tokenizer of the golden models: one token per byte."""
     path.mkdir(parents=True)
-    bpe.save(str(path / "tokenizer.json"))
+    byte_bpe().save(str(path / "tokenizer.json"))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # 256, 257, 258
+
+
+def chat_tokenizer(
+    template: str | None = CHATML, bpe: Tokenizer | None = None, plain: tuple[str, ...] = ()
+) -> TokenizerWrapper:
+    """One token per byte, CONTROLS, and then `plain`: added tokens that are not special."""
+    bpe = bpe or byte_bpe()
+    bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in CONTROLS])
+    bpe.add_tokens([AddedToken(t, normalized=False) for t in plain])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=template
+    )
+    return TokenizerWrapper(tokenizer)
 
 
 def model_dir(path: Path, config: object = None, **tensors: mx.array) -> Path:
@@ -140,4 +170,41 @@ def talking_model(variant: str, directory: Path) -> Path:
     shutil.copytree(byte_tokenizer(out.with_name("tokenizer")), out, dirs_exist_ok=True)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
     (out / "tokenizer_config.json").write_text(json.dumps(config))
+    return out
+
+
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+BOM = b"\xef\xbb\xbf"
+TRAINING = {
+    **{"memory": "gated_deltanet", "window": 60, "sinks": 4, "sink_positions": "clamped"},
+    **{"dtype": "float32", "seed": 0, "data": ["a.txt"]},
+}
+
+
+def make_base(path: Path, family: str = "qwen2", **config) -> Path:
+    """A base of random parameters, with the tokenizer of bytes."""
+    config = {
+        **{"model_type": family, "hidden_size": 64, "num_hidden_layers": 2},
+        **{"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1},
+        **{"rms_norm_eps": 1e-6, "vocab_size": 264, "max_position_embeddings": 512},
+        **{"rope_theta": 5e5, "tie_word_embeddings": True, "torch_dtype": "float32"},
+        **({} if family == "qwen2" else {"head_dim": 32}),
+        **config,
+    }
+    mx.random.seed(3)
+    module = FAMILIES[family]
+    parameters = tree_flatten(module.Model(module.ModelArgs.from_dict(config)).parameters())
+    # Loud enough that positions matter.
+    weights = {k: mx.random.normal(x.shape) * 0.3 if x.ndim > 1 else x for k, x in parameters}
+    byte_tokenizer(path)
+    (path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    return path
+
+
+def memory_of(base: Path, out: Path) -> Path:
+    """What training writes before its first step."""
+    model, _, origin = load_base({**TRAINING, "base": str(base)})
+    out.mkdir()
+    write_checkpoint(out, model, origin, TRAINING)
     return out

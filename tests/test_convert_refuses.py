@@ -13,10 +13,10 @@ import pytest
 from checkpoints import GDN, REPO, copies, edit_config, edit_tensors, read_json, run
 
 from ahn_mlx.checkpoints import convert as convert_module
-from ahn_mlx.checkpoints import outdir
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.errors import AHNError
+from ahn_mlx.outputs import directories
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_interrupted_between_renames(parts, monkeypatch):
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(outdir.Path, "rename", fail)
+    monkeypatch.setattr(directories.Path, "rename", fail)
     with pytest.raises(KeyboardInterrupt):
         convert(base, ahn, out, "bfloat16", force=True)
     assert (out / "model.safetensors").read_bytes() == before

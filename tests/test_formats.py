@@ -160,7 +160,7 @@ def test_pickles_that_are_none(parts, tmp_path):
     index = base / "pytorch_model.bin.index.json"
     for bad in ("../x.bin", "x.safetensors", "a/b.bin", 3):
         index.write_text(json.dumps({"weight_map": {"a": bad}}))
-        refuse_pickle(base, ahn, out, "not the name of a file beside it")
+        refuse_pickle(base, ahn, out, "not the name of a bin file beside it")
     index.write_text("{}")
     refuse_pickle(base, ahn, out, "weight_map")
 

@@ -1,7 +1,6 @@
 """The prompt that a model gets, and the numbers of a run."""
 
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import ahn_mlx
 from ahn_mlx import AHNError
-from ahn_mlx.checkpoints import gguf
 from ahn_mlx.hub import zoo
 from ahn_mlx.reading.generate import Run, make_prompt
 
@@ -68,20 +66,9 @@ def test_full_attention_is_what_mlx_lm_would_hold(loaded: Any) -> None:
     model, tokenizer = loaded
     run = Run(model, tokenizer, [])
     run.read = 512  # a multiple of the step in which mlx-lm's caches grow
-    plain, _ = gguf.load_llama(zoo.smollm2_gguf())
+    plain, _ = zoo.smollm2_base()
     import mlx.core as mx
 
     cache = make_prompt_cache(plain)
     mx.eval(plain(mx.ones((1, 512), mx.int32), cache=cache))
     assert run.full_attention_bytes == sum(c.nbytes for c in cache)
-
-
-def test_the_example_of_the_readme() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    code = example.replace("ahn-gdn-3b", zoo.DEFAULT)
-    assert code != example
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["logits"].shape[:2] == names["ids"].shape
-    assert names["fresh"].ahn.window == 4096

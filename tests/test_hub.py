@@ -55,13 +55,14 @@ class Machine:
         return out
 
     def refuse(self, *args: str, **env: str) -> str:
-        """The one line of a command that does not, which leaves no model."""
+        """The one line of a command that does not, which makes no model."""
+        before = self.there()
         process = self.start(*args, **env)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (2, ""), err
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and err.endswith(errors[0] + "\n") and "Traceback" not in err
-        assert self.there() == []
+        assert self.there() == before
         return errors[0]
 
     def there(self) -> list[str]:
@@ -177,6 +178,10 @@ def test_upload(machine: Machine, hub: StandIn) -> None:
     assert uploaded.keys() == {p.name for p in model.iterdir()}
     for file in model.glob("*.*"):
         assert (uploaded[file.name] == file.read_bytes()) == (file.name != "README.md")
+    before = dict(uploaded)
+    # What was to be private would be there for all to see.
+    assert "--private has no effect on me/mine" in machine.refuse(*upload, "--private", **plain)
+    assert hub.repos["me/mine"] == before
     text = uploaded["README.md"].decode()
     assert "ahn-mlx generate --model me/mine " in text and hub.commit(BASE) in text
     ask = ("generate", "--model", "me/mine", "--prompt", "Hello", "--max-tokens", "2")

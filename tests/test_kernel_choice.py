@@ -193,7 +193,9 @@ def test_a_verdict_that_is_none_costs_only_the_comparing(clock, machine, recwarn
     assert chosen(check, SIZES) and clock.asked and not timed(clock) and not recwarn
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[]", "\udcff", '{"a": 1'], ids=repr)
+@pytest.mark.parametrize(
+    "text", ["", "no json", "[]", "5", "null", "\udcff", '{"a": 1', "[" * 10**5]
+)
 def test_a_damaged_file_costs_only_the_measuring(clock, machine, text):
     check = clock.check(0.01, 0.02)
     machine.parent.mkdir()

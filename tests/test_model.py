@@ -190,6 +190,7 @@ def test_refusals_name_what_is_wrong():
             AHNConfig(**bad)
 
 
+@pytest.mark.slow
 def test_smollm2_equals_plain_mlx_lm_in_the_window():
     model, tokenizer = zoo.load(zoo.DEFAULT, window=1024, sinks=64, dtype="float32")
     plain = llama.Model(model.args)

@@ -1,6 +1,7 @@
 """Training as a whole, on a model small enough to learn something in seconds."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -85,9 +86,9 @@ def train(place, out, *args, **options):
 
 def train_arguments(place, out, *args):
     common = ["--data", place / "text.txt", "--window", 12, "--sinks", 4, "--seq-len", 96]
+    rate = [] if ("--steps", 0) in itertools.pairwise(args) else ["--lr", 1e-3]
     return [
-        str(x)
-        for x in ("train", "--base", place / "base", "--out", out, "--lr", 1e-3, *common, *args)
+        str(x) for x in ("train", "--base", place / "base", "--out", out, *rate, *common, *args)
     ]
 
 
@@ -95,6 +96,7 @@ def losses_of(out):
     return [line["loss"] for line in loop.read_metrics(out / loop.METRICS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_tiny_model_learns_to_remember(place, memory):
     model, tokenizer = base_model(place, memory)
@@ -113,10 +115,18 @@ def test_a_tiny_model_learns_to_remember(place, memory):
     assert same(start, {n: x for n, x in mlx_flat(model).items() if ".ahn." not in n})
 
 
+def test_the_model_is_of_the_last_step(place):
+    model, tokenizer = base_model(place)
+    trainer = loop.Trainer(model, sequences(place, tokenizer), SETTINGS)
+    trainer.train_step()
+    assert same(trainable(model), loop.fold(trainer.parameters, trainer.sizes))
+
+
 def mlx_flat(model):
     return dict(tree_flatten(model.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_layerwise_gates_explain_more(place, memory, monkeypatch):
     model, tokenizer = base_model(place, memory)
@@ -220,6 +230,7 @@ def test_queries_lose_what_far_keys_share(place):
         assert np.trace(keep[head]) == pytest.approx(D - 1, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
     model, tokenizer = base_model(place, memory)
@@ -247,6 +258,7 @@ def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
     assert ours < local
 
 
+@pytest.mark.slow
 def test_kill_ctrl_c_and_a_closed_terminal_change_no_loss(place, tmp_path):
     options = ("--steps", 14, "--layerwise", 2, "--save-every", 3, "--accumulate", 2)
     done = train(place, tmp_path / "once", *options)
@@ -296,6 +308,7 @@ def test_output_is_the_published_layout_and_converts(place, tmp_path):
         assert not mx.allclose(converted(tokens), trained(tokens), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_trained_memory_is_trained_on(place, tmp_path):
     first, on = tmp_path / "first", tmp_path / "on"
     done = train(place, first, "--steps", 3, "--layerwise", 2)
@@ -303,8 +316,6 @@ def test_a_trained_memory_is_trained_on(place, tmp_path):
     done = train(place, on, "--steps", 0, "--ahn", first)
     assert done.returncode == 0, done.stderr
     assert same(*(mx.load(str(out / "model.safetensors")) for out in (first, on)))
-    done = train(place, tmp_path / "other", "--ahn", first, "--memory", "mamba2")
-    assert done.returncode == 2 and f"{first}: tensor" in done.stderr, done.stderr
 
 
 def test_a_memory_without_query_projection_is_trained_on(place, tmp_path):
@@ -371,6 +382,7 @@ def test_steps_go_on_where_the_layerwise_fit_ended(place):
     assert all(a.ahn.o_proj.weight.abs().sum().item() > 0 for _, a in memory_layers(model))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
     done = train(
         place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5, "--accumulate", 2
@@ -414,10 +426,11 @@ def test_a_lost_machine_ends_the_others_in_one_line(place, tmp_path):
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_options_are_refused_in_one_line(place, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
     (tmp_path / "short.txt").write_text("short")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfa")
     cases = [
         (("--data", tmp_path / "absent.txt"), "absent.txt: No such file"),
         (("--data", tmp_path / "bytes.txt"), "bytes.txt: not UTF-8"),
@@ -513,6 +526,7 @@ def test_compare_is_what_the_models_say(place):
         assert streamed[0].nll[kind] == pytest.approx(result.total.nll[kind], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compare_command(place, tmp_path):
     model = tmp_path / "model"
     convert(GDN / "base", GDN / "ahn_only", model)

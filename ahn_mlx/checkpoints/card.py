@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData, metadata_load
 
 from ..model.config import AHNConfig
-from .directory import check_member, read_config
+from .baseconfig import read_config
+from .directory import check_member
 
 CARD = "README.md"
 MAX_CARD = 1 << 20  # bytes
@@ -63,20 +64,25 @@ def origin(part: str, path: Path) -> Origin:
         repo, revision = owner.removeprefix("models--").replace("--", "/"), path.name
     data = _front_matter(path)
     licence = data.get("license_name") or data.get("license") or LICENCES.get(repo, "")
-    return Origin(part, repo, revision, licence if isinstance(licence, str) else "")
+    return Origin(part, repo, revision, _line(licence) if isinstance(licence, str) else "")
 
 
 def read_origins(directory: Path) -> list[Origin]:
     """What write_card has recorded; nothing if there is no such card."""
     try:
-        return [Origin(**fields) for fields in _front_matter(directory)["ahn_sources"]]
+        found = [Origin(**fields) for fields in _front_matter(directory)["ahn_sources"]]
     except (KeyError, TypeError):
         return []
+    if not all(isinstance(field, str) for origin in found for field in origin):
+        return []
+    return [Origin(*map(_line, origin)) for origin in found]
 
 
 def write_card(directory: Path, title: str, origins: list[Origin]) -> None:
     """Describe the model in `directory`, which has its config.json already."""
-    (directory / CARD).write_text(card(directory, title, origins), encoding="utf-8")
+    text = card(directory, title, origins)
+    # A directory's name need not be UTF-8.
+    (directory / CARD).write_text(text, encoding="utf-8", errors="replace")
 
 
 def card(directory: Path, title: str, origins: list[Origin]) -> str:
@@ -108,9 +114,13 @@ def card(directory: Path, title: str, origins: list[Origin]) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{TEXT.format(title=title, rows=table)}"
 
 
+def _line(text: str) -> str:
+    """Names of licences and repositories come from anyone: one line of what can be printed."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
+
+
 def _cell(text: str) -> str:
-    # Names of licences and directories come from anyone.
-    return " ".join(text.split()).replace("|", "\\|")[:200]
+    return _line(text).replace("|", "\\|")
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

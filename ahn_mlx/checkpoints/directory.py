@@ -1,12 +1,15 @@
 """A checkpoint directory that may come from anyone: which files make it up, what they
-hold. Whatever is wrong with
-it is an AHNError of one line, raised before MLX opens a file."""
+hold. Whatever is wrong with it is an AHNError of one line, raised before MLX opens a file,
+and what is left out is said."""
 
-import glob
+import codecs
 import json
-import math
 import os
 import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,24 +20,14 @@ from .safetensors import TensorInfo, is_finite, read_header
 
 INDEX = "model.safetensors.index.json"
 UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
+OURS = (UNUSED, "training.safetensors")  # which nobody takes for weights of the model
 MAX_JSON = 64 << 20  # bytes of an index; config.json is far smaller
 
-# Counts in config.json and the largest that is not absurd.
-LIMITS = {
-    "hidden_size": 1 << 20,
-    "head_dim": 1 << 12,
-    "intermediate_size": 1 << 24,
-    "num_hidden_layers": 1000,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 40,
-}
-POSITIVE = ("rms_norm_eps", "rope_theta")
-OBJECTS = (
-    *("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config"),
-    "ahn_release",
-)
+# What files of weights are called before their numbers, the likeliest first: of transformers,
+# of Mistral, of older MLX, and of pickles that became safetensors.
+STEMS = ("model", "consolidated", "weights", "pytorch_model")
+# Files of weights by the looks of their name. Optimizers and the like end in .bin too.
+WEIGHTS = re.compile(r".+\.safetensors|.+\.gguf|pytorch_model.*\.bin|consolidated.*\.pth")
 
 
 class Source(NamedTuple):
@@ -43,48 +36,6 @@ class Source(NamedTuple):
     name: str
     file: Path
     info: TensorInfo
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory, with the numbers that matter checked for sense."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise AHNError(f"{path}: {what}; give a model directory")
-    file = path / "config.json"
-    if not os.path.lexists(file):
-        raise AHNError(f"{path}: not a model directory, it has no config.json")
-    config = read_json(file)
-    check_config(file, config)
-    return config
-
-
-def check_config(file: Path, config: dict[str, Any]) -> None:
-    """Raise AHNError if a number that matters makes no sense."""
-    if not isinstance(config.get("model_type"), str):
-        found = show(config.get("model_type"))
-        raise AHNError(f"{file}: model_type must be a name such as qwen2, not {found}")
-    for name, limit in LIMITS.items():
-        value = config.get(name)
-        if value is not None and (type(value) is not int or not 1 <= value <= limit):
-            raise AHNError(
-                f"{file}: {name} must be a whole number from 1 to {limit}, not {show(value)}"
-            )
-    for name in POSITIVE:
-        value = config.get(name)
-        # type() and not isinstance(): true is an int in Python
-        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise AHNError(f"{file}: {name} must be a positive number, not {show(value)}")
-    for name in OBJECTS:
-        # mlx_lm looks into text_config without asking whether it is null
-        allowed = dict if name == "text_config" else dict | None
-        if not isinstance(config.get(name, {}), allowed):
-            raise AHNError(f"{file}: {name} must be an object, not {show(config[name])}")
-    if not isinstance(config.get("architectures"), list | str | None):
-        found = show(config["architectures"])
-        raise AHNError(f"{file}: architectures must be a list of names, not {found}")
-    if not isinstance(config.get("tie_word_embeddings"), bool | None):
-        found = show(config["tie_word_embeddings"])
-        raise AHNError(f"{file}: tie_word_embeddings must be true or false, not {found}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -115,70 +66,130 @@ def check_member(file: Path) -> None:
         raise AHNError(f"{file}: {what}; fetch it again")
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory: those of the index, or model.safetensors, or
-    all shards of a set."""
-    if os.path.lexists(path / INDEX):
-        return sorted({path / name for name in _weight_map(path / INDEX).values()})
-    if os.path.lexists(path / "model.safetensors"):
-        return [path / "model.safetensors"]
-    return _numbered_shards(path)
+@dataclass(frozen=True)
+class Files:
+    """One checkpoint. weight_map: tensor -> name of its file, as an index has it, or empty."""
+
+    paths: list[Path]
+    index: Path | None = None
+    weight_map: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return (self.index or self.paths[0]).name
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def find_files(path: Path, suffix: str = "safetensors", stems: Iterable[str] = STEMS) -> Files:
+    """The files of a checkpoint: those that its index names, or one file, or numbered shards;
+    none if there is nothing of the kind. Raises AHNError if a shard is missing."""
+    for stem in stems:
+        index = path / f"{stem}.{suffix}.index.json"
+        if os.path.lexists(index):
+            weight_map = _weight_map(index, suffix)
+            return Files(sorted({path / n for n in weight_map.values()}), index, weight_map)
+        if os.path.lexists(path / f"{stem}.{suffix}"):
+            return Files([path / f"{stem}.{suffix}"])
+        if shards := _numbered_shards(path, stem, suffix):
+            return Files(shards)
+    return Files([])
+
+
+def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     """Tensor name -> file name, from an index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AHNError(f"{index}: weight_map must map tensor names to files; fetch it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(rf"[\w.-]+\.{suffix}", file):
             raise AHNError(
                 f"{index}: tensor {show(name)} is in {show(file)}, "
-                "which is not the name of a safetensors file in this directory"
+                f"which is not the name of a {suffix} file beside it"
             )
     return weight_map
 
 
-def _numbered_shards(path: Path) -> list[Path]:
-    """model-00001-of-00002.safetensors and its siblings, when there is no index."""
-    found = {}
-    for file in path.glob("model-*-of-*.safetensors"):
-        if m := re.fullmatch(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors", file.name):
-            found[int(m[1]), int(m[2])] = file
-    if not found:
-        others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pth", ".gguf"))
-        has = f"; it has {show(others[0])}, see ahn-mlx convert --help" if others else ""
-        raise AHNError(f"{path}: no model.safetensors{has}; save the checkpoint as safetensors")
-    total = max(n for _, n in found)
-    for i in range(1, total + 1):
-        if (i, total) not in found:
-            raise AHNError(f"{path}: shard {i} of {total} is missing; fetch it again")
-    return sorted(found.values())
+def _numbered_shards(path: Path, stem: str, suffix: str) -> list[Path]:
+    """model-00001-of-00002.safetensors and its siblings, or weights.00.safetensors and on."""
+    found: dict[int, dict[int, Path]] = {}  # how many there are -> number -> file
+    for file in path.iterdir() if path.is_dir() else ():
+        number = rf"{stem}(?:\.{suffix})?-(\d{{1,6}})-of-(\d{{1,6}})\.{suffix}"
+        if m := re.fullmatch(number, file.name):
+            found.setdefault(int(m[2]), {})[int(m[1])] = file
+        elif m := re.fullmatch(rf"{stem}\.(\d{{1,6}})\.{suffix}", file.name):
+            found.setdefault(0, {})[int(m[1]) + 1] = file
+    if len(found) > 1:
+        first, second = (min(shards.values()).name for shards in list(found.values())[:2])
+        raise AHNError(f"{path}: {first} and {second} are of two checkpoints; remove one")
+    for total, shards in found.items():
+        numbers = range(1, (total or max(shards)) + 1)
+        for i in numbers:
+            if i not in shards:
+                count = f" of {total}" if total else ""
+                raise AHNError(f"{path}: shard {i}{count} is missing; fetch it again")
+        return [shards[i] for i in numbers]
+    return []
 
 
 def read_headers(path: Path) -> dict[str, Source]:
-    """Every tensor of a directory, from the headers alone."""
-    return _read_headers(path, weight_files(path))
+    """Every tensor of a directory, from the headers of its safetensors alone."""
+    files = find_files(path)
+    if not files.paths:
+        others = _other_weights(path, files)
+        has = f"; it has {show(others[0])}, see ahn-mlx convert --help" if others else ""
+        raise AHNError(f"{path}: no model.safetensors{has}; save the checkpoint as safetensors")
+    return gather(path, files, _file_sources)
 
 
-def _read_headers(path: Path, files: list[Path]) -> dict[str, Source]:
+def gather(
+    path: Path, files: Files, header: Callable[[Path], Iterable[Source]]
+) -> dict[str, Source]:
+    """Every tensor of a checkpoint. The index decides which shard holds it; what is left out
+    and what the index does not know is said on stderr."""
     sources: dict[str, Source] = {}
-    for file in files:
-        for source in _file_sources(file):
-            if other := sources.get(source.name):
-                raise AHNError(
-                    f"{file}: tensor {show(source.name)} is in {other.file.name} too; "
-                    "remove one file"
-                )
+    doubles: list[Source] = []
+    for source in (s for file in files.paths for s in header(file)):
+        if files.weight_map.get(source.name, source.file.name) != source.file.name:
+            doubles.append(source)
+        elif other := sources.get(source.name):
+            raise AHNError(
+                f"{source.file}: tensor {show(source.name)} is in {other.file.name} too; "
+                "remove one file"
+            )
+        else:
             sources[source.name] = source
-    if os.path.lexists(path / INDEX):
-        for name, file_name in _weight_map(path / INDEX).items():
-            if name not in sources or sources[name].file.name != file_name:
-                raise AHNError(
-                    f"{path / file_name}: tensor {show(name)} is missing, "
-                    "though the index lists it; fetch it again"
-                )
+    for name, file in files.weight_map.items():
+        if name not in sources:
+            raise AHNError(
+                f"{path / file}: tensor {show(name)} is missing, "
+                "though the index lists it; fetch it again"
+            )
+    if doubles:
+        name, file = doubles[0].name, doubles[0].file.name
+        more = _more(len(doubles))
+        note(f"{files.index}: does not want {show(name)} of {file}{more}; it is left out")
+    if unlisted := sorted(set(sources) - set(files.weight_map)) if files.index else []:
+        more = _more(len(unlisted))
+        note(f"{files.index}: does not list {show(unlisted[0])}{more}; it is read all the same")
+    if others := _other_weights(path, files):
+        note(f"{path}: read from {files.name}; {show(others[0])}{_more(len(others))} is left out")
     return sources
+
+
+def _other_weights(path: Path, files: Files) -> list[str]:
+    """The names of what looks like weights and belongs to another checkpoint."""
+    known = {*OURS, *(file.name for file in files.paths)}
+    return sorted(
+        f.name for f in path.iterdir() if f.name not in known and WEIGHTS.fullmatch(f.name)
+    )
+
+
+def _more(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def note(line: str) -> None:
+    """Say what a user may want to know, on stderr."""
+    print(f"note: {line}", file=sys.stderr)
 
 
 def read_unused(path: Path) -> dict[str, Source]:
@@ -208,33 +219,27 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
         raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
 
 
-def check_model_dir(path: Path) -> dict[str, Any]:
-    """Verify a directory that mlx_lm is about to load; returns its config.json."""
-    config = read_config(path)
-    if glob.escape(str(path)) != str(path):
-        raise AHNError(f"{path}: mlx_lm cannot load from a path with * ? or [; rename it")
-    if os.path.lexists(path / "generation_config.json"):
-        read_json(path / "generation_config.json")
-    check_quantization(path, config)
-    weight_files(path)
-    # mlx_lm loads every file of this pattern, whatever an index says.
-    _read_headers(path, sorted(path.glob("model*.safetensors")))
-    return config
+def copy_files(names: Iterable[str], inputs: list[Path], directory: Path) -> None:
+    """Copy each file from the first input that has it. JSON loses its BOM, which neither
+    mlx_lm nor transformers reads."""
+    for name in names:
+        for path in inputs:
+            if os.path.lexists(path / name):
+                check_member(path / name)
+                if has_bom(path / name):
+                    data = (path / name).read_bytes()
+                    (directory / name).write_bytes(data.removeprefix(codecs.BOM_UTF8))
+                else:
+                    shutil.copyfile(path / name, directory / name)
+                break
 
 
-def check_quantization(path: Path, config: dict[str, Any]) -> None:
-    """None, or MLX's own. mlx_lm would try to unpack what other programs write."""
-    quantization = config.get("quantization")
-    if quantization is None:
-        foreign = config.get("quantization_config") is not None
-        if foreign or os.path.lexists(path / "hf_quant_config.json"):
-            raise AHNError(f"{path}: quantized, but not by MLX; use the unquantized model")
-        return
-    for name in ("bits", "group_size"):
-        value = quantization.get(name)
-        if type(value) is not int or not 1 <= value <= 1024:
-            file = path / "config.json"
-            raise AHNError(f"{file}: {name} under quantization is {show(value)}, not a number")
+def has_bom(file: Path) -> bool:
+    """Whether a JSON file starts with the byte order mark of UTF-8."""
+    if file.suffix != ".json" or not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return f.read(3) == codecs.BOM_UTF8
 
 
 def check_finite(name: str, x: mx.array) -> None:

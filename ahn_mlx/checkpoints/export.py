@@ -10,10 +10,11 @@ import mlx.core as mx
 from ..errors import AHNError, show
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import is_memory, published_name
-from .convert import RELEASE, copy_files
-from .directory import INDEX, Source, read_config, read_headers, read_unused
+from ..outputs.directories import check_out, replacing, reporting
+from .baseconfig import read_config
+from .convert import RELEASE
+from .directory import INDEX, Source, copy_files, read_headers, read_unused
 from .formats import Reader
-from .outdir import check_out, replacing
 from .safetensors import FLOATS, STORED
 from .shards import Tensor, write_json, write_weights
 from .tokenizer import TOKENIZER_FILES
@@ -43,26 +44,30 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
     """
     if layout not in LAYOUTS:
         raise AHNError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    out = check_out(out, [path], force)
-    config = read_config(path)
-    try:
-        ahn = AHNConfig.from_dict(config)
-    except AHNError as e:
-        raise AHNError(f"{path}: {e}") from None
-    plan = _plan(path, config, layout)
-    parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
-    names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))
-    with replacing(out, force) as directory:
-        write_weights(directory, plan, parameters, {"format": "pt"})
-        if (directory / "model.safetensors").exists():
-            (directory / INDEX).unlink()  # transformers writes one for shards only
-        write_json(directory / "config.json", release_config(config, ahn, layout))
-        copy_files(names, [path], directory)
+    with reporting(out, [path]):
+        out = check_out(out, [path], force)
+        config = read_config(path)
+        try:
+            ahn = AHNConfig.from_dict(config)
+        except AHNError as e:
+            raise AHNError(f"{path}: {e}") from None
+        plan = _plan(path, config, layout)
+        parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
+        names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))
+        with replacing(out, force) as directory:
+            write_weights(directory, plan, parameters, {"format": "pt"})
+            if (directory / "model.safetensors").exists():
+                (directory / INDEX).unlink()  # transformers writes one for shards only
+            write_json(directory / "config.json", release_config(config, ahn, layout))
+            copy_files(names, [path], directory)
 
 
 def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[str, Any]:
     """config.json as the release reads it."""
     kind = f"{config['model_type'].capitalize()}MemDecoderLayer"
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) == 1:
+        config = {**config, "eos_token_id": ends[0]}  # as it writes one
     return {
         **({"_layer_implementation": kind, **TRAINING} if not config.get(RELEASE) else {}),
         **{k: v for k, v in config.items() if k not in OURS},

@@ -1,32 +1,66 @@
 """A checkpoint in whatever format it is: a directory with safetensors or with pickles of
 torch, or a GGUF file. All are described alike, and read one tensor at a time."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..model.names import is_memory
 from . import pickles
-from .directory import INDEX, Source, load_safetensors, read_config, read_headers, read_unused
+from .baseconfig import check_quantization, complete, normalise, read_config
+from .directory import Source, find_files, load_safetensors, note, read_headers, read_unused
 from .ggufile import GGUFile
+
+HEAD, EMBEDDING = "lm_head.", "model.embed_tokens."
 
 
 def describe(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
-    """config.json, and every tensor. Raises AHNError on what is no checkpoint."""
+    """The normal form of its config, and every tensor. Raises AHNError on what is no
+    checkpoint."""
     if is_gguf(path):
         file = GGUFile(path)
-        return file.config(), file.sources()
-    config = read_config(path)
-    safetensors = os.path.lexists(path / INDEX) or any(path.glob("model*.safetensors"))
-    if not safetensors and (files := pickles.pickles(path)):
-        return config, pickles.read_headers(files)
-    return config, read_headers(path) | read_unused(path)
+        config, sources = normalise(path, file.config()), file.sources()
+    else:
+        config = read_config(path)
+        if not find_files(path).paths and (files := pickles.find_files(path)).paths:
+            sources = pickles.read_headers(path, files)
+        else:
+            sources = read_headers(path) | read_unused(path)
+    if all(map(is_memory, sources)):
+        return config, sources  # of the base it says only what someone has written
+    check_quantization(path, config)
+    tied = _tied(path, config.get("tie_word_embeddings"), sources)
+    return complete({**config, "tie_word_embeddings": tied}), sources
+
+
+def describe_config(path: Path) -> dict[str, Any]:
+    """As describe, of a directory that may have no weights yet."""
+    if is_gguf(path) or find_files(path).paths or pickles.find_files(path).paths:
+        return complete(describe(path)[0])
+    return complete(read_config(path))
 
 
 def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
+
+
+def _tied(path: Path, stated: bool | None, sources: dict[str, Source]) -> bool:
+    """Whether the head is the embedding. A head that is there and another matrix is kept, as
+    transformers does; mlx_lm would drop it."""
+    head = {name: s for name, s in sources.items() if name.startswith(HEAD)}
+    if not head:
+        return True if stated is None else stated
+    if not stated:
+        return False
+    read = Reader()
+    for name, source in head.items():
+        other = sources.get(EMBEDDING + name.removeprefix(HEAD))
+        if other is None or not mx.array_equal(read(source), read(other)).item():
+            note(f"{path}: config.json ties head and embedding, but they differ; the head is kept")
+            return False
+    return True
 
 
 class Reader:
@@ -38,7 +72,10 @@ class Reader:
     def __call__(self, source: Source) -> mx.array:
         file, name = source.file, source.name
         if file not in self._files:
-            self._files[file] = _OPEN.get(file.suffix, load_safetensors)(file)
+            opened = _OPEN.get(file.suffix, load_safetensors)(file)
+            # Any part of a split GGUF file opens all of it.
+            parts = [p.file for p in opened.parts] if isinstance(opened, GGUFile) else [file]
+            self._files |= dict.fromkeys(parts, opened)
         opened = self._files[file]
         if isinstance(opened, GGUFile):
             return opened.read(name)

@@ -1,24 +1,16 @@
-"""A Llama-architecture GGUF file as an mlx-lm model and its tokenizer.
+"""What GGUF calls things: the names of tensors and their rows' order, the tokens that end a
+text, and the tokenizer and chat template that are packed into a file's metadata."""
 
-llama.cpp stores each head's query and key rows in another order and packs the tokenizer
-and chat template into the file's metadata; both are undone here. Quantized tensors are
-expanded: on the CPU, quantized products are ten times slower than OpenBLAS.
-"""
-
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models import llama
+import numpy as np
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import AHNError
-
-GROUP = 32  # values per scale in Q4_0, Q4_1 and Q8_0
-CONTROL = 3  # token type of special tokens
+from ..errors import AHNError, foreign, show
 
 # GGUF's names of tensors -> mlx-lm's.
 NAMES = {
@@ -38,89 +30,54 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
+# Types of tokens. The others are undefined (0), normal (1), unused (5) and bytes (6): text
+# becomes one of them by merges alone.
+UNKNOWN, CONTROL, USER_DEFINED, LAST_TYPE = 2, 3, 4, 6
 
-# Names of pre-tokenizers in GGUF -> how a text falls into words.
-SPLITS = {
-    "smollm": [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ],
-    "qwen2": [
+# Tokens that end a text, as llama.cpp knows them: by role, and by what they are called,
+# for a file names one of a role and models have more.
+END_ROLES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+END_TOKENS = {
+    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>"),
+    *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "</s>"),
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
+}
+
+
+class Style(NamedTuple):
+    """How a family's text becomes tokens, as in its tokenizer.json."""
+
+    words: list[Any]  # pre-tokenizers
+    normalizer: Any = None
+    whole_words: bool = False  # a word that is a token needs no merges
+    bos: bool = False  # whether a text begins with BOS where the file does not say
+
+
+def _words(digits: str) -> list[Any]:
+    return [
         pre_tokenizers.Split(
             Regex(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
             ),
             "isolated",
         ),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
+    ]
+
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_LLAMA3 = Style(_words(r"\p{N}{1,3}"), whole_words=True, bos=True)
+
+# Names of pre-tokenizers in GGUF, those whose tokenizer.json is known to the letter.
+STYLES = {
+    "gpt-2": Style([_GPT2]),
+    "smollm": Style([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+    "qwen2": Style(_words(r"\p{N}"), normalizers.NFC()),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
 }
-
-
-def load_llama(file: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The float32 model and the file's metadata. Raises AHNError on a damaged file."""
-    try:
-        loaded: Any = mx.load(str(file), return_metadata=True)
-        tensors, metadata = loaded
-        config = _config(metadata, tied="output.weight" not in tensors)
-        base = llama.Model(llama.ModelArgs.from_dict(config))
-        weights = _weights(tensors, config)
-        base.load_weights(list(weights.items()), strict=True)
-    except (RuntimeError, ValueError, KeyError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise AHNError(f"{file}: not a Llama model that MLX can read ({reason})") from None
-    return base, metadata
-
-
-def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """What mlx-lm's llama reads from a config.json."""
-
-    def number(key: str) -> Any:
-        return metadata[f"llama.{key}"].item()
-
-    return {
-        "model_type": "llama",
-        "hidden_size": number("embedding_length"),
-        "num_hidden_layers": number("block_count"),
-        "intermediate_size": number("feed_forward_length"),
-        "num_attention_heads": number("attention.head_count"),
-        "num_key_value_heads": number("attention.head_count_kv"),
-        "head_dim": number("rope.dimension_count"),
-        # The file's float32 has digits that the value was not written with.
-        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": float(f"{number('rope.freq_base'):.6g}"),
-        "max_position_embeddings": number("context_length"),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": tied,
-    }
-
-
-def _weights(tensors: dict[str, mx.array], config: dict[str, Any]) -> dict[str, mx.array]:
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights = {}
-    for name in tensors:
-        stem, kind = name.rsplit(".", 1)
-        if kind != "weight" or stem == "rope_freqs":
-            continue
-        value = _expand(tensors, stem)
-        *block, part = stem.split(".")  # blk.3.attn_q
-        if part in heads:
-            value = unpermute(value, heads[part])
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weights[f"{prefix}{NAMES[part]}.weight"] = value
-    return weights
-
-
-def _expand(tensors: dict[str, mx.array], stem: str) -> mx.array:
-    weight = tensors[f"{stem}.weight"]
-    if weight.dtype != mx.uint32:
-        return weight.astype(mx.float32)
-    scales = tensors[f"{stem}.scales"].astype(mx.float32)
-    biases = tensors[f"{stem}.biases"].astype(mx.float32)
-    # 32 // bits values per word, GROUP values per scale.
-    bits = weight.shape[-1] * 32 // (scales.shape[-1] * GROUP)
-    return mx.dequantize(weight, scales, biases, group_size=GROUP, bits=bits)
 
 
 def unpermute(rows: mx.array, heads: int) -> mx.array:
@@ -129,38 +86,143 @@ def unpermute(rows: mx.array, heads: int) -> mx.array:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def load_tokenizer(metadata: dict[str, Any]) -> TokenizerWrapper:
-    """The byte-level BPE tokenizer in a file's metadata, with its chat template."""
-    kind = (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"])
-    if kind[0] != "gpt2" or kind[1] not in SPLITS:
-        known = ", ".join(f"gpt2/{name}" for name in SPLITS)
-        raise AHNError(f"GGUF tokenizer {'/'.join(kind)} is not supported; only {known}")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(m.split(" ")) for m in metadata["tokenizer.ggml.merges"]]
-    bpe = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[kind[1]])
-    if kind[1] == "qwen2":
-        bpe.normalizer = normalizers.NFC()
+def end_ids(metadata: dict[str, Any], count: int) -> list[int]:
+    """The tokens that end a text, of `count` in all. Raises AHNError on an id that is none."""
+    ids = {i for role in END_ROLES if (i := _role(metadata, role, count)) is not None}
+    tokens, types = _listed(metadata, "tokens"), _listed(metadata, "token_type")
+    for i, (token, kind) in enumerate(zip(tokens[:count], types, strict=False)):
+        # An ordinary token with such a text is written by ordinary texts.
+        if kind in (CONTROL, USER_DEFINED) and token in END_TOKENS:
+            ids.add(i)
+    return sorted(ids)
+
+
+def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
+    """The byte-level BPE tokenizer in a file's metadata, for a model of `count` tokens, with
+    its chat template. Raises AHNError, without the file's name, if there is none or it is
+    not of a family that is known."""
+    style = _style(metadata)
+    tokens, types = _tokens(metadata, count)
+    merges = _merges(metadata, set(tokens))
+    ends = end_ids(metadata, count)
+    roles = {role: _role(metadata, role, count) for role in ("bos", "eos", "padding", "unknown")}
+    if roles["eos"] is None and ends:
+        roles["eos"] = ends[0]
+    adds = {role: _adds(metadata, role) for role in ("bos", "eos")}
+    for role, added in adds.items():
+        if added and roles[role] is None:
+            raise AHNError(f"it adds a token to every text, but names no {role}_token_id")
+    if adds["bos"] is None:
+        adds["bos"] = style.bos and roles["bos"] is not None
+    names = {role: None if i is None else tokens[i] for role, i in roles.items()}
+    template = plain(metadata.get("tokenizer.chat_template"))
+    if not isinstance(template, str | None):
+        raise AHNError(f"its chat template is {show(template)}, not a text")
+    with foreign(lambda why: f"no usable tokenizer in it ({why})"):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_bpe(tokens, types, merges, style, ends),
+            bos_token=names["bos"],
+            eos_token=names["eos"],
+            pad_token=names["padding"],
+            unk_token=names["unknown"],
+            add_bos_token=adds["bos"],
+            add_eos_token=bool(adds["eos"]),
+            chat_template=template or None,
+            clean_up_tokenization_spaces=False,
+        )
+        return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=ends)
+
+
+def _style(metadata: dict[str, Any]) -> Style:
+    kinds = [metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")]
+    if kinds[0] == "gpt2" and isinstance(kinds[1], str) and kinds[1] in STYLES:
+        return STYLES[kinds[1]]
+    kind = ""
+    if kinds[0] is not None:
+        known = ", ".join(f"gpt2/{name}" for name in STYLES)
+        kind = f", {show('/'.join(map(str, kinds)))} is none of {known}"
+    raise AHNError(f"no usable tokenizer in it{kind}; the model needs the base's tokenizer.json")
+
+
+def _bpe(
+    tokens: list[str],
+    types: list[int],
+    merges: list[tuple[str, str]],
+    style: Style,
+    ends: list[int],
+) -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=style.whole_words))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(style.words)
+    if style.normalizer is not None:
+        bpe.normalizer = style.normalizer
     bpe.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"].tolist()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-
-    def token(role: str) -> str | None:
-        number = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return None if number is None else tokens[number.item()]
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=token("bos"),
-        eos_token=token("eos"),
-        pad_token=token("padding"),
-        unk_token=token("unknown"),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
+    special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | set(ends)
+    whole = special | {i for i, kind in enumerate(types) if kind == USER_DEFINED}
+    bpe.add_tokens(
+        [AddedToken(tokens[i], normalized=False, special=i in special) for i in sorted(whole)]
     )
-    # A chat turn ends with eos, a document with <|endoftext|>, under either role.
-    ends = {tokenizer.eos_token_id, tokenizer.unk_token_id, bpe.token_to_id("<|endoftext|>")}
-    return TokenizerWrapper(
-        tokenizer, BPEStreamingDetokenizer, eos_token_ids=sorted(i for i in ends if i is not None)
-    )
+    return bpe
+
+
+def _tokens(metadata: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
+    """Every token and its type."""
+    tokens, types = _listed(metadata, "tokens"), _listed(metadata, "token_type")
+    if tokens and not isinstance(tokens[0], str):
+        raise AHNError(f"its tokenizer has the token {show(tokens[0])}, which is no text")
+    if len(tokens) != count:
+        raise AHNError(f"its tokenizer has {len(tokens):,} tokens and its embedding {count:,}")
+    if len(types) != count:
+        raise AHNError(f"its tokenizer has {count:,} tokens and types for {len(types):,} of them")
+    if odd := [kind for kind in types if type(kind) is not int or not 0 <= kind <= LAST_TYPE]:
+        raise AHNError(f"its tokenizer has a token of type {show(odd[0])}, which is not known")
+    if len(set(tokens)) != count:
+        twice, _ = Counter(tokens).most_common(1)[0]
+        raise AHNError(f"its tokenizer has the token {show(twice)} twice")
+    return tokens, types
+
+
+def _merges(metadata: dict[str, Any], tokens: set[str]) -> list[tuple[str, str]]:
+    if "tokenizer.ggml.merges" not in metadata:
+        raise AHNError("its tokenizer has no merges")
+    merges = []
+    for i, merge in enumerate(_listed(metadata, "merges")):
+        parts = merge.split(" ") if isinstance(merge, str) else ()
+        if len(parts) != 2:
+            raise AHNError(f"merge {i + 1} of its tokenizer, {show(merge)}, is not two tokens")
+        if odd := [t for t in (*parts, "".join(parts)) if t not in tokens]:
+            raise AHNError(
+                f"merge {i + 1} of its tokenizer, {show(merge)}, needs {show(odd[0])}, "
+                "which is no token"
+            )
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _listed(metadata: dict[str, Any], key: str) -> list[Any]:
+    """A list of the tokenizer's; empty if it has none."""
+    value = plain(metadata.get(f"tokenizer.ggml.{key}"))
+    return value if isinstance(value, list) else []
+
+
+def _role(metadata: dict[str, Any], role: str, count: int) -> int | None:
+    """The id of the token with this role, if one has it."""
+    value = plain(metadata.get(f"tokenizer.ggml.{role}_token_id"))
+    if value is None or value == -1 or value == 0xFFFFFFFF:  # how llama.cpp writes none
+        return None
+    if type(value) is not int or not 0 <= value < count:
+        raise AHNError(f"its {role}_token_id is {show(value)}, not one of {count:,} tokens")
+    return value
+
+
+def _adds(metadata: dict[str, Any], role: str) -> bool | None:
+    """Whether a text gets this token; None if the file does not say."""
+    value = plain(metadata.get(f"tokenizer.ggml.add_{role}_token"))
+    if not isinstance(value, bool | None):
+        raise AHNError(f"its add_{role}_token is {show(value)}, not true or false")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """A value of the metadata as Python has it."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

@@ -1,169 +1,56 @@
-"""One GGUF file that may come from anyone, as the base of a conversion: a header judged
-before it is believed, the config.json it stands for, and its tensors one at a time.
+"""A base in a GGUF file, or in the parts of a split one: the config.json that it stands for,
+its tensors one at a time, and its tokenizer.
 
 Q4_0, Q4_1 and Q8_0 are repacked as MLX packs them, without loss. Other quantizations are
 expanded to float16 by the package gguf.
 """
 
-import math
-import mmap
-import struct
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError, show
-from .directory import Source, check_member
-from .gguf import GROUP, NAMES, unpermute
-from .safetensors import FLOATS, MAX_DIM, STORED, TensorInfo
+from . import gguf
+from .directory import Source
+from .ggufheader import Header, Tensor
+from .safetensors import FLOATS, STORED, TensorInfo
 
-MAX_ENTRIES = 1 << 16  # metadata entries or tensors
-VERSIONS = (2, 3)
-
-# Types of metadata values: id -> format of struct.
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"}
-NUMBERS |= {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-
-class Kind(NamedTuple):
-    """A type of tensor: values per block, bytes per block."""
-
-    name: str
-    values: int
-    size: int
-
-
-KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    30: Kind("BF16", 1, 2),
-    2: Kind("Q4_0", 32, 18),
-    3: Kind("Q4_1", 32, 20),
-    8: Kind("Q8_0", 32, 34),
-    # The rest takes the package gguf.
-    6: Kind("Q5_0", 32, 22),
-    7: Kind("Q5_1", 32, 24),
-    10: Kind("Q2_K", 256, 84),
-    11: Kind("Q3_K", 256, 110),
-    12: Kind("Q4_K", 256, 144),
-    13: Kind("Q5_K", 256, 176),
-    14: Kind("Q6_K", 256, 210),
-    20: Kind("IQ4_NL", 32, 18),
-    23: Kind("IQ4_XS", 256, 136),
-}
+GROUP = 32  # values per scale in Q4_0, Q4_1 and Q8_0
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # kept quantized
 
 # Architecture -> whether its files have query and key rows in llama.cpp's order.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 
-
-class Tensor(NamedTuple):
-    kind: Kind
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+# What only llama.cpp does to scaled positions, unless it is 1.
+FACTORS = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
 
 
 class GGUFile:
-    """metadata: numbers as NumPy has them, strings, lists of strings. Raises AHNError on a
-    header that is not one, or that promises what the file does not hold."""
+    """metadata: as a Header has it, of the first part. Raises AHNError on a file that is
+    damaged, or a part whose others are not beside it."""
 
     def __init__(self, file: Path):
-        check_member(file)
-        self.file = file
-        with file.open("rb") as f:
-            try:
-                self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            except ValueError:
-                raise self._broken("it is empty") from None
-        self.at = 0
-        try:
-            self._read_header()
-        except (struct.error, UnicodeDecodeError) as e:
-            raise self._broken(f"its header ends or errs at byte {self.at:,}: {e}") from None
-
-    def _read_header(self) -> None:
-        if self._bytes(4) != b"GGUF":
-            raise AHNError(f"{self.file}: not a GGUF file")
-        if (version := self._number("I")) not in VERSIONS:
-            raise AHNError(f"{self.file}: GGUF version {version} is not known; convert it anew")
-        tensors, entries = self._number("Q"), self._number("Q")
-        if max(tensors, entries) > MAX_ENTRIES:
-            raise self._broken(f"it claims {tensors} tensors and {entries} entries")
-        self.metadata: dict[str, Any] = {}
-        for _ in range(entries):
-            name = self._string()
-            self.metadata[name] = self._value(self._number("I"))
-        infos = [self._tensor_info() for _ in range(tensors)]
-        alignment = int(self.metadata.get("general.alignment", 32))
-        if alignment < 1 or alignment % 8:
-            raise self._broken(f"its alignment is {alignment}")
-        start = -(-self.at // alignment) * alignment
-        self.tensors: dict[str, Tensor] = {}
-        end = 0
-        for name, kind, shape, offset in sorted(infos, key=lambda info: info[3]):
-            size = math.prod(shape) // kind.values * kind.size
-            if offset < end or start + offset + size > len(self.data):
-                raise self._broken(f"tensor {show(name)} overlaps another or the file's end")
-            if name in self.tensors:
-                raise self._broken(f"tensor {show(name)} is there twice")
-            end = offset + size
-            self.tensors[name] = Tensor(kind, shape, start + offset, start + end)
-
-    def _tensor_info(self) -> tuple[str, Kind, tuple[int, ...], int]:
-        name, ndim = self._string(), self._number("I")
-        if ndim > 4:
-            raise self._broken(f"tensor {show(name)} has {ndim} dimensions")
-        shape = tuple(self._number("Q") for _ in range(ndim))[::-1]
-        number, offset = self._number("I"), self._number("Q")
-        kind = KINDS.get(number)
-        if kind is None:
-            raise AHNError(f"{self.file}: tensor {show(name)} has type {number}; use Q4_K or Q8_0")
-        if not shape or any(not 1 <= n <= MAX_DIM for n in shape) or shape[-1] % kind.values:
-            raise self._broken(f"tensor {show(name)} has the shape {list(shape)}")
-        return name, kind, shape, offset
-
-    def _value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self._string()
-        if kind == ARRAY:
-            item, count = self._number("I"), self._number("Q")
-            if item == STRING and count * 8 <= len(self.data):
-                return [self._string() for _ in range(count)]
-            if item in NUMBERS:
-                dtype = np.dtype(NUMBERS[item]).newbyteorder("<")
-                return np.frombuffer(self._bytes(count * dtype.itemsize), dtype)
-        elif kind in NUMBERS:
-            return np.dtype(NUMBERS[kind]).type(self._number(NUMBERS[kind]))
-        raise self._broken(f"a value at byte {self.at:,} is no number, string or list of them")
-
-    def _string(self) -> str:
-        return self._bytes(self._number("Q")).decode()
-
-    def _number(self, kind: str) -> Any:
-        return struct.unpack("<" + kind, self._bytes(struct.calcsize("<" + kind)))[0]
-
-    def _bytes(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise self._broken(f"{count:,} bytes are missing at byte {self.at:,}")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def _broken(self, why: str) -> AHNError:
-        return AHNError(f"{self.file}: damaged GGUF file, {why}; fetch it again")
+        self.parts = _open_parts(file)
+        self.file, self.metadata = self.parts[0].file, self.parts[0].metadata
+        self._part: dict[str, Header] = {}  # of each tensor
+        for part in self.parts:
+            for name in part.tensors:
+                if other := self._part.get(name):
+                    raise AHNError(
+                        f"{part.file}: tensor {show(name)} is in {other.file.name} too, they "
+                        "are not of one split model; fetch all parts again"
+                    )
+                self._part[name] = part
 
     def config(self) -> dict[str, Any]:
         """The config.json that mlx_lm would read. Raises AHNError for other architectures."""
-        kind = self.metadata.get("general.architecture")
-        if kind not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise AHNError(f"{self.file}: holds a {show(kind)} model, not one of {known}")
-        if "rope_freqs.weight" in self.tensors:
+        kind = self._architecture()
+        if "rope_freqs.weight" in self._part:
             raise AHNError(f"{self.file}: has rope_freqs, which nothing explains; use safetensors")
-        embedding = self.tensors.get("token_embd.weight")
         heads = self._setting("attention.head_count")
         width = self._setting("embedding_length")
         config = {
@@ -175,90 +62,215 @@ class GGUFile:
             "num_key_value_heads": self._setting("attention.head_count_kv", heads),
             "head_dim": self._setting("attention.key_length", width // max(heads, 1)),
             "max_position_embeddings": self._setting("context_length"),
-            "vocab_size": embedding.shape[0] if embedding else 0,
+            "vocab_size": self._embedding().shape[0],
             # The file's float32 has digits that the value was not written with.
             "rms_norm_eps": float(f"{self._setting('attention.layer_norm_rms_epsilon'):.6g}"),
             "rope_theta": float(f"{self._setting('rope.freq_base', 10000.0):.6g}"),
-            "tie_word_embeddings": "output.weight" not in self.tensors,
+            "tie_word_embeddings": "output.weight" not in self._part,
         }
-        kind = embedding.kind.name if embedding else ""
-        config["torch_dtype"] = {"F32": "float32", "BF16": "bfloat16"}.get(kind, "float16")
+        turned = self._setting("rope.dimension_count", config["head_dim"])
+        if turned != config["head_dim"]:
+            raise AHNError(
+                f"{self.file}: rotates {turned} of the {config['head_dim']} values of a head, "
+                f"a {kind} model of mlx_lm rotates all"
+            )
+        floats = {"F32": "float32", "BF16": "bfloat16"}
+        config["torch_dtype"] = floats.get(self._embedding().kind.name, "float16")
         if scaling := self._rope_scaling():
             config["rope_scaling"] = scaling
-        ends = (self.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot"))
-        if ids := sorted({int(i) for i in ends if i is not None}):
-            config["eos_token_id"] = ids
-        packed = [BITS[t.kind.name] for t in self.tensors.values() if t.kind.name in BITS]
-        if packed:
-            # Of most tensors; mlx_lm sees the bits of each in its shape.
-            bits = max(packed, key=packed.count)
+        try:
+            ends = gguf.end_ids(self.metadata, config["vocab_size"])
+        except AHNError as e:
+            raise AHNError(f"{self.file}: {e}") from None
+        if ends:
+            config["eos_token_id"] = ends
+        if bits := self._bits():
             config["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
             config["quantization_config"] = config["quantization"]
         return config
 
+    def tokenizer(self) -> TokenizerWrapper:
+        """The tokenizer inside. Raises AHNError if there is none that we know."""
+        try:
+            return gguf.load_tokenizer(self.metadata, self._embedding().shape[0])
+        except AHNError as e:
+            raise AHNError(f"{self.file}: {e}") from None
+
+    def _architecture(self) -> str:
+        kind = self.metadata.get("general.architecture")
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise AHNError(f"{self.file}: holds a {show(kind)} model, not one of {known}")
+        return kind
+
+    def _embedding(self) -> Tensor:
+        name = "token_embd.weight"
+        if name not in self._part:
+            raise AHNError(f"{self.file}: has no tensor {name}; fetch it again")
+        return self._part[name].tensors[name]
+
+    def _bits(self) -> int:
+        """Of most packed tensors, 0 if there are none; mlx_lm sees those of each in its shape."""
+        kinds = [tensor.kind.name for part in self.parts for tensor in part.tensors.values()]
+        packed = [BITS[name] for name in kinds if name in BITS]
+        return max(packed, key=packed.count, default=0)
+
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._setting("rope.scaling.type", "none")
+        factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 0))
+        # llama.cpp takes a factor alone for a linear one.
+        kind = self._entry("rope.scaling.type", "linear" if factor else "none")
         if kind == "none":
             return None
-        scaling = {"rope_type": kind, "factor": float(self._setting("rope.scaling.factor"))}
+        if not isinstance(kind, str) or not factor:
+            raise AHNError(f"{self.file}: its rope.scaling is {show(kind)} by {show(factor)}")
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": float(factor)}
         if kind == "yarn":
             trained = self._setting("rope.scaling.original_context_length")
             scaling["original_max_position_embeddings"] = trained
+            for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+                if self._entry(f"rope.scaling.{theirs}") is not None:
+                    scaling[ours] = self._setting(f"rope.scaling.{theirs}")
+        for key in FACTORS:
+            if (value := self._setting(f"rope.scaling.{key}", 1)) != 1:
+                raise AHNError(
+                    f"{self.file}: mlx_lm knows no rope.scaling.{key}, which is {value:.6g} here"
+                )
         return scaling
 
-    def _setting(self, key: str, default: Any = None) -> Any:
-        value = self.metadata.get(f"{self.metadata['general.architecture']}.{key}", default)
-        if value is None or isinstance(value, list | np.ndarray):
-            raise AHNError(f"{self.file}: its metadata lacks {key} or has one for each layer")
-        return value.item() if isinstance(value, np.generic) else value
+    def _entry(self, key: str, default: Any = None) -> Any:
+        return gguf.plain(self.metadata.get(f"{self._architecture()}.{key}", default))
+
+    def _setting(self, key: str, default: float | None = None) -> Any:
+        value = self._entry(key, default)
+        if type(value) not in (int, float):
+            raise AHNError(f"{self.file}: its metadata lacks {key} or has no one number for it")
+        return value
 
     def sources(self) -> dict[str, Source]:
         """mlx_lm's names, and what each will be read as."""
         sources = {}
-        for name, tensor in self.tensors.items():
+        for name, part in self._part.items():
+            tensor = part.tensors[name]
             stem, _, last = name.rpartition(".")
-            *block, part = stem.split(".")  # blk.3.attn_q
-            if part not in NAMES or last not in ("weight", "bias") or len(block) not in (0, 2):
-                raise AHNError(f"{self.file}: unexpected tensor {show(name)}")
+            *block, stored = stem.split(".")  # blk.3.attn_q
+            if (
+                stored not in gguf.NAMES
+                or last not in ("weight", "bias")
+                or len(block) not in (0, 2)
+            ):
+                raise AHNError(f"{part.file}: unexpected tensor {show(name)}")
             prefix = f"model.layers.{block[1]}." if block else ""
-            for ending, dtype, shape in _parts(tensor, last):
+            for ending, dtype, shape in _readings(tensor, last):
                 info = TensorInfo(dtype, shape, tensor.begin, tensor.end)
-                source = Source(f"{stem}.{ending}", self.file, info)
-                sources[f"{prefix}{NAMES[part]}.{ending}"] = source
+                source = Source(f"{stem}.{ending}", part.file, info)
+                sources[f"{prefix}{gguf.NAMES[stored]}.{ending}"] = source
         return sources
 
     def read(self, name: str) -> mx.array:
-        """What a source of this name stands for: a tensor, or a part of a quantized one."""
+        """What a source of this name stands for: a tensor, or a piece of a quantized one."""
         stem, _, ending = name.rpartition(".")
         stored = name if ending == "bias" else f"{stem}.weight"
-        tensor = self.tensors[stored]
-        x = self._array(stored, tensor, ending)
-        part = stem.rsplit(".", 1)[-1]
-        if part in ("attn_q", "attn_k") and ARCHITECTURES[self.metadata["general.architecture"]]:
-            config = self.config()
-            heads = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
-            x = unpermute(x, config[heads])
+        x = self._array(stored, ending)
+        role = stem.rsplit(".", 1)[-1]
+        if role in ("attn_q", "attn_k") and ARCHITECTURES[self._architecture()]:
+            heads = self._setting("attention.head_count")
+            if role == "attn_k":
+                heads = self._setting("attention.head_count_kv", heads)
+            x = gguf.unpermute(x, heads)
         return x
 
-    def _array(self, name: str, tensor: Tensor, ending: str) -> mx.array:
-        kind, shape = tensor.kind.name, tensor.shape
-        raw = np.frombuffer(self.data, np.uint8, tensor.end - tensor.begin, tensor.begin)
-        if kind in FLOATS:
-            return mx.array(raw).view(STORED[kind]).reshape(shape)
-        if kind in BITS:
-            part = _repack(kind, raw.reshape(-1, tensor.kind.size), ending)
-            return mx.array(np.ascontiguousarray(part)).reshape(*shape[:-1], -1)
-        try:
-            from gguf import GGMLQuantizationType, dequantize
-        except ImportError:
+    def expanded(self) -> dict[str, mx.array]:
+        """Every tensor in float32 under mlx_lm's name: on the CPU, quantized products are ten
+        times slower than OpenBLAS."""
+        sources = self.sources()
+        weights = {}
+        for name, source in sources.items():
+            stem, _, ending = name.rpartition(".")
+            if ending in ("scales", "biases"):
+                continue
+            x = self.read(source.name)
+            if ending == "weight" and f"{stem}.scales" in sources:
+                scales, biases = (
+                    self.read(sources[f"{stem}.{kind}"].name).astype(mx.float32)
+                    for kind in ("scales", "biases")
+                )
+                # 32 // bits values per word, GROUP values per scale.
+                bits = x.shape[-1] * 32 // (scales.shape[-1] * GROUP)
+                x = mx.dequantize(x, scales, biases, group_size=GROUP, bits=bits)
+            weights[name] = x.astype(mx.float32)
+        return weights
+
+    def _array(self, name: str, ending: str) -> mx.array:
+        part = self._part[name]
+        kind, shape, begin, end = part.tensors[name]
+        raw = np.frombuffer(part.data, np.uint8, end - begin, begin)
+        if kind.name in FLOATS:
+            return mx.array(raw).view(STORED[kind.name]).reshape(shape)
+        with np.errstate(all="ignore"):  # what is not finite is found out later, by name
+            if kind.name in BITS:
+                piece = _repack(kind.name, raw.reshape(-1, kind.size), ending)
+                return mx.array(np.ascontiguousarray(piece)).reshape(*shape[:-1], -1)
+            return mx.array(_dequantize(part.file, name, kind.name, raw.reshape(*shape[:-1], -1)))
+
+
+def _open_parts(file: Path) -> list[Header]:
+    """The file; if it is one part of a split model, all parts, which lie beside it."""
+    given = Header(file)
+    count = gguf.plain(given.metadata.get("split.count", 0))
+    if type(count) is not int or count < 2:
+        return [given]
+    named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.name, re.DOTALL)
+    if not named or int(named[3]) != count:
+        raise AHNError(
+            f"{file}: one of the {count} parts of a split model, but not named like "
+            f"NAME-00001-of-{count:05d}.gguf; give the parts their own names"
+        )
+    parts: list[Header] = []
+    for i in range(count):
+        path = file.with_name(f"{named[1]}-{i + 1:05d}-of-{named[3]}.gguf")
+        if not path.exists():
             raise AHNError(
-                f"{self.file}: tensor {show(name)} is {kind}; pip install gguf, which expands it"
-            ) from None
-        rows = raw.reshape(*shape[:-1], -1)
-        return mx.array(dequantize(rows, GGMLQuantizationType[kind]).astype(np.float16))
+                f"{path}: missing; {file.name} is one of the {count} parts of a split model, "
+                "put all of them there"
+            )
+        part = given if path == file else Header(path)
+        if not _belongs(part, i, parts[0] if parts else part, given):
+            raise AHNError(
+                f"{path}: not part {i + 1} of the split model that {file.name} is of; "
+                "fetch all parts again"
+            )
+        parts.append(part)
+    return parts
 
 
-def _parts(tensor: Tensor, last: str) -> list[tuple[str, str, tuple[int, ...]]]:
+def _belongs(part: Header, i: int, first: Header, given: Header) -> bool:
+    """Whether a file is part i of the model that `given` is a part of and `first` begins."""
+    said, expected = (
+        [gguf.plain(x.metadata.get(f"split.{key}")) for key in ("no", "count", "tensors.count")]
+        for x in (part, given)
+    )
+    kind = part.metadata.get("general.architecture")  # later parts need not say
+    return said == [i, *expected[1:]] and kind in (None, first.metadata.get("general.architecture"))
+
+
+def _dequantize(file: Path, name: str, kind: str, rows: np.ndarray) -> np.ndarray:
+    """A quantization that MLX does not have, in float16."""
+    try:
+        from gguf import GGMLQuantizationType, dequantize
+
+        return dequantize(rows, GGMLQuantizationType[kind]).astype(np.float16)
+    except ImportError:
+        raise AHNError(
+            f"{file}: tensor {show(name)} is {kind}; pip install gguf, which expands it"
+        ) from None
+    except Exception as e:  # of many kinds, by its version
+        reason = show(str(e))
+        raise AHNError(
+            f"{file}: tensor {show(name)} is {kind}; the package gguf cannot expand it ({reason})"
+        ) from None
+
+
+def _readings(tensor: Tensor, last: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """Ending, dtype and shape of what a tensor is read as."""
     kind, (*rows, columns) = tensor.kind.name, tensor.shape
     if kind not in BITS:

@@ -1,33 +1,40 @@
-"""From a directory to a model that can be used, and its tokenizer."""
+"""From a checkpoint to a model that can be used, and its tokenizer. Every way in is the same:
+describe, build, quantize as given, and take each tensor from the file that has it.
+"""
 
-import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import infer_quant_config
 
-from ..errors import AHNError
-from ..model.augment import FLOAT32, ModelArgs, build
+from ..errors import AHNError, show
+from ..model.augment import FLOAT32, AHNModel, build, build_base
 from ..model.config import AHNConfig
+from ..model.names import is_memory, published_name, rename_published
 from ..platform import default_dtype
-from .directory import check_model_dir, read_tensors
-from .safetensors import DTYPES, is_finite
+from .directory import Source
+from .formats import Reader, describe
+from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite
 from .tokenizer import load_tokenizer
 
 
-def cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast floating-point parameters, except those that stay float32."""
-
-    def convert(path: str, x: mx.array) -> mx.array:
-        keep = path.rsplit(".", 1)[-1] in FLOAT32 or not mx.issubdtype(x.dtype, mx.floating)
-        return x if keep else x.astype(dtype)
-
-    model.update(tree_map_with_path(convert, model.parameters()))
+def load_plain(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Any base, a directory or a GGUF file, as mlx-lm's own model; and its config in the
+    normal form. Tensors are read when they are evaluated. Raises AHNError on a bad base.
+    """
+    path = Path(path)
+    config, sources = describe(path)
+    check_plain(path, sources)
+    model = built(path, build_base, config)
+    _fill(model, config, sources, path)
+    return model, config
 
 
 def load_model(
@@ -41,59 +48,23 @@ def load_model(
 
     window, sinks: override the config's. dtype: "float32", "bfloat16" or "float16";
     by default the checkpoint's own on Metal and float32 on the CPU, where it is fast.
-    Returns the model and its config.json. Raises AHNError on a bad directory.
+    Returns the model and its config in the normal form. Raises AHNError on a bad directory.
     """
     path = Path(path)
-    config = check_model_dir(path)
-    ahn = AHNConfig.from_dict(config)
+    config, sources = describe(path)
+    ahn = built(path, AHNConfig.from_dict, config)
+    if all(map(is_memory, sources)):
+        raise AHNError(f"{path}: holds only AHN tensors; convert it with its base model first")
     ahn = replace(
         ahn,
         window=ahn.window if window is None else window,
         sinks=ahn.sinks if sinks is None else sinks,
     )
-    overrides: dict[str, Any] = {"ahn": ahn.to_dict(), "model_file": None}
-    if "tie_word_embeddings" not in config:
-        # mlx-lm would assume tied embeddings and drop the head.
-        overrides["tie_word_embeddings"] = "lm_head.weight" not in read_tensors(path)
-    try:
-        model, config = mlx_lm.utils.load_model(
-            path,
-            lazy=True,
-            model_config=overrides,
-            get_model_classes=lambda config: (
-                lambda args: build(args.config),  # type: ignore[arg-type, return-value]
-                ModelArgs,
-            ),
-        )
-    except (ValueError, RuntimeError) as e:
-        if isinstance(e, AHNError):
-            raise
-        raise AHNError(f"{path}: {e}") from None
-    model.eval()
+    config["ahn"] = ahn.to_dict()
+    model = built(path, build, config)
+    _fill(model, config, sources, path)
     finish(model, dtype, path)
     return model, config
-
-
-def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
-    """Cast to the dtype asked for, or the fast one on the CPU, and read the weights.
-
-    Raises AHNError naming `source` and the first tensor that holds NaN or infinity.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise AHNError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    chosen = DTYPES[dtype] if dtype else default_dtype()
-    if chosen is not None:
-        cast(model, chosen)
-    parameters: Any = tree_flatten(model.parameters())
-    floats = [(n, x) for n, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
-    # A sum is quick on any device; only where it is not finite each number is looked at.
-    sums = [x.sum().astype(mx.float32) for _, x in floats]
-    mx.eval(model.parameters(), sums)
-    for (name, x), total in zip(floats, sums, strict=True):
-        if not math.isfinite(total.item()) and not is_finite(x):
-            raise AHNError(
-                f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again"
-            )
 
 
 def load(
@@ -107,3 +78,135 @@ def load(
     path = Path(path)
     model, config = load_model(path, window=window, sinks=sinks, dtype=dtype)
     return model, load_tokenizer(path, config)
+
+
+def built(path: Path, make: Callable[[Any], Any], config: Any) -> Any:
+    """What `make` makes of the config. Its AHNError gets the path."""
+    try:
+        return make(config)
+    except AHNError as e:
+        raise AHNError(f"{path}: {str(e)[:400]}") from None
+
+
+def check_plain(base: Path, sources: dict[str, Source]) -> None:
+    """Raise AHNError if a base has a memory already."""
+    memory = next((name for name in sources if is_memory(name)), None)
+    if memory is not None:
+        raise AHNError(f"{base}: holds AHN tensors itself ({show(memory)}); give a plain base")
+
+
+def _fill(model: nn.Module, config: dict[str, Any], sources: dict[str, Source], path: Path) -> None:
+    """Give a new model its tensors, not read until they are used."""
+    read = Reader()
+    found = fit(model, config, sources, path, path)
+    model.load_weights([(name, read(source)) for name, source in found.items()], strict=True)
+    model.eval()
+
+
+def fit(
+    model: nn.Module, config: dict[str, Any], sources: dict[str, Source], base: Path, ahn: Path
+) -> dict[str, Source]:
+    """The model's parameters, exactly those, by its own names. Layers whose tensors are
+    quantized become so. base, ahn: where its parts are. Raises AHNError if they do not fit."""
+    layers = model.ahn.fa_layer_ids if isinstance(model, AHNModel) else ()
+    sources = rename_published(sources, layers)
+    if config["tie_word_embeddings"]:  # mlx_lm drops the weight, and no scales
+        sources = {name: s for name, s in sources.items() if not name.startswith("lm_head.")}
+    sources = getattr(model, "sanitize", dict)(sources)
+    _quantize_as_given(model, config, sources, base)
+    _check_shapes(model, config, sources, base, ahn)
+    return sources
+
+
+def _quantize_as_given(
+    model: nn.Module, config: dict[str, Any], sources: dict[str, Source], path: Path
+) -> None:
+    """Make the layers quantized whose tensors are, as mlx_lm does."""
+    settings = config.get("quantization")
+    if not settings:
+        return
+    if not any(name.endswith(".scales") for name in sources):
+        raise AHNError(f"{path}: config.json says it is quantized, its tensors are not")
+    # What mlx_lm asks of a tensor.
+    tensors = {
+        name: SimpleNamespace(shape=source.info.shape, dtype=STORED.get(source.info.dtype))
+        for name, source in sources.items()
+    }
+
+    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in settings:
+            return settings[path]
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in tensors:
+            return False
+        return infer_quant_config(path, module, tensors)
+
+    try:
+        nn.quantize(
+            model,
+            settings["group_size"],
+            settings["bits"],
+            mode=settings.get("mode", "affine"),
+            class_predicate=how,
+        )
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise AHNError(f"{path}: not quantized as MLX does it ({reason})") from None
+
+
+def _check_shapes(
+    model: nn.Module, config: dict[str, Any], sources: dict[str, Source], base: Path, ahn: Path
+) -> None:
+    """The checkpoint must hold the model's parameters, in their shapes, and no others."""
+    kind = f"{config['model_type']} model"
+    if isinstance(model, AHNModel):
+        kind += f" with {model.ahn.memory} memory"
+    parameters: Any = tree_flatten(model.parameters())
+    expected = {name: Layout(x.dtype, x.shape) for name, x in parameters}
+    for name, (given, file, info) in sorted(sources.items()):
+        if name not in expected:
+            raise AHNError(f"{file}: unexpected tensor {show(given)}, a {kind} has none")
+        needed = expected[name]
+        if info.shape != needed.shape:
+            raise AHNError(
+                f"{file}: tensor {show(given)} has shape {list(info.shape)}, "
+                f"this {kind} needs {list(needed.shape)}"
+            )
+        allowed = FLOATS if mx.issubdtype(needed.dtype, mx.floating) else (WRITTEN[needed.dtype],)
+        if info.dtype not in allowed:
+            raise AHNError(
+                f"{file}: tensor {show(given)} is {info.dtype}, not one of {', '.join(allowed)}"
+            )
+    missing = sorted(set(expected) - set(sources))
+    if missing:
+        where = ahn if is_memory(missing[0]) else base
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise AHNError(
+            f"{where}: tensor {show(published_name(missing[0]))} of shape "
+            f"{list(expected[missing[0]].shape)} is missing{more}, a {kind} needs it"
+        )
+
+
+def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
+    """Cast to the dtype asked for, or the fast one on the CPU, and read the weights.
+
+    Raises AHNError naming `source` and the first tensor that holds NaN or infinity.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise AHNError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    chosen = DTYPES[dtype] if dtype else default_dtype()
+    if chosen is not None:
+        cast(model, chosen)
+    parameters: Any = tree_flatten(model.parameters())
+    mx.eval(model.parameters())
+    if name := not_finite(parameters):
+        raise AHNError(f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again")
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast floating-point parameters, except those that stay float32."""
+
+    def convert(path: str, x: mx.array) -> mx.array:
+        keep = path.rsplit(".", 1)[-1] in FLOAT32 or not mx.issubdtype(x.dtype, mx.floating)
+        return x if keep else x.astype(dtype)
+
+    model.update(tree_map_with_path(convert, model.parameters()))

@@ -1,39 +1,25 @@
 """pytorch_model.bin and its shards, through torch. Nothing in them is executed: torch
 unpickles tensors alone (weights_only), and maps the file instead of reading it."""
 
-import os
-import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import AHNError, show
-from .directory import Source, check_member, read_json
+from . import directory
+from .directory import Files, Source, check_member
 from .safetensors import STORED, TensorInfo
-
-FILE = "pytorch_model.bin"
-INDEX = "pytorch_model.bin.index.json"
 
 # What torch calls a dtype -> what safetensors does, for those that models have.
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
-def pickles(path: Path) -> list[Path]:
+def find_files(path: Path) -> Files:
     """The files of a directory that holds a checkpoint in this format, or none."""
-    if os.path.lexists(path / FILE):
-        return [path / FILE]
-    if not os.path.lexists(path / INDEX):
-        return []
-    weight_map = read_json(path / INDEX).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.bin", name):
-            raise AHNError(f"{path / INDEX}: {show(name)} is not the name of a file beside it")
-    if not names:
-        raise AHNError(f"{path / INDEX}: weight_map must map tensor names to files")
-    return sorted(path / name for name in names)
+    return directory.find_files(path, "bin", ("pytorch_model",))
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -68,17 +54,15 @@ def load(file: Path) -> dict[str, Any]:
     return tensors
 
 
-def read_headers(files: list[Path]) -> dict[str, Source]:
+def read_headers(path: Path, files: Files) -> dict[str, Source]:
     """Every tensor of the files, as headers of safetensors would describe them."""
-    sources: dict[str, Source] = {}
-    for file in files:
-        for name, x in load(file).items():
-            if name in sources:
-                raise AHNError(f"{file}: tensor {show(name)} is in another file too; remove one")
-            dtype = DTYPES.get(str(x.dtype), str(x.dtype))
-            info = TensorInfo(dtype, tuple(x.shape), 0, x.numel() * x.element_size())
-            sources[name] = Source(name, file, info)
-    return sources
+    return directory.gather(path, files, _file_sources)
+
+
+def _file_sources(file: Path) -> Iterator[Source]:
+    for name, x in load(file).items():
+        dtype = DTYPES.get(str(x.dtype), str(x.dtype))
+        yield Source(name, file, TensorInfo(dtype, tuple(x.shape), 0, x.numel() * x.element_size()))
 
 
 def to_mlx(x: Any) -> mx.array:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,11 @@ class TensorInfo(NamedTuple):
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and places of the tensors in a file. Raises AHNError if the header is
     not one, or promises anything that the file does not hold."""
+    return read_header_and_metadata(file)[0]
+
+
+def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """As read_header, and what the header says beside its tensors."""
     entries, data_size = _read_json(file)
     metadata = entries.pop("__metadata__", None)
     if metadata is None:  # MLX writes null for none
@@ -64,7 +69,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise _broken(file, "its __metadata__ is not text")
     header = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
     _check_layout(file, header, data_size)
-    return header
+    return header, metadata
 
 
 def _read_json(file: Path) -> tuple[dict[str, Any], int]:
@@ -207,6 +212,18 @@ def bits(x: mx.array) -> "np.ndarray[Any, Any]":
     """The elements of an array as unsigned integers. NumPy has no bfloat16."""
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize]
     return np.ascontiguousarray(np.asarray(x.view(unsigned)))
+
+
+def not_finite(arrays: Iterable[tuple[str, mx.array]]) -> str | None:
+    """The first of these floats that holds NaN or infinity."""
+    floats = [(name, x) for name, x in arrays if mx.issubdtype(x.dtype, mx.floating)]
+    # A sum is quick on any device; only where it is not finite each number is looked at.
+    sums: list[Any] = [x.sum().astype(mx.float32) for _, x in floats]
+    mx.eval(sums)
+    for (name, x), total in zip(floats, sums, strict=True):
+        if not math.isfinite(total.item()) and not is_finite(x):
+            return name
+    return None
 
 
 def is_finite(x: mx.array) -> bool:

@@ -1,13 +1,15 @@
 """The tokenizer of a model directory or of a GGUF file."""
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load
 
-from ..errors import AHNError
-from . import gguf
+from ..errors import AHNError, foreign
+from .directory import copy_files, has_bom, read_json
 from .ggufile import GGUFile
 
 TOKENIZER_FILES = (
@@ -15,26 +17,50 @@ TOKENIZER_FILES = (
     *("vocab.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def has_vocabulary(path: Path) -> bool:
+    """Whether a directory has what a tokenizer can be made of."""
+    return any((path / name).is_file() for name in VOCABULARIES)
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """That of a directory, which ends where config says. Raises AHNError without one."""
-    if not any((path / name).is_file() for name in VOCABULARIES):
+    """That of a directory or a GGUF file, which ends where config says, too. Raises AHNError
+    without one."""
+    if path.is_file():
+        tokenizer = gguf_tokenizer(path)
+    elif not has_vocabulary(path):
         # Without any vocabulary, transformers makes up an empty tokenizer.
         raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
-    try:
-        return mlx_lm_load(path, eos_token_ids=config.get("eos_token_id"))
-    except Exception as e:  # transformers raises many kinds for a missing tokenizer
-        reason = " ".join(str(e).split())[:200]
-        raise AHNError(f"{path}: no usable tokenizer ({reason}); copy the base's files") from None
+    else:
+        tokenizer = _of_directory(path)
+    tokenizer.eos_token_ids |= set(config.get("eos_token_id") or ())
+    return tokenizer
+
+
+def _of_directory(path: Path) -> TokenizerWrapper:
+    names = (*TOKENIZER_FILES, "config.json")
+    with foreign(lambda why: f"{path}: no usable tokenizer ({why}); copy the base's files"):
+        if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):
+            return mlx_lm_load(path)
+        # Files that transformers would not read.
+        with TemporaryDirectory() as directory:
+            copy_files(TOKENIZER_FILES, [path], Path(directory))
+            if (path / "config.json").is_file():
+                kind = {"model_type": read_json(path / "config.json").get("model_type")}
+                (Path(directory) / "config.json").write_text(json.dumps(kind))
+            return mlx_lm_load(Path(directory))
+
+
+def _has_text_ends(path: Path) -> bool:
+    """Whether config.json names end tokens by their text."""
+    if not (path / "config.json").is_file():
+        return False
+    ends = read_json(path / "config.json").get("eos_token_id")
+    return any(isinstance(end, str) for end in (ends if isinstance(ends, list) else [ends]))
 
 
 def gguf_tokenizer(path: Path) -> TokenizerWrapper:
     """The tokenizer inside a GGUF file. Raises AHNError if there is none that we know."""
-    try:
-        return gguf.load_tokenizer(GGUFile(path).metadata)
-    except (KeyError, AttributeError, TypeError, ValueError) as e:
-        if isinstance(e, AHNError):
-            raise
-        raise AHNError(f"{path}: no usable tokenizer in it ({' '.join(str(e).split())})") from None
+    return GGUFile(path).tokenizer()

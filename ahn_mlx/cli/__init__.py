@@ -4,6 +4,7 @@ A mistake that the user can mend is one line on stderr and exit code 2.
 """
 
 import importlib
+import io
 import os
 import sys
 
@@ -69,6 +70,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command; errors become one line and an exit code."""
+    _tolerate()
     try:
         code = cli.main(prog_name="ahn-mlx", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:
@@ -86,8 +88,17 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as e:
-        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e))
     sys.exit(code or 0)
+
+
+def _tolerate() -> None:
+    """What a terminal cannot show is replaced, and what was typed or piped in need not be
+    text: files' names and models' answers are of any kind."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _fail(message: str) -> int:

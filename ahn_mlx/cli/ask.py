@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from ..errors import AHNError
-from .digest import loading, stop_between_steps
+from ..reading.text import typed_line
+from .digest import load_as_read, stop_between_steps
 from .generate import say, warn_slow
-from .options import check_numbers, load_model, sampling_options
+from .options import check_numbers, needs_memory, sampling_options
 
 
 @click.command()
@@ -22,6 +23,7 @@ from .options import check_numbers, load_model, sampling_options
 @click.option("--model", "name", help="Where the model is now. Default: as when digested.")
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options
+@needs_memory
 def ask(question: str, file: Path, name: str | None, interactive: bool, **options: Any) -> None:
     """Ask about a document that ahn-mlx digest has read. The memory is not changed.
 
@@ -53,8 +55,8 @@ def _typed() -> Iterator[str]:
             return
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        if line := typed_line(line):
+            yield line
 
 
 def load_session(file: Path, name: str | None, seed: int | None) -> Any:
@@ -64,8 +66,7 @@ def load_session(file: Path, name: str | None, seed: int | None) -> Any:
 
     facts = memoryfile.read_facts(file)
     warn_slow()
-    where = loading(facts)
-    model, tokenizer = load_model({**where, "name": name or where["name"]})
+    model, tokenizer = load_as_read(facts, name)
     if seed is not None:
         import mlx.core as mx
 
@@ -73,9 +74,9 @@ def load_session(file: Path, name: str | None, seed: int | None) -> Any:
     return Session.load(file, model, tokenizer)
 
 
+@needs_memory
 def print_answer(session: Any, question: str, sampling: dict[str, Any]) -> int:
     """Stream the answer to stdout and its numbers to stderr; the exit code."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     start, first, count, code = time.perf_counter(), 0.0, 0, 0
     with stop_between_steps() as check:
         answer = session.ask(question, progress=lambda read, total: check(), **sampling)

@@ -8,13 +8,18 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from ..outputs.files import OutFile
+from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
 from .digest import stop_between_steps
-from .generate import read_document, say, warn_slow
+from .generate import say, warn_slow
 from .options import (
     check_numbers,
+    is_given,
     load_model,
     loading_options,
+    needs_memory,
+    no_effect,
     sampling_options,
     window_bits_options,
 )
@@ -28,6 +33,11 @@ HELP = """/read FILE    read a text as part of the conversation
 
 
 @click.command()
+@no_effect(
+    *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
+    when=lambda options: options["memory"],
+    why="with --memory: {memory} goes on as it began",
+)
 @loading_options
 @sampling_options
 @window_bits_options
@@ -35,6 +45,7 @@ HELP = """/read FILE    read a text as part of the conversation
 @click.option(
     "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
 )
+@needs_memory
 def chat(**options: Any) -> None:
     """Talk without end: the memory of the conversation does not grow.
 
@@ -46,9 +57,22 @@ def chat(**options: Any) -> None:
     ahn-mlx chat --model ahn-gdn-3b --system "You are a patient teacher."
     """
     check_numbers(options)
+    from ..reading.template import TemplateError
+
+    try:
+        session = _session(options)
+        if session.template:
+            session.template.opening("answered")
+    except TemplateError as e:
+        raise AHNError(f"{e}; chat cannot do without, ahn-mlx digest and ask can") from None
+    _talk(session, options)
+
+
+def _session(options: dict[str, Any]) -> Any:
+    """The one to begin with: of a file, or new."""
     if options["memory"]:
-        _talk(load_session(options["memory"], None, options["seed"]), options)
-        return
+        name = options["name"] if is_given("name") else None
+        return load_session(options["memory"], name, options["seed"])
     from ..reading.session import Session
 
     warn_slow()
@@ -57,7 +81,7 @@ def chat(**options: Any) -> None:
         import mlx.core as mx
 
         mx.random.seed(options["seed"])
-    fresh = Session(
+    session = Session(
         model,
         tokenizer,
         origin={k: options[k] for k in ("name", "dtype", "q_bits")},
@@ -65,12 +89,11 @@ def chat(**options: Any) -> None:
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),
     )
-    assert fresh.template is not None
-    beginning = len(tokenizer.encode(fresh.template.start, add_special_tokens=False))
+    beginning = len(session.encoder(*session.opening()))
     if options["system"] and beginning > model.ahn.sinks:
         sinks = model.ahn.sinks
         say(f"note: the system message has {beginning} tokens, of which the sinks keep {sinks}")
-    _talk(fresh, options)
+    return session
 
 
 def _talk(origin: Any, options: dict[str, Any]) -> None:
@@ -80,21 +103,23 @@ def _talk(origin: Any, options: dict[str, Any]) -> None:
     ask_user = _reader()
     while True:
         try:
-            line = ask_user().strip()
+            line = typed_line(ask_user())
         except EOFError:
             return
         except KeyboardInterrupt:  # an empty line, as in a shell
             continue
         if not line:
             continue
-        if not line.startswith("/"):
-            print_answer(session, line, sampling)
-            continue
-        command, _, argument = line.partition(" ")
+        command, *rest = line.split(None, 1)
         try:
+            if not line.startswith("/"):
+                print_answer(session, line, sampling)
+                continue
             if command == "/quit":
                 return
-            session = _command(command, argument.strip(), session, origin)
+            session = _command(command, typed_path("".join(rest)), session, origin)
+        except BrokenPipeError:  # nobody listens
+            raise
         except (AHNError, OSError) as e:
             say(f"error: {e}")
 
@@ -104,7 +129,7 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
     if command in ("/read", "/save", "/load") and not argument:
         raise AHNError(f"{command} needs a file: {command} FILE")
     if command == "/read":
-        text = read_document(argument, has_prompt=False)
+        text = read_file(argument)
         other = session.fork()  # Ctrl-C leaves the conversation as it was
         with stop_between_steps() as check:
             try:
@@ -115,7 +140,7 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
         say(f"read {other.tokens - session.tokens:,} tokens")
         return other
     if command == "/save":
-        session.save(argument)
+        _save(session, Path(argument))
         say(f"saved {session.tokens:,} tokens")
     elif command == "/load":
         return type(session).load(argument, session.model, session.tokenizer)
@@ -128,6 +153,18 @@ def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
     else:
         raise AHNError(f"no such command: {command}; /help lists them")
     return session
+
+
+def _save(session: Any, file: Path) -> None:
+    """Write the conversation. Of what is there, only an earlier one is replaced: a digest
+    may have taken hours."""
+    from ..reading import memoryfile
+
+    def is_chat(file: Path) -> bool:
+        return memoryfile.is_memory(file) and bool(memoryfile.read_facts(file).get("talked"))
+
+    OutFile(file, "a saved conversation", is_chat).check()
+    session.save(file, talked=True)
 
 
 def _reader() -> Callable[[], str]:

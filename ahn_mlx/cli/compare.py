@@ -9,15 +9,35 @@ import click
 from tqdm import tqdm
 
 from ..errors import AHNError
+from ..outputs.pictures import OutFile, new_figure, picture, save_picture
+from ..reading.text import read_document
 from .estimate import print_table
-from .generate import read_document
-from .options import check_numbers, load_model, loading_options
+from .options import (
+    check_numbers,
+    force_option,
+    load_model,
+    loading_options,
+    needs_memory,
+    no_effect,
+)
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison, Stretch
 
 
 @click.command()
+@no_effect(
+    "q_bits",
+    when=lambda options: options["ahn"],
+    why="with --ahn, whose base is as it is",
+)
+@no_effect(
+    *("segments", "seq_len"),
+    when=lambda options: options["tokens"] is not None,
+    why="with --stream, which reads one text",
+)
+@no_effect("stream_from", when=lambda options: options["tokens"] is None, why="without --stream")
+@no_effect("force", when=lambda options: not options["plot"], why="without --plot")
 @loading_options
 @click.option("--ahn", type=click.Path(path_type=Path), help="Memory from a directory of train.")
 @click.option("--text", required=True, metavar="FILE", help="A text it was not trained on.")
@@ -27,6 +47,8 @@ if TYPE_CHECKING:
 @click.option("--stream-from", default=0, show_default=True, help="Measured from there on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture too.")
+@force_option
+@needs_memory
 def compare(**options: Any) -> None:
     """Measure full attention, window alone and window with memory on a text.
 
@@ -42,10 +64,15 @@ def compare(**options: Any) -> None:
     for name in ("segments", "seq_len", "tokens"):
         if options[name] is not None and options[name] < 1:
             raise AHNError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
+    out = None
+    if options["plot"]:
+        reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
+        out = picture(options["plot"], tuple(filter(None, reads)), options["force"])
     text = read_document(options["text"], has_prompt=False)
     import mlx.core as mx
 
     from ..measure import compare as measure
+    from ..reading.tokens import Encoder
 
     if options["ahn"]:
         from ..train.output import load_trained
@@ -53,30 +80,29 @@ def compare(**options: Any) -> None:
         model, tokenizer = load_trained(options["ahn"], options)
     else:
         model, tokenizer = load_model(options)
-    ids = mx.array(tokenizer.encode(text, add_special_tokens=False))
+    encoder = Encoder(tokenizer)
+    ids, begin = encoder("", text), encoder.begin
     if options["tokens"]:
-        _stream(model, ids, options)
+        _stream(model, mx.array([*begin, *ids]), options, out)
         return
     L, count = options["seq_len"], options["segments"]
-    if ids.size < L * count:
+    if len(ids) < L * count:
         raise AHNError(
-            f"{options['text']}: {ids.size:,} tokens are less than {count} segments of {L:,};"
+            f"{options['text']}: {len(ids):,} tokens are less than {count} segments of {L:,};"
             " use fewer or shorter ones"
         )
-    # Evenly over the text.
-    starts = [n * (ids.size - L) // max(1, count - 1) for n in range(count)]
     with _bar(count, "segments") as bar:
         result = measure.compare(
             model,
-            [ids[None, a : a + L] for a in starts],
+            measure.segments(ids, begin, L, count),
             model.ahn.window,
             model.ahn.sinks,
             bar.update,
         )
-    _show(result, options)
+    _show(result, options, out)
 
 
-def _stream(model: Any, ids: Any, options: dict[str, Any]) -> None:
+def _stream(model: Any, ids: Any, options: dict[str, Any], out: OutFile | None) -> None:
     from ..measure.compare import stream
 
     n, first = options["tokens"], options["stream_from"]
@@ -95,9 +121,9 @@ def _stream(model: Any, ids: Any, options: dict[str, Any]) -> None:
         ]
         rows.append(["all", *(f"{x:.4f}" for x in means), f"{means[1] - means[0]:+.4f}"])
         print_table(["positions", "NLL, window", "NLL, memory", "difference"], rows)
-    if options["plot"]:
+    if out:
         _plot(
-            options["plot"],
+            out,
             [s.first for s in result],
             {k: [s.nll[k] for s in result] for k in result[0].nll},
             "NLL",
@@ -110,7 +136,7 @@ def _row(s: "Stretch") -> list[str]:
     return [f"{s.first:,} to {s.end:,}", *values]
 
 
-def _show(result: "Comparison", options: dict[str, Any]) -> None:
+def _show(result: "Comparison", options: dict[str, Any], out: OutFile | None) -> None:
     buckets = [*result.buckets, result.total]
     if options["as_json"]:
         facts = {
@@ -140,23 +166,19 @@ def _show(result: "Comparison", options: dict[str, Any]) -> None:
             f" {min(result.ratios):.3f} to {max(result.ratios):.3f});"
             f" {result.gap_closed:.1%} of the NLL gap is closed"
         )
-    if options["plot"]:
+    if out:
         curves = {k: [b.kl[k] for b in result.buckets] for k in result.total.kl}
-        _plot(options["plot"], [b.first for b in result.buckets], curves, "KL from full attention")
+        _plot(out, [b.first for b in result.buckets], curves, "KL from full attention")
 
 
-def _plot(file: Path, positions: list[int], curves: dict[str, list[float]], label: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AHNError("--plot needs matplotlib: pip install 'ahn-mlx[plot]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
+def _plot(out: OutFile, positions: list[int], curves: dict[str, list[float]], label: str) -> None:
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     for name, values in curves.items():
         axes.plot(positions, values, marker="o", label=name)
     axes.set(xlabel="position", ylabel=f"{label} (nats per token)")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    save_picture(figure, out, 120)
 
 
 def _bar(total: int, unit: str) -> Any:

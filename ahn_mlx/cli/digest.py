@@ -1,6 +1,8 @@
 """ahn-mlx digest: a document in, its memory as a file out."""
 
 import hashlib
+import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,19 +14,35 @@ import click
 from tqdm import tqdm
 
 from ..errors import AHNError
-from .generate import read_document, say, warn_slow
-from .options import check_numbers, load_model, loading_options
+from ..hub.published import has_bits_to_choose
+from ..outputs.files import OutFile, parts_of, real_path
+from ..reading.text import read_document
+from .generate import say, warn_slow
+from .options import (
+    check_numbers,
+    is_given,
+    load_model,
+    loading_options,
+    needs_memory,
+    no_effect,
+    template_options,
+)
 
 
 @click.command()
+@no_effect(
+    *("window", "sinks", "dtype", "q_bits", "bits", "system", "no_chat_template"),
+    when=lambda options: options["append"],
+    why="with --append: {out} goes on as it began",
+)
 @loading_options
 @click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option("--append", is_flag=True, help="Go on reading where OUT stopped.")
 @click.option("--bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window.")
-@click.option("--system", default="", help="System message. Default: the chat template's.")
-@click.option("--no-chat-template", is_flag=True, help="Read the text as it is.")
+@template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
+@needs_memory
 def digest(**options: Any) -> None:
     """Read a document once; ask about it any number of times with ahn-mlx ask.
 
@@ -38,37 +56,46 @@ def digest(**options: Any) -> None:
     """
     check_numbers(options)
     out: Path = options["out"]
-    if out.exists() and not options["append"]:
-        raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
-    if not out.parent.is_dir():
-        raise AHNError(f"{out.parent}: no such directory; make it first")
+    partial = out.with_name(f"{out.name}.partial")
+    _check_out(out, partial, options["append"])
     text = read_document(options["prompt_file"], has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
     from ..reading import memoryfile
     from ..reading.session import Session
+    from ..reading.template import TemplateError
 
-    memoryfile.remove_stale(out)
-    partial = out.with_name(f"{out.name}.partial")
+    for file in (out, partial):
+        for left in parts_of(real_path(file)):
+            left.unlink(missing_ok=True)
     warn_slow()
     if options["append"]:
         facts = memoryfile.read_facts(out)
-        model, tokenizer = load_model(loading(facts))
+        model, tokenizer = load_as_read(facts, options["name"] if is_given("name") else None)
         session = Session.load(out, model, tokenizer)
     else:
         model, tokenizer = load_model(options)
-        session = Session(
-            model,
-            tokenizer,
-            origin={k: options[k] for k in ("name", "dtype", "q_bits")},
-            system=options["system"],
-            kv_bits=int(options["bits"]) if options["bits"] else None,
-            chat=not options["no_chat_template"],
-        )
-    start = session.tokens
-    ids = session.encode(text)
-    job = hashlib.sha256(f"{start} {session.turn} {ids}".encode()).hexdigest()
-    session, done = _resume(partial, session, job)
+        try:
+            session = Session(
+                model,
+                tokenizer,
+                origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+                system=options["system"],
+                kv_bits=int(options["bits"]) if options["bits"] else None,
+                chat=not options["no_chat_template"],
+            )
+        except TemplateError as e:
+            raise AHNError(f"{e}; use --no-chat-template") from None
+    try:
+        opening = session.opening()
+    except TemplateError as e:
+        raise AHNError(f"{out}: {e}; digest into another file, without --append") from None
+    start, job = session.tokens, _job(session, text, options)
+    resumed, facts = _resume(partial, session, job)
+    # A template may print the time: what was begun keeps the time of its begin.
+    opening = tuple(facts.get("opening", opening))
+    ids, done = session.encode(text, opening), facts.get("done", 0)
+    session = resumed or session
     with stop_between_steps() as check, _bar(len(ids), done) as bar:
         try:
             for at in range(done, len(ids), options["checkpoint_every"]):
@@ -80,41 +107,76 @@ def digest(**options: Any) -> None:
 
                 session.read_ids(block, progress)
                 if at + len(block) < len(ids):
-                    session.save(partial, job=job, done=at + len(block))
+                    session.save(partial, job=job, done=at + len(block), opening=opening)
         except KeyboardInterrupt:
             read = session.tokens - start
-            session.save(partial, job=job, done=read)
+            session.save(partial, job=job, done=read, opening=opening)
             say(f"stopped after {read:,} of {len(ids):,} tokens; the same command goes on")
             sys.exit(130)
-    session.save(out)
+    try:
+        _check_out(out, partial, options["append"])
+        session.save(out)
+    except AHNError as e:
+        session.save(partial, job=job, done=len(ids), opening=opening)
+        raise AHNError(f"{e}; what was read is kept in {partial}") from None
     partial.unlink(missing_ok=True)
     say(f"{out}: {session.tokens:,} tokens in {out.stat().st_size / 1e6:.1f} MB")
 
 
-def loading(facts: dict[str, Any]) -> dict[str, Any]:
-    """The loading options that fit a memory: its own model, window and sinks."""
-    kept = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")}
-    return {**kept, "window": facts["window"], "sinks": facts["sinks"]}
+def _check_out(out: Path, partial: Path, append: bool) -> None:
+    """Raise AHNError unless both can be written and nothing is lost by it."""
+    from ..reading.memoryfile import is_memory
+
+    if os.path.isfile(real_path(out)) and not append:
+        raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
+    for file in (out, partial):
+        OutFile(file, "a memory", is_memory).check()
 
 
-def _resume(partial: Path, session: Any, job: str) -> tuple[Any, int]:
-    """The session of an interrupted run of the same job, and ids read, or what was given."""
+def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer that fit a memory. name: where they are now, if not as it says."""
+    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")}
+    options |= {"window": facts["window"], "sinks": facts["sinks"]}
+    if name is not None:
+        options["name"] = name
+        if not has_bits_to_choose(name):
+            options["q_bits"] = None
+    if not options["name"]:
+        raise AHNError("the memory does not say which model it is of; give --model")
+    return load_model(options)
+
+
+def _job(session: Any, text: str, options: dict[str, Any]) -> str:
+    """Names what is read, and how: not by token ids, which may have the time in them."""
+    template = session.template
+    facts = [
+        *(session.tokens, session.turn, options["bits"]),
+        *((template.system, session.tokenizer.chat_template) if template else ()),
+        text,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]:
+    """The session of an interrupted run of the same job, with what its file says, or none."""
     from ..reading import memoryfile
     from ..reading.session import Session
 
     if not partial.is_file():
-        return session, 0
+        return None, {}
     try:
         facts = memoryfile.read_facts(partial)
         if facts.get("job") != job:
             say(f"note: {partial} is of another text or setting; starting anew")
-            return session, 0
+            return None, {}
         resumed = Session.load(partial, session.model, session.tokenizer)
+        if resumed.tokens - session.tokens != facts["done"]:
+            raise AHNError(f"{partial}: damaged, {facts['done']} is not what it has read")
     except AHNError as e:
         say(f"note: {e}; starting anew")
-        return session, 0
+        return None, {}
     say(f"going on after {facts['done']:,} tokens")
-    return resumed, facts["done"]
+    return resumed, facts
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import click
 from ..errors import AHNError
 from ..measure.chips import CHIPS
 from ..model.config import PUBLISHED_NAMES
-from .options import DEFAULT, check_numbers
+from ..outputs.pictures import OutFile, new_figure, picture, save_picture
+from .options import DEFAULT, check_numbers, force_option, no_effect
 
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 64)  # GB
@@ -21,6 +22,24 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 
 
 @click.command()
+@no_effect(
+    *("name", "context", "window", "sinks", "memory", "kv_bits", "weight_bits", "compare"),
+    *("chip", "as_json", "plot", "force"),
+    when=lambda options: options["paper"],
+    why="with --paper, whose table is fixed",
+)
+@no_effect("chip", when=lambda options: options["as_json"], why="with --json, which has no bounds")
+@no_effect(
+    *("window", "sinks", "kv_bits"),
+    when=lambda options: set(options["compare"].split(",")) == {"full"},
+    why="on full attention alone; see --compare",
+)
+@no_effect(
+    "memory",
+    when=lambda options: "ahn" not in options["compare"].split(","),
+    why="without ahn in --compare",
+)
+@no_effect("force", when=lambda options: not options["plot"], why="without --plot")
 @click.option(
     "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
 )
@@ -34,7 +53,8 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 @click.option("--chip", type=click.Choice(list(CHIPS)), help="Give bounds for this one.")
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
 @click.option("--json", "as_json", is_flag=True, help="Numbers in bytes and FLOPs.")
-@click.option("--plot", type=click.Path(path_type=Path), help="PNG of costs by context.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture of costs by context.")
+@force_option
 def estimate(**options: Any) -> None:
     """Count FLOPs and bytes of a model by its config alone, against full attention.
 
@@ -52,22 +72,25 @@ def estimate(**options: Any) -> None:
     if options["paper"]:
         _paper()
         return
+    plot, name = options["plot"], Path(options["name"])
+    out = picture(plot, (name,), options["force"]) if plot else None
+    from ..checkpoints.load import built
     from ..measure.cost import shape_of
 
-    shape = shape_of(config_of(options))
+    shape = built(options["name"], shape_of, config_of(options))
     found = {kind: _count(shape, kind, options["context"], options) for kind in kinds}
     curve = {n: {kind: _count(shape, kind, n, options) for kind in kinds} for n in CURVE}
     if options["as_json"]:
         click.echo(json.dumps({"context": options["context"], **found, "curve": curve}, indent=1))
     else:
         _print(shape, found, curve, options)
-    if options["plot"]:
-        _plot(options["plot"], curve, kinds)
+    if out:
+        _plot(out, curve, kinds)
 
 
 def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
-    from ..checkpoints.directory import read_config
+    from ..checkpoints.formats import describe_config, is_gguf
     from ..hub.download import config_dir
     from ..hub.published import MODELS
     from ..model.config import AHNConfig
@@ -78,8 +101,8 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
         config, ahn = entry.base.config, entry.ahn.to_dict()
         if not entry.repo:
             ahn |= {"window": 1024, "sinks": 64}
-    elif Path(name).is_dir() or REPOSITORY.fullmatch(name):
-        config = read_config(Path(name) if Path(name).is_dir() else config_dir(name))
+    elif (path := Path(name)).is_dir() or is_gguf(path) or REPOSITORY.fullmatch(name):
+        config = describe_config(path if path.exists() else config_dir(name))
         has_memory = "ahn" in config or "_ahn_implementation" in config
         ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
     else:
@@ -215,12 +238,8 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("| " + " | ".join(cells) + " |")
 
 
-def _plot(file: Path, curve: dict[int, dict[str, Any]], kinds: list[str]) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AHNError("--plot needs matplotlib: pip install 'ahn-mlx[plot]'") from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def _plot(out: OutFile, curve: dict[int, dict[str, Any]], kinds: list[str]) -> None:
+    figure = new_figure(10, 4)
     for axes, key, unit in zip(
         figure.subplots(1, 2), ("cache_bytes", "decode_flops"), ("GB", "GFLOP"), strict=True
     ):
@@ -230,4 +249,4 @@ def _plot(file: Path, curve: dict[int, dict[str, Any]], kinds: list[str]) -> Non
         axes.set(xlabel="tokens read", ylabel=unit, xscale="log", yscale="log")
         axes.set_title("cache" if key == "cache_bytes" else "one decoded token")
         axes.legend()
-    figure.savefig(file, dpi=150)
+    save_picture(figure, out)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,11 +9,14 @@ from tqdm import tqdm
 
 from ..errors import AHNError
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
+from ..reading.text import read_document
 from .options import (
     check_numbers,
     load_model,
     loading_options,
+    needs_memory,
     sampling_options,
+    template_options,
     window_bits_options,
 )
 
@@ -26,12 +28,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 @loading_options
 @click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
 @click.option("--prompt", default="", help="Question, put after the text.")
-@click.option("--system", default="", help="System message. Default: the chat template's.")
+@template_options
 @sampling_options
 @window_bits_options
 @click.option("--prefill-step-size", type=int, help="Tokens read at once. [512 on CPU, else 2048]")
-@click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
+@needs_memory
 def generate(**options: Any) -> None:
     """Read a document of any length in constant memory, then answer.
 
@@ -51,16 +53,20 @@ def generate(**options: Any) -> None:
         raise AHNError("the prompt is empty; give a text to read or --prompt")
     # MLX and transformers take a second to import: after the checks.
     from ..reading.generate import Run, make_prompt
+    from ..reading.template import TemplateError
 
     warn_slow()
     model, tokenizer = load_model(options)
-    prompt = make_prompt(
-        tokenizer,
-        document,
-        options["prompt"],
-        options["system"],
-        chat_template=not options["no_chat_template"],
-    )
+    try:
+        prompt = make_prompt(
+            tokenizer,
+            document,
+            options["prompt"],
+            options["system"],
+            chat_template=not options["no_chat_template"],
+        )
+    except TemplateError as e:
+        raise AHNError(f"{e}; use --no-chat-template") from None
     if options["verbose"]:
         say(f"{options['name']}: {model.ahn}, {len(model.layers)} layers, {len(prompt)} tokens")
     run = Run(
@@ -82,7 +88,6 @@ def _stream(run: Any) -> int:
     """Print the answer as it comes; the exit code."""
     code = 0
     last = ""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     bar = tqdm(
         total=len(run.prompt),
         desc="reading",
@@ -112,28 +117,6 @@ def _stream(run: Any) -> int:
         print(flush=True)
     say(run.summary())
     return code
-
-
-def read_document(file: str | None, has_prompt: bool) -> str:
-    """The text to read; without a file, what is piped in."""
-    if file is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            if not has_prompt:
-                raise AHNError("nothing to read; give --prompt-file, --prompt or pipe in a text")
-            return ""
-        file = "-"
-    name = "standard input" if file == "-" else file
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as e:
-        raise AHNError(f"{name}: {e.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise AHNError(
-            f"{name}: not UTF-8 text (byte {e.start:,}); convert it: iconv -f latin1 -t utf-8"
-        ) from None
-    return text.replace("\r\n", "\n")
 
 
 def warn_slow() -> None:

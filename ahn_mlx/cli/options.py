@@ -1,12 +1,48 @@
-"""Options that several commands have, and what they mean."""
+"""Options that several commands have, what they mean, and which have no effect when."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import AHNError
-from ..hub.published import DEFAULT
+from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
+from ..platform import enough_memory
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def is_given(name: str) -> bool:
+    """Whether an option of the command that runs was typed, by the name of its parameter."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source not in (
+        ParameterSource.DEFAULT,
+        ParameterSource.DEFAULT_MAP,
+    )
+
+
+def no_effect(*names: str, when: Callable[[dict[str, Any]], Any], why: str) -> Decorator:
+    """Refuse options that were typed where they change nothing.
+
+    names: of their parameters. when: whether these options make them idle. why: in which case,
+    and what to do; may name {options}. Raises AHNError before the command begins.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def checked(**options: Any) -> Any:
+            for parameter in click.get_current_context().command.params:
+                if parameter.name in names and is_given(parameter.name) and when(options):
+                    option = max(parameter.opts, key=len)
+                    raise AHNError(f"{option} has no effect {why.format(**options)}")
+            return command(**options)
+
+        return checked
+
+    return add
+
 
 model_option = click.option(
     "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
@@ -26,12 +62,31 @@ _LOADING = (
         type=click.Choice(["0", "4", "8"]),
         help="Base of a published name. [default: 4]",
     ),
+    no_effect(
+        "q_bits",
+        when=lambda options: not has_bits_to_choose(options["name"]),
+        why=f"on {{name}}: {CONVERTED}",
+    ),
 )
 _SAMPLING = (
     click.option("--max-tokens", default=256, show_default=True, help="Longest answer."),
     click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 is greedy."),
     click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling."),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
+    no_effect(
+        *("top_p", "seed"),
+        when=lambda options: options["temp"] == 0,
+        why="at --temp 0, which is greedy; give --temp",
+    ),
+)
+_TEMPLATE = (
+    click.option("--system", default="", help="System message. Default: the chat template's."),
+    click.option("--no-chat-template", is_flag=True, help="Read the text as it is."),
+    no_effect(
+        "system",
+        when=lambda options: options["no_chat_template"],
+        why="with --no-chat-template, which has no messages",
+    ),
 )
 _WINDOW_BITS = (
     click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window."),
@@ -42,10 +97,15 @@ _WINDOW_BITS = (
         show_default=True,
         help="Numbers that share a scale.",
     ),
+    no_effect(
+        "kv_group_size",
+        when=lambda options: options["kv_bits"] is None,
+        why="without --kv-bits",
+    ),
 )
 
 
-def _all(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+def _all(options: tuple[Decorator, ...]) -> Decorator:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             command = option(command)
@@ -56,7 +116,11 @@ def _all(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
 
 loading_options = _all(_LOADING)
 sampling_options = _all(_SAMPLING)
+template_options = _all(_TEMPLATE)
 window_bits_options = _all(_WINDOW_BITS)
+force_option = click.option("--force", is_flag=True, help="Replace a file that is there.")
+
+needs_memory = enough_memory("take a smaller model, fewer --q-bits or a smaller --window")
 
 
 def check_numbers(options: dict[str, Any]) -> None:

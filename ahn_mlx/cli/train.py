@@ -7,17 +7,30 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..checkpoints.directory import read_config
+from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
+from ..platform import enough_memory
 from .digest import stop_between_steps
 from .generate import say
+from .options import no_effect
 
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 
 @click.command()
+@no_effect(
+    *("memory", "layerwise"),
+    when=lambda options: options["ahn"],
+    why="with --ahn: {ahn} has its kind of memory, and is not fitted again",
+)
+@no_effect(
+    *("lr", "warmup", "weight_decay", "loss", "accumulate", "grad_checkpoint", "save_every"),
+    "random_window",
+    when=lambda options: options["steps"] == 0,
+    why="with --steps 0, which trains no step",
+)
 @click.option(
     "--base", default=DEFAULT, show_default=True, help="Model to give a memory, or with one."
 )
@@ -62,6 +75,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 @click.option("--save-every", default=20, show_default=True, help="Steps between saves.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on where --out stopped.")
+@enough_memory("take a smaller --seq-len, --grad-checkpoint or a smaller model")
 def train(**options: Any) -> None:
     """Train a memory: the model learns to see through it what its window has lost.
 
@@ -79,34 +93,36 @@ def train(**options: Any) -> None:
     """
     _check(options)
     out: Path = options["out"]
-    from ..train import loop
+    from ..train import loop, output
     from ..train.data import Sequences
-    from ..train.output import install_trained, load_base, write_checkpoint, write_curves
 
-    if (out / loop.STATE).exists() and not options["resume"]:
-        raise AHNError(f"{out}: has a training already; --resume, or choose another --out")
+    output.check_out(out, options)
     if options["ahn"]:
         config = AHNConfig.from_dict(read_config(options["ahn"]))
-        options["query_projection"] = config.query_projection
-    model, tokenizer, base = load_base(options)
+        options |= {"memory": config.memory, "query_projection": config.query_projection}
+    model, tokenizer, base = output.load_base(options)
     if options["ahn"]:
-        install_trained(model, options["ahn"])
+        output.install_trained(model, options["ahn"], base)
         options["layerwise"] = 0
     names = loop.Settings.__dataclass_fields__
     settings = loop.Settings(**{k: v for k, v in options.items() if k in names})
     data = Sequences(options["data"], tokenizer, settings.seq_len, settings.seed)
-    out.mkdir(parents=True, exist_ok=True)
     trainer = loop.Trainer(model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
         say(f"layer-wise: the memory explains {trainer.explained:.1%} of what the window misses")
     main = trainer.world.rank() == 0
-    metrics = loop.Metrics(out / loop.METRICS, trainer.step)
+    if main:
+        output.check_out(out, options)  # again, an hour may have passed
+        out.mkdir(parents=True, exist_ok=True)
+        for left in output.leftovers(out):
+            left.unlink()
+    metrics = loop.Metrics(out / loop.METRICS, trainer.step) if main else None
 
     def save() -> None:
         if main:
             trainer.save(out)
-            write_checkpoint(out, model, base, options)
-            write_curves(out)
+            output.write_checkpoint(out, model, base, options)
+            output.write_curves(out)
 
     with stop_between_steps() as check, _bar(settings.steps, trainer.step) as bar:
         try:
@@ -117,7 +133,7 @@ def train(**options: Any) -> None:
                 loss = trainer.train_step()
                 tokens = settings.seq_len * settings.accumulate * trainer.world.size()
                 window, sinks = loop.draw_window(settings, step)
-                speed = metrics.write(step, loss, tokens, window, sinks) if main else 0.0
+                speed = metrics.write(step, loss, tokens, window, sinks) if metrics else 0.0
                 bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
                 bar.update()
                 if trainer.step % options["save_every"] == 0:

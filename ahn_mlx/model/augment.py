@@ -82,6 +82,8 @@ def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
         missing = [name for name in PROJECTIONS if name not in layer.self_attn]
         if missing:
             raise AHNError(f"the attention of layer {i} has no {missing[0]}")
+    _check_rope(model)
+    for i, layer in enumerate(layers):
         if i not in config.fa_layer_ids:
             layer.self_attn = AHNAttention(layer.self_attn, config, model.args.hidden_size)
     base = type(model)
@@ -91,18 +93,44 @@ def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
     return model
 
 
-def build(config: dict[str, Any]) -> nn.Module:
-    """The model that a config.json describes, with random parameters, not evaluated."""
-    ahn = AHNConfig.from_dict(config)
+def _check_rope(model: nn.Module) -> None:
+    """The compiled step knows positions as arrays alone; some kinds of RoPE want numbers."""
+    attention = model.layers[0].self_attn  # all layers have the same
+    scaling = getattr(model.args, "rope_scaling", None) or {}
+    kind = scaling.get("type") or scaling.get("rope_type") or type(attention.rope).__name__
+    x = mx.ones((1, 1, 1, attention.k_proj.weight.shape[0] // attention.n_kv_heads))
+    places = [7, 1 << 20]
+    try:
+        turn = mx.compile(lambda x, offset: attention.rope(x, offset=offset))
+        turned = turn(mx.repeat(x, 2, axis=0), mx.array(places))
+        expected = mx.concatenate([attention.rope(x, offset=n) for n in places])
+        same = mx.allclose(turned, expected, atol=1e-4).item()
+    except (TypeError, ValueError, RuntimeError):
+        same = False
+    if not same:
+        raise AHNError(
+            f"rope_type {kind!r} cannot run here, it needs positions as numbers; use a base with"
+            " another"
+        )
+
+
+def build_base(config: dict[str, Any]) -> nn.Module:
+    """The plain mlx-lm model that a config.json describes, not evaluated."""
     family = config.get("model_type")
     if family not in SUPPORTED:
         raise AHNError(f"model_type {family!r} is not supported; use {', '.join(SUPPORTED)}")
     model_class, args_class = mlx_lm.utils._get_classes(config)
     try:
-        model = model_class(args_class.from_dict(config))
+        return model_class(args_class.from_dict(config))
     except (TypeError, ArithmeticError, LookupError, ValueError, RuntimeError, AssertionError) as e:
-        raise AHNError(f"config.json does not describe a {family} model: {e}") from None
-    return augment(model, ahn)
+        reason = f"it lacks {e}" if isinstance(e, KeyError) else e
+        raise AHNError(f"config.json does not describe a {family} model: {reason}") from None
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The AHN model that a config.json describes, with random parameters, not evaluated."""
+    ahn = AHNConfig.from_dict(config)
+    return augment(build_base(config), ahn)
 
 
 @dataclass

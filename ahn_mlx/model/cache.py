@@ -114,7 +114,7 @@ class AHNCache(_BaseCache):
         have = 0 if self.buffers is None else self.buffers[0].shape[2]
         if have >= slots:
             return
-        grown = min(self.capacity, -(-slots // GROWTH) * GROWTH)
+        grown = grown_to(slots, self.capacity)
         zeros = tuple(
             mx.zeros((x.shape[0], x.shape[1], grown - have, x.shape[3]), dtype=x.dtype) for x in new
         )
@@ -187,6 +187,11 @@ class AHNCache(_BaseCache):
         return create_attention_mask(
             N, offset=self.offset, return_array=return_array, window_size=window_size
         )
+
+
+def grown_to(tokens: int, capacity: int) -> int:
+    """Slots that a cache has, when it has kept so many tokens."""
+    return min(capacity, -(-tokens // GROWTH) * GROWTH)
 
 
 class PureCache:
@@ -278,7 +283,7 @@ class BatchAHNCache(_BaseCache):
         have = 0 if self.rows is None else self.rows.buffers[0].shape[2]
         if have > tokens or have == self.capacity:
             return have
-        return min(self.capacity, max(2 * have, -(-(tokens + 1) // GROWTH) * GROWTH))
+        return min(self.capacity, max(2 * have, grown_to(tokens + 1, self.capacity)))
 
     def _join(
         self,
@@ -359,7 +364,7 @@ class BatchAHNCache(_BaseCache):
         cache = AHNCache(self.window, self.sinks, self.bits, self.group_size)
         cache.offset = self.offsets[row]
         if self.rows is not None and cache.offset:
-            slots = min(self.capacity, -(-cache.offset // GROWTH) * GROWTH)
+            slots = grown_to(cache.offset, self.capacity)
             part = slice(row, row + 1)
             cache.buffers = tuple(mx.contiguous(x[part, :, :slots]) for x in self.rows.buffers)
             if cache.offset > self.capacity and self.rows.memory is not None:

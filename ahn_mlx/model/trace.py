@@ -21,7 +21,9 @@ class Trace(NamedTuple):
 
     @staticmethod
     def start(heads: int) -> "Trace":
-        return Trace(mx.zeros((2, 0)), mx.zeros((3, heads)))
+        trace = Trace(mx.zeros((2, 0)), mx.zeros((3, heads)))
+        mx.eval(trace)  # another thread may go on
+        return trace
 
     def add(self, first: int, strength: mx.array, local: mx.array, m: mx.array) -> "Trace":
         """T tokens from number `first` on were written with strength [1, H, T]; the output at

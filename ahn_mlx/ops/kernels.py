@@ -256,13 +256,16 @@ def _apart(find: Callable[[], Found]) -> Found:
     """What `find` returns, from a thread of its own. Tracing belongs to a thread, and so do
     random numbers: none of the caller's are in the way or change."""
 
-    def seeded() -> Found:
+    def run() -> Found:
         mx.random.seed(0)
-        return find()
+        try:
+            return find()
+        finally:
+            mx.clear_streams()  # else the process may abort when it exits
 
     mx.synchronize()  # nothing else is being computed
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(seeded).result()
+        return thread.submit(run).result()
 
 
 def _arrays(results: mx.array | tuple[mx.array, ...]) -> list[np.ndarray]:
@@ -282,9 +285,10 @@ def _remember(key: str, found: str | tuple[float, float]) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """What was found, by key; whoever asks looks whether it can be."""
     try:
         verdicts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return verdicts if isinstance(verdicts, dict) else {}
 

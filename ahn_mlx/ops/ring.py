@@ -141,9 +141,9 @@ def place_of(
     at: tuple[int, ...], count: tuple[int, ...] | None, L: int, held: int, window: int, sinks: int
 ) -> Place:
     """As place, on the host: nothing is launched, and nothing belongs to a thread."""
+    sees_all = L == 1 and count is None and min(at) + 1 >= window + sinks
     rows, counts = (None if x is None else np.array(x, dtype=np.int32) for x in (at, count))
-    found: Any = place(rows, counts, L, held, window, sinks, np)
+    found: Any = place(rows, counts, L, 0 if sees_all else held, window, sinks, np)
     arrays: Any = (x if x is None or x.dtype == bool else x.astype(np.int32) for x in found)
     made = Place(*(None if x is None else mx.array(x) for x in arrays))  # type: ignore[arg-type]
-    sees_all = L == 1 and count is None and min(at) + 1 >= window + sinks
     return made._replace(seen=None) if sees_all else made

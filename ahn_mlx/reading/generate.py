@@ -17,6 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..platform import default_dtype
+from .template import Template
+from .tokens import Encoder, check_ids
 
 # (tokens read, cache bytes), after each step of the prompt.
 Progress = Callable[[int, int], None]
@@ -36,19 +38,12 @@ def make_prompt(
     text = "\n\n".join(part for part in (document.rstrip("\n"), question) if part.strip())
     if not text:
         raise AHNError("the prompt is empty; give a text to read or --prompt")
-    if not chat_template:
-        if system:
-            raise AHNError("--system needs the chat template; drop --no-chat-template")
-        return tokenizer.encode(text)
-    if not tokenizer.has_chat_template:
-        raise AHNError("the tokenizer has no chat template; use --no-chat-template")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    except Exception as e:  # whatever the template's own code raises
-        reason = " ".join(str(e).split())[:200]
-        raise AHNError(f"the chat template failed ({reason}); use --no-chat-template") from None
+    encoder = Encoder(tokenizer)
+    if chat_template:
+        return encoder(*Template(tokenizer, system).question("start", text))
+    if system:
+        raise AHNError("--system needs the chat template; drop --no-chat-template")
+    return [*encoder.begin, *encoder("", text)]
 
 
 def prefill_step() -> int:
@@ -82,6 +77,7 @@ class Run:
     _times: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        check_ids(self.prompt, self.model)
         self.cache = self.model.make_cache()
         if self.kv_bits is not None:
             self.cache = [c.to_quantized(self.kv_group_size, self.kv_bits) for c in self.cache]

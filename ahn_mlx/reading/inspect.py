@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ svg{width:100%;height:auto;margin-top:.5em}text{font:11px system-ui,sans-serif;f
 table{border-collapse:collapse}td,th{padding:.3em .8em .3em 0;text-align:left;
 vertical-align:top;border-bottom:1px solid #dde3ea}td.n{text-align:right}
 """
+MARK = '<meta name="generator" content="ahn-mlx inspect">'
 
 
 class Layer(NamedTuple):
@@ -44,23 +46,27 @@ class Layer(NamedTuple):
 
 
 def measure(session: Session) -> list[Layer]:
-    """Raises AHNError if nothing has left the window."""
-    layers = []
+    """Raises AHNError if nothing has left the window, or nothing was counted."""
+    layers: list[Layer] = []
     for i, attention in memory_layers(session.model):
         cache = session.caches[i]
         assert isinstance(cache, AHNCache) and cache.trace is not None
-        if cache.memory is None or not cache.trace.strengths.size:
+        if cache.memory is None:
             raise AHNError(
                 f"{session.tokens:,} tokens were read and all are still in the window of"
                 f" {cache.window:,}; the memory is empty, digest a longer text"
             )
+        if not cache.trace.strengths.size:
+            raise AHNError("the text was read token by token, which is not counted; digest it")
         sums, counts = np.array(cache.trace.strengths)
-        strength, local, memory = np.array(cache.trace.heads)
+        strength, local, memory = np.array(cache.trace.heads).astype(float)
         blocks = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
         norm = np.array(mx.linalg.norm(cache.memory[0], axis=[-2, -1]))
         share = memory / np.maximum(local + memory, 1e-30)
         length = _length(attention.ahn, cache)
         layers.append(Layer(i, norm, length, strength / counts.sum(), share, blocks))
+    if not layers:
+        raise AHNError("no layer of the model has a memory; take one with fewer fa_layer_ids")
     return layers
 
 
@@ -103,12 +109,20 @@ def page(session: Session, name: str, text: str | None = None) -> str:
     }
     rows = "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
     title = html.escape(name)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    text = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{MARK}<title>{title}</title>'
         f"<style>{STYLE}</style><h1>What the memory holds of {title}</h1><dl>{rows}</dl>"
         f'<div class="maps">{_by_head(layers)}</div>{_over_text(layers)}'
         f"{_passages(session, layers, ids)}</html>\n"
     )
+    # A file's name need not be UTF-8.
+    return text.encode(errors="replace").decode()
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page that `page` has made."""
+    with file.open("rb") as f:
+        return MARK.encode() in f.read(1000)
 
 
 def _by_head(layers: list[Layer]) -> str:
@@ -142,7 +156,8 @@ def _by_head(layers: list[Layer]) -> str:
 def relative(layers: list[Layer]) -> np.ndarray[Any, Any]:
     """[layers, blocks]: write strength over the mean of its layer."""
     blocks = np.stack([layer.blocks for layer in layers])
-    return blocks / np.nanmean(blocks, axis=1, keepdims=True)
+    means = np.nanmean(blocks, axis=1, keepdims=True)
+    return np.asarray(blocks / np.where(means > 0, means, 1))
 
 
 def _over_text(layers: list[Layer]) -> str:
@@ -194,11 +209,13 @@ def heat_map(
     names = [f"{columns} {c}" for c in range(C)] if isinstance(columns, str) else columns
     width, height = 560 / C if isinstance(columns, str) else 1180 / C, 12
     scaled = np.log(np.maximum(values, 1e-12)) if logarithmic else values
-    low, high = float(np.nanmin(scaled)), float(np.nanmax(scaled))
+    # Squares of what a file says may be larger than any float.
+    finite = scaled[np.isfinite(scaled)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     cells = []
     for r in range(R):
         for c in range(C):
-            if math.isnan(values[r, c]):
+            if not math.isfinite(scaled[r, c]):
                 continue
             color = _color((scaled[r, c] - low) / (high - low) if high > low else 0.5)
             cells.append(
@@ -211,7 +228,8 @@ def heat_map(
         for r in range(0, R, 5)
     ]
     bottom, right = R * height + 14, 50 + C * width
-    legend = f"{np.nanmin(values):.3g} (light) to {np.nanmax(values):.3g} (dark)"
+    light, dark = (math.exp(x) if logarithmic else x for x in (low, high))
+    legend = f"{light:.3g} (light) to {dark:.3g} (dark)"
     labels += [
         f'<text x="50" y="{bottom}">{names[0]}</text>',
         f'<text x="{right:.0f}" y="{bottom}" text-anchor="end">{names[-1]}</text>',

@@ -2,13 +2,12 @@
 
 Caches are arrays: `layers.I.memory` and `layers.I.J` for window, sinks and gates, or keys
 and values of a layer with full attention; `layers.I.trace.J` are those of its trace,
-`pending` tokens not yet read. All else is
-JSON in the header's metadata, and a checksum covers both.
+`pending` tokens not yet read. All else is JSON in the header's metadata, and a checksum
+covers both. layout.py says what both must be like.
 """
 
 import hashlib
 import json
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,18 +20,17 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import load_safetensors
-from ..checkpoints.safetensors import Layout, TensorWriter, bits, read_header
+from ..checkpoints.safetensors import WRITTEN, Layout, TensorWriter, bits, read_header_and_metadata
 from ..errors import AHNError, show
 from ..model.cache import AHNCache
 from ..model.trace import Trace
+from ..outputs.files import OutFile
+from . import layout
+from .layout import Cache
 
 VERSION = 1
-
-# What a session says of itself; `digest` adds where it stopped.
-FACTS = {"model", "tokenizer", "tokens", "window", "sinks", "step", "turn", "chat", "system"}
-FACTS |= {"preview", "saved", "layers"}
-
-Cache = AHNCache | KVCache
+HEADER = 1 << 20  # bytes of it that tell what a file is
+MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
@@ -60,108 +58,150 @@ def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
     return _hash([sorted(tokenizer.get_vocab().items()), probe])
 
 
-def save(file: Path, caches: list[Cache], pending: list[int], facts: Mapping[str, Any]) -> None:
-    """Write to a temporary name, then rename. Raises OSError when the disk is full."""
+def save(
+    file: Path, model: nn.Module, caches: list[Cache], pending: list[int], facts: Mapping[str, Any]
+) -> None:
+    """Write to a temporary name, then rename. Raises AHNError if what is written could not be
+    loaded, if it would replace what is no memory, and when the disk is full."""
+    arrays, layers = _contents(caches, pending)
+    known = {**facts, "version": VERSION, "layers": layers}
+    found = {name: (WRITTEN[x.dtype], x.shape) for name, x in arrays.items()}
+    with _named(file, "not written", "the session is damaged, load or make another"):
+        layout.check_facts(known)
+        layout.check_arrays(found, known, layout.of_model(model, known))
+        layout.check_values(arrays, known, model.args.vocab_size)
+    text = json.dumps(known, sort_keys=True)
+    metadata = {"format": "mlx", "ahn": text, "sha256": _checksum(text, arrays)}
+    promised = {name: Layout(x.dtype, x.shape) for name, x in arrays.items()}
+    with (
+        OutFile(file, "a memory", is_memory).writing() as part,
+        TensorWriter(part, promised, metadata) as writer,
+    ):
+        for name, x in arrays.items():
+            writer.put(name, x)
+
+
+def _contents(
+    caches: list[Cache], pending: list[int]
+) -> tuple[dict[str, mx.array], list[list[int | None]]]:
+    """Arrays by name, and the numbers of each layer."""
     arrays: dict[str, mx.array] = {}
-    layers = []
+    layers: list[list[int | None]] = []
     for i, cache in enumerate(caches):
         if isinstance(cache, AHNCache):
-            memory, offset, window, sinks, kv_bits, group_size, *buffers = cache.state
-            layers.append([offset, window, sinks, kv_bits, group_size])
-            if memory is not None:
-                arrays[f"layers.{i}.memory"] = memory
+            layers.append([cache.offset, cache.window, cache.sinks, cache.bits, cache.group_size])
+            if cache.memory is not None:
+                arrays[f"layers.{i}.memory"] = cache.memory
             for j, x in enumerate(cache.trace or ()):
                 arrays[f"layers.{i}.trace.{j}"] = x
         else:
             layers.append([cache.offset])
-            buffers = [] if cache.empty() else [cache.keys, cache.values]
-        arrays |= {f"layers.{i}.{j}": x for j, x in enumerate(buffers)}
+        arrays |= {f"layers.{i}.{j}": x for j, x in enumerate(layout.held(cache))}
     arrays["pending"] = mx.array(pending, dtype=mx.uint32)
-    text = json.dumps({**facts, "version": VERSION, "layers": layers}, sort_keys=True)
-    metadata = {"format": "mlx", "ahn": text, "sha256": _checksum(text, arrays)}
-    layout = {name: Layout(x.dtype, x.shape) for name, x in arrays.items()}
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        with TensorWriter(part, layout, metadata) as writer:
-            for name, x in arrays.items():
-                writer.put(name, x)
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    return arrays, layers
 
 
-def remove_stale(file: Path) -> None:
-    """Delete what killed writers of `file` have left behind."""
-    for part in file.parent.glob(f".{file.name}.*.part"):
-        part.unlink(missing_ok=True)
+def is_memory(file: Path) -> bool:
+    """Whether a file is a memory by its header, be it damaged or of another version."""
+    with file.open("rb") as f:
+        header = f.read(8 + min(int.from_bytes(f.read(8), "little"), HEADER))
+    return b'"__metadata__"' in header and b'"ahn"' in header
 
 
 def read_facts(file: Path) -> dict[str, Any]:
-    """What a memory file says about itself, not verified. Raises AHNError if it is none."""
+    """What a memory file says about itself, of the right types but not verified.
+
+    Raises AHNError if it is none, or from a later version.
+    """
     return _read(file)[0]
 
 
-def load(file: Path) -> tuple[list[Cache], list[int], dict[str, Any]]:
-    """Caches, pending tokens and facts. The file is verified, mapped and never modified.
+def verify(file: Path) -> None:
+    """Check all that can be checked without the model. Raises AHNError if it is damaged."""
+    facts, found, metadata = _read(file)
+    with _named(file):
+        layout.check_arrays(found, facts, layout.of_any_model(facts))
+    _arrays(file, facts, metadata, None)
 
-    Raises AHNError if it is damaged, none, or from a later version.
+
+def load(
+    file: Path, model: nn.Module, tokenizer: TokenizerWrapper
+) -> tuple[list[Cache], list[int], dict[str, Any]]:
+    """Caches, pending tokens and facts; the file is never modified.
+
+    Raises AHNError if it is damaged, of another model, or from a later version.
     """
-    facts, metadata = _read(file)
+    facts, found, metadata = _read(file)
+    _check_fits(file, facts, model, tokenizer)
+    with _named(file):
+        layout.check_arrays(found, facts, layout.of_model(model, facts))
+    arrays = _arrays(file, facts, metadata, model.args.vocab_size)
+    pending: Any = arrays.pop("pending").tolist()
+    return [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])], pending, facts
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:
+    """Facts, dtype and shape of each array, and the header's metadata; nothing but the header
+    is read."""
+    if not file.is_file():
+        raise AHNError(f"{file}: no such file; ahn-mlx digest writes one")
+    header, metadata = read_header_and_metadata(file)
+    if "ahn" not in metadata:
+        raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")
+    with _named(file):
+        if len(metadata["ahn"]) > MAX_FACTS:
+            raise ValueError(f"it says {len(metadata['ahn']):,} characters of itself")
+        facts = json.loads(metadata["ahn"])
+        if not isinstance(facts, dict) or "version" not in facts:
+            raise ValueError("it does not say its version")
+        version = facts["version"]
+        if type(version) is int and version == VERSION:
+            layout.check_facts(facts)
+            return facts, {name: (x.dtype, x.shape) for name, x in header.items()}, metadata
+    raise AHNError(f"{file}: version {show(version)}, this program reads {VERSION}; upgrade")
+
+
+def _arrays(
+    file: Path, facts: dict[str, Any], metadata: dict[str, str], vocabulary: int | None
+) -> dict[str, mx.array]:
+    """All arrays of a file whose header is right, if its checksum and values are too."""
     arrays = load_safetensors(file)
-    if _checksum(metadata["ahn"], arrays) != metadata.get("sha256"):
-        raise AHNError(f"{file}: damaged, its checksum does not fit; digest the text again")
-    with _well_formed(file):
-        pending = arrays.pop("pending").tolist()
-        caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
-    return caches, pending, facts  # type: ignore[return-value]
+    with _named(file):
+        if _checksum(metadata["ahn"], arrays) != metadata.get("sha256"):
+            raise ValueError("its checksum does not fit")
+        layout.check_values(arrays, facts, vocabulary)
+    return arrays
 
 
 def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
-    memory = arrays.get(f"layers.{i}.memory")
-    trace = [x for j in range(2) if (x := arrays.get(f"layers.{i}.trace.{j}")) is not None]
-    count = sum(name.startswith(f"layers.{i}.") for name in arrays)
-    count -= len(trace) + (memory is not None)
-    buffers = [arrays[f"layers.{i}.{j}"] for j in range(count)]
+    """Of one layer, from arrays that have been checked."""
+    name = f"layers.{i}."
+    buffers = tuple(arrays[f"{name}{j}"] for j in range(7) if f"{name}{j}" in arrays)
     if len(layer) == 1:
         full = KVCache()
         if buffers:
             full.state = (*buffers, layer[0])
         return full
-    offset, window, sinks, kv_bits, group_size = layer
-    cache = AHNCache(window, sinks, kv_bits, group_size)
-    cache.state = (memory, offset, window, sinks, kv_bits, group_size, *buffers)
-    cache.trace = Trace(*trace)
+    offset, *settings = layer
+    cache = AHNCache(*settings)
+    cache.offset, cache.buffers = offset, buffers or None
+    cache.memory = arrays.get(name + "memory")
+    cache.trace = Trace(*(arrays[f"{name}trace.{j}"] for j in (0, 1)))
     return cache
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    if not file.is_file():
-        raise AHNError(f"{file}: no such file; ahn-mlx digest writes one")
-    read_header(file)
-    loaded: Any = mx.load(str(file), format="safetensors", return_metadata=True)
-    metadata: dict[str, str] = loaded[1]
-    if "ahn" not in metadata:
-        raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")
-    with _well_formed(file):
-        facts = json.loads(metadata["ahn"])
-        version = facts["version"]
-        if version == VERSION and not (set(facts) >= FACTS and "name" in facts["model"]):
-            raise ValueError("it does not say all that a memory says")
-    if version != VERSION:
-        raise AHNError(f"{file}: version {show(version)}, this program reads {VERSION}; upgrade")
-    return facts, metadata
-
-
 @contextmanager
-def _well_formed(file: Path) -> Iterator[None]:
+def _named(
+    file: Path, what: str = "damaged", mend: str = "digest the text again"
+) -> Iterator[None]:
+    """Name the file in which something is wrong."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise AHNError(f"{file}: damaged ({show(str(e))}); digest the text again") from None
+    except (ValueError, RecursionError) as e:
+        raise AHNError(f"{file}: {what}, {e}; {mend}") from None
 
 
-def check_fits(
+def _check_fits(
     file: Path, facts: Mapping[str, Any], model: nn.Module, tokenizer: TokenizerWrapper
 ) -> None:
     """Raise AHNError, saying what differs, unless the memory is of this very model."""
@@ -171,8 +211,6 @@ def check_fits(
     for part, value in ours.items():
         if theirs.get(part) != value:
             raise AHNError(f"{file}: of another model, {name} ({part} differ); use that model")
-    if len(facts["layers"]) != len(model.layers):
-        raise AHNError(f"{file}: damaged, it has {len(facts['layers'])} layers; digest again")
     if facts["tokenizer"] != tokenizer_identity(tokenizer):
         raise AHNError(f"{file}: of another tokenizer; use {name} as it was")
     for part in ("window", "sinks"):

@@ -7,6 +7,8 @@ one that read all at once.
 
 import asyncio
 import copy
+import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +23,28 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
+from ..hub.zoo import ZOO
 from ..model.cache import AHNCache
 from ..model.trace import Trace
 from . import memoryfile
 from .generate import prefill_step
-from .memoryfile import Cache
-from .template import Template
+from .layout import MAX_STEP, PREVIEW, Cache, make_caches
+from .template import Pieces, Template
+from .text import readable
+from .tokens import Encoder, check_ids
 
-PREVIEW = 200  # characters
+
+class _End:
+    """Of a thread that computed: without this MLX's own threads outlive it, and the process
+    is aborted when it exits."""
+
+    def __del__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            mx.clear_streams()
+
+
+# What is kept here goes when its thread does, and in that thread.
+_thread = threading.local()
 
 
 class Session:
@@ -39,7 +55,8 @@ class Session:
     step: tokens read at a time. kv_bits, kv_group_size: as in AHNCache. chat: speak through
     the tokenizer's chat template; otherwise texts are continued as they are.
 
-    Raises AHNError if there is no chat template that can be taken apart.
+    Raises AHNError if there is no chat template that can be taken apart, and with `system`
+    but without `chat`.
     """
 
     def __init__(
@@ -55,15 +72,15 @@ class Session:
         chat: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.origin = {"name": "", **(origin or {})}
+        self.origin = {**(origin or {}), "name": _absolute((origin or {}).get("name", ""))}
+        if system and not chat:
+            raise AHNError("--system needs the chat template; drop --no-chat-template")
         self.template = Template(tokenizer, system) if chat else None
-        self.step = step or prefill_step()
-        self.caches: list[Cache] = model.make_cache()
-        if kv_bits is not None:
-            self.caches = [
-                c.to_quantized(kv_group_size, kv_bits) if isinstance(c, AHNCache) else c
-                for c in self.caches
-            ]
+        self.encoder = Encoder(tokenizer)
+        self.step = prefill_step() if step is None else step
+        if not 1 <= self.step <= MAX_STEP:
+            raise AHNError(f"step must be from 1 to {MAX_STEP:,} tokens, not {self.step}")
+        self.caches: list[Cache] = make_caches(model, kv_bits, kv_group_size)
         for layer, cache in zip(model.layers, self.caches, strict=True):
             if isinstance(cache, AHNCache):
                 cache.trace = Trace.start(layer.self_attn.n_heads)
@@ -88,14 +105,23 @@ class Session:
         """Read more of the user's message. progress: called with tokens read of this text."""
         self.read_ids(self.encode(text), progress)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that continues this conversation."""
-        opening = self.template.opening(self.turn) if self.template else ""
+    def opening(self) -> Pieces:
+        """What the template puts before more text of the user, as pieces for the encoder.
+        Raises TemplateError if it cannot be taken apart after an answer."""
+        return self.template.opening(self.turn) if self.template else ("",)
+
+    def encode(self, text: str, opening: Pieces | None = None) -> list[int]:
+        """Token ids of a text that continues this conversation.
+
+        opening: of the run that began to read it; what a template prints may be of its time.
+        """
+        opening = self.opening() if opening is None else opening
         if not self.preview:
-            self.preview = " ".join(text[: 2 * PREVIEW].split())[:PREVIEW]
-        first = self.turn == "start" and self.template is None
-        self.turn = "read"
-        return self.tokenizer.encode(opening + text, add_special_tokens=first)
+            self.preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
+        if self.template and self.turn != "read":
+            text = self.template.begin(text)
+        begin, self.turn = self._begin(), "read"
+        return [*begin, *self.encoder(*opening, text)]
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
         """Read token ids, as many as fill steps; the rest waits.
@@ -104,6 +130,7 @@ class Session:
         ids. After an exception inside of a step it cannot go on, and says so.
         """
         self._check()
+        check_ids(ids, self.model)
         before = len(self.pending)
         waiting = [*self.pending, *ids]
         for start in range(0, len(waiting) - self.step + 1, self.step):
@@ -132,7 +159,10 @@ class Session:
         leaves the session as it was. Raises AHNError if there is nothing to answer.
         """
         self._check()
+        if not hasattr(_thread, "end"):
+            _thread.end = _End()
         ids = [*self.pending, *self._question(question)]
+        check_ids(ids, self.model)
         if not ids:
             raise AHNError("nothing to continue; read a text or ask a question first")
         caches = _fork(self.caches)
@@ -177,7 +207,11 @@ class Session:
         return other
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Write all of it to one file, by a temporary name. Raises OSError."""
+        """Write all of it to one file, by a temporary name.
+
+        Raises AHNError if that cannot be, would replace what is no memory, or could not be
+        loaded again, which holds for numbers that are not finite.
+        """
         self._check()
         window, sinks = self.model.ahn.window, self.model.ahn.sinks
         identity = {**self.origin, **memoryfile.model_identity(self.model)}
@@ -194,14 +228,13 @@ class Session:
             "preview": self.preview,
             "saved": int(time.time()),
         }
-        memoryfile.save(Path(path), self.caches, self.pending, {**known, **facts})
+        memoryfile.save(Path(path), self.model, self.caches, self.pending, {**known, **facts})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper) -> "Session":
         """Go on where a saved session was. Raises AHNError if the file is damaged or of
         another model, tokenizer, window or version."""
-        caches, pending, facts = memoryfile.load(Path(path))
-        memoryfile.check_fits(Path(path), facts, model, tokenizer)
+        caches, pending, facts = memoryfile.load(Path(path), model, tokenizer)
         session = cls(
             model,
             tokenizer,
@@ -220,11 +253,18 @@ class Session:
 
     def _question(self, question: str) -> list[int]:
         """Token ids from here to where the answer begins."""
-        if self.template is None:
-            first = self.turn == "start"
-            return self.tokenizer.encode(question, add_special_tokens=first) if question else []
-        text = self.template.question(self.turn, question)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        if self.template:
+            return self.encoder(*self.template.question(self.turn, question))
+        return [*self._begin(), *self.encoder("", question)] if question else []
+
+    def _begin(self) -> list[int]:
+        """What the tokenizer puts before a text; a chat template says it by itself."""
+        return self.encoder.begin if self.turn == "start" and not self.template else []
+
+
+def _absolute(name: str) -> str:
+    """What finds a model from any directory: a directory's whole path; other names as they are."""
+    return os.path.abspath(name) if name not in ZOO and os.path.isdir(name) else name
 
 
 def _fork(caches: list[Cache]) -> list[Cache]:

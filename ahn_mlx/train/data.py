@@ -1,7 +1,6 @@
 """Texts as sequences of equal length, in an order that a seed fixes."""
 
 import glob
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import AHNError
+from ..reading.text import read_texts
+from ..reading.tokens import Encoder
 
 
 class Sequences:
@@ -23,21 +24,24 @@ class Sequences:
 
     def __init__(self, patterns: tuple[str, ...], tokenizer: Any, length: int, seed: int):
         tokens: list[int] = []
+        encoder = Encoder(tokenizer)
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bar = tqdm(
             texts(patterns), desc="tokenizing", unit=" texts", disable=not sys.stderr.isatty()
         )
         for text in bar:
-            tokens += tokenizer.encode(text, add_special_tokens=False) + ends
+            tokens += encoder("", text) + ends
         self.length, self.seed = length, seed
-        self.count = len(tokens) // length
+        body = length - len(encoder.begin)  # each begins as a text does when it is read
+        self.count = len(tokens) // body
         if self.count == 0:
             raise AHNError(
                 f"--data has {len(tokens):,} tokens, fewer than one sequence of {length:,};"
                 " give more text or a smaller --seq-len"
             )
-        kept = tokens[: self.count * length]
-        self.tokens = np.array(kept, dtype=np.int32).reshape(-1, length)
+        rows = np.array(tokens[: self.count * body], dtype=np.int32).reshape(-1, body)
+        begins = np.tile(np.array(encoder.begin, dtype=np.int32), (self.count, 1))
+        self.tokens = np.concatenate([begins, rows], axis=1)
 
     def __getitem__(self, n: int) -> mx.array:
         """The n-th sequence to train on, [1, length]; each epoch has its own order."""
@@ -49,21 +53,5 @@ class Sequences:
 def texts(patterns: tuple[str, ...]) -> Iterator[str]:
     """The texts of these files. Raises AHNError naming the file, and the line."""
     for pattern in patterns:
-        files = [Path(f) for f in sorted(glob.glob(pattern))] or [Path(pattern)]
-        for file in files:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as e:
-                reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
-                raise AHNError(f"{file}: {reason}") from None
-            yield from _lines(file, text) if file.suffix == ".jsonl" else [text]
-
-
-def _lines(file: Path, text: str) -> Iterator[str]:
-    for n, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise AHNError(f'{file}: line {n} is not an object with "text"') from None
+        for file in sorted(glob.glob(pattern)) or [pattern]:
+            yield from read_texts(Path(file))

@@ -6,7 +6,6 @@ step number, so parameters, optimizer and step are all there is to resume.
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -20,8 +19,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import AHNError
+from ..checkpoints.directory import load_safetensors
+from ..checkpoints.safetensors import not_finite, read_header_and_metadata
+from ..errors import AHNError, show
 from ..model.augment import memory_layers
+from ..outputs.files import replacing
 from . import layerwise, losses
 from .data import Sequences
 from .streams import Parameters, install, study, teach, trainable
@@ -152,6 +154,7 @@ class Trainer:
                 f"training on {machines} machines failed at step {self.step} ({e});"
                 " --resume goes on from the last save"
             ) from None
+        install(self.model, fold(self.parameters, self.sizes))  # what is saved of it is of now
         self.step += 1
         return value
 
@@ -188,46 +191,77 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """Parameters, optimizer and step, under their final name only when complete."""
-        state = {f"parameters.{n}": x for n, x in self.parameters.items()}
-        state |= {f"sizes.{n}": x for n, x in self.sizes.items()}
-        flat: Any = tree_flatten(self.optimizer.state)
-        state |= {f"optimizer.{n}": x for n, x in flat}
         facts = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
-        part = directory / f".{STATE}.part.safetensors"
-        try:
-            mx.save_safetensors(str(part), state, facts)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(directory / STATE)
-        except (OSError, RuntimeError) as e:
-            part.unlink(missing_ok=True)
-            raise AHNError(f"{directory / STATE}: cannot be written ({e}); free some space") from e
+        with replacing(directory / STATE) as part, part.open("wb") as file:
+            mx.save_safetensors(file, self._state(), facts)
+
+    def _state(self) -> Parameters:
+        """All that a run goes on from, but its step."""
+        flat: Any = tree_flatten(self.optimizer.state)
+        return {
+            **{f"parameters.{n}": x for n, x in self.parameters.items()},
+            **{f"sizes.{n}": x for n, x in self.sizes.items()},
+            **{f"optimizer.{n}": x for n, x in flat},
+        }
 
     def _resume(self, directory: Path) -> None:
-        """Go on from a saved state. Raises AHNError if it is of a run with other settings."""
+        """Go on from a saved state. Raises AHNError if it is of a run with other settings, or
+        anything that this run could not have saved."""
         file = directory / STATE
         if not file.is_file():
             raise AHNError(f"{file}: no such file; train without --resume")
-        try:
-            loaded: Any = mx.load(str(file), return_metadata=True)
-            state, facts = loaded
-            settings, step = json.loads(facts["settings"]), int(facts["step"])
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise AHNError(f"{file}: not a training state ({e})") from None
-        for field in fields(Settings):
-            theirs, ours = settings.get(field.name), getattr(self.settings, field.name)
-            if theirs != ours:
-                option = field.name.replace("_", "-")
-                raise AHNError(f"{file}: trained with --{option} {theirs}, not {ours}")
-        parameters, sizes = _under("parameters.", state), _under("sizes.", state)
-        if parameters.keys() != self.parameters.keys() or sizes.keys() != self.sizes.keys():
+        _, facts = read_header_and_metadata(file)
+        step = _read_step(file, facts, self.settings)
+        if step:  # before the first step it has nothing of the parameters
+            self.optimizer.init(_tree(self.parameters))
+        state, fresh = load_safetensors(file), self._state()
+        if state.keys() != fresh.keys():
             raise AHNError(
                 f"{file}: of another model, or an older version; choose another --out,"
                 f" and --ahn {directory} to start from its memory"
             )
-        self.parameters, self.sizes = parameters, sizes
+        if wrong := _wrong(state, fresh, step):
+            raise AHNError(
+                f"{file}: damaged, {wrong}; choose another --out,"
+                f" and --ahn {directory} to start from its memory"
+            )
+        self.parameters, self.sizes = _under("parameters.", state), _under("sizes.", state)
         self.optimizer.state = _tree(_under("optimizer.", state))
         self.step = step
+
+
+def _read_step(file: Path, facts: dict[str, str], settings: Settings) -> int:
+    """The step of a state, if its settings are these."""
+    try:
+        theirs, step = json.loads(facts["settings"]), int(facts["step"])
+        theirs = {field.name: theirs[field.name] for field in fields(Settings)}
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise AHNError(f"{file}: not a training state ({show(str(e))})") from None
+    for name, ours in asdict(settings).items():
+        if theirs[name] != ours:
+            option = name.replace("_", "-")
+            raise AHNError(f"{file}: trained with --{option} {show(theirs[name])}, not {ours}")
+    if not 0 <= step <= settings.steps:
+        raise AHNError(f"{file}: damaged, it is of step {step} of {settings.steps}")
+    return step
+
+
+def _wrong(state: Parameters, fresh: Parameters, step: int) -> str:
+    """What a run could not have saved at this step, in tensors of the same names, or ""."""
+    for name, x in state.items():
+        expected = fresh[name]
+        if (x.dtype, x.shape) != (expected.dtype, expected.shape):
+            return f"{name} is {x.dtype} {x.shape}, not {expected.dtype} {expected.shape}"
+    if bad := not_finite(state.items()):
+        return f"{bad} holds NaN or infinity"
+    for name, x in state.items():
+        # Means of squares, and what matrices were divided by.
+        negative = name.endswith(".v") and (x < 0).any()
+        if negative or (name.startswith("sizes.") and (x <= 0).any()):
+            return f"{name} is not positive"
+        if name.endswith(".step") and x.item() != step:
+            return f"{name} is {x.item()}, not {step}"
+    return ""
 
 
 def _tree(parameters: Parameters) -> Any:
@@ -263,8 +297,10 @@ class Metrics:
 
     def __init__(self, file: Path, step: int):
         self.file = file
-        lines = read_metrics(file)[:step] if step else []
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if step:
+            lines = [line for line in read_metrics(file) if line["step"] < step]
+            with replacing(file) as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.last = time.perf_counter()
 
     def write(self, step: int, loss: float, tokens: int, window: int, sinks: int) -> float:
@@ -272,17 +308,37 @@ class Metrics:
         now = time.perf_counter()
         speed, self.last = tokens / (now - self.last), now
         line = {"step": step, "loss": loss, "window": window, "sinks": sinks}
-        with self.file.open("a") as out:
-            out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        try:
+            with self.file.open("a") as out:
+                out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
+        except OSError as e:
+            raise AHNError(f"{self.file}: cannot be written ({e.strerror}); --resume") from None
         return speed
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; of one cut short, those that are whole."""
+    """The lines of a metrics file; a last one that was cut short is left out.
+
+    Raises AHNError for any other line that is not of a step.
+    """
     lines = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    found = file.read_bytes().split(b"\n") if file.is_file() else []
+    for n, line in enumerate(found, 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+            lines.append(_metric(json.loads(line)))
+        except (ValueError, RecursionError):
+            if n < len(found):
+                raise AHNError(
+                    f"{file}: line {n} says no step and loss; mend it, or move the file away"
+                ) from None
     return lines
+
+
+def _metric(line: Any) -> Any:
+    """The line, if it says a step and its loss."""
+    step, loss = (line.get("step"), line.get("loss")) if isinstance(line, dict) else (None, None)
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        raise ValueError
+    if not isinstance(loss, float) or not math.isfinite(loss):
+        raise ValueError
+    return line

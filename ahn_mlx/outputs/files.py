@@ -1,0 +1,143 @@
+"""A file on its way out: it is judged before the work begins, written beside its final name
+and takes it when complete. Nothing is replaced that the command did not make, or that it reads."""
+
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import AHNError
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A file to be written.
+
+    kind: what may be replaced, in words, and is_ours: whether a file is that. reads: files
+    and directories that are read meanwhile. force: replace other files too, but none of
+    those; None if there is no such option.
+    """
+
+    path: Path
+    kind: str
+    is_ours: Callable[[Path], bool]
+    reads: tuple[Path, ...] = ()
+    force: bool | None = None
+
+    def check(self) -> None:
+        """Raise AHNError unless the file can be written and nothing is lost by it."""
+        real = real_path(self.path)
+        # A pipe has no real path, and a path through what is not there has no other.
+        for path in (self.path, real):
+            try:
+                self._check_replaced(path, path.stat().st_mode)
+                break
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                reason = f"cannot be written ({e.strerror})"
+                raise AHNError(f"{self.path}: {reason}; choose another name") from None
+        check_writable(real.parent)
+
+    def _check_replaced(self, path: Path, mode: int) -> None:
+        if stat.S_ISDIR(mode):
+            raise AHNError(f"{path}: is a directory; give the name of a file")
+        if not stat.S_ISREG(mode):
+            raise AHNError(f"{path}: is not a regular file; give the name of one")
+        if is_read(path, self.reads):
+            raise AHNError(f"{path}: is what this command reads; choose another name")
+        if self.force:
+            return
+        advice = "choose another name" + (", or --force" if self.force is False else "")
+        if not self.is_ours(path):
+            raise AHNError(f"{path}: is there and is not {self.kind}; {advice}")
+        if not mode & 0o222:
+            raise AHNError(f"{path}: is read-only; {advice}")
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A name beside the file, to be written to; it takes the file's place at the end, or
+        vanishes. The file is judged again. Raises AHNError if it cannot be written."""
+        self.check()
+        with replacing(self.path) as part:
+            yield part
+            self.check()
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A name beside `file`, to be written to, that takes its place at the end, or vanishes.
+
+    Raises AHNError if the disk is full, or whatever else the system says.
+    """
+    file = real_path(file)
+    part = part_of(file)
+    try:
+        yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
+        part.replace(file)
+    except OSError as e:
+        # Of another file: not ours to explain.
+        if e.filename is not None and Path(os.fsdecode(e.filename)) not in (part, file):
+            raise
+        reason = e.strerror or str(e) or type(e).__name__
+        raise AHNError(
+            f"{file}: cannot be written ({reason}); free some space or choose another place"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_of(path: Path, end: str = "part") -> Path:
+    """A new name beside `path`, hidden, for as long as it is not complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{end}")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """What writers of `path` that were killed have left beside it."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]+\.(part|old)")
+    return [p for p in path.parent.iterdir() if left.fullmatch(p.name)]
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads: a link stays, and what it names is replaced."""
+    return Path(os.path.realpath(path))
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether both are there and one, whatever their spelling."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+def is_read(path: Path, reads: Iterable[Path]) -> bool:
+    """Whether a file is one of these, or lies in one of these directories."""
+    for read in reads:
+        inside = read.iterdir() if read.is_dir() else (read,)
+        if any(same_file(path, p) for p in inside):
+            return True
+    return False
+
+
+def check_writable(directory: Path) -> None:
+    """Raise AHNError unless files can be made in there."""
+    if not os.path.lexists(directory):
+        raise AHNError(f"{directory}: no such directory; make it first")
+    if not directory.is_dir():
+        raise AHNError(f"{directory}: is not a directory; choose another place")
+    probe = part_of(directory / "probe")
+    try:
+        # Permissions alone do not tell: root has them on a disk that is read-only.
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as e:
+        raise AHNError(
+            f"{directory}: cannot be written to ({e.strerror}); choose another place"
+        ) from None

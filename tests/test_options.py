@@ -1,0 +1,190 @@
+"""An option that changes nothing is refused, before anything is read or loaded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints import GDN, talking_model
+from click.testing import CliRunner
+
+from ahn_mlx import AHNError, Session, load
+from ahn_mlx.cli import cli
+from ahn_mlx.hub.published import DEFAULT
+from ahn_mlx.platform import enough_memory
+
+TEXT = "It is a far, far better thing that I do, than I have ever done. "
+NOWHERE = ["--model", "no-such/model"]  # which a command that goes on does not find
+
+
+def run(*args: object, said: str = "") -> str:
+    done = CliRunner().invoke(cli, list(map(str, args)), input=said, catch_exceptions=False)
+    return done.output
+
+
+ask = ["ask", "--memory", "absent.ahn", "Why?"]
+chat = ["chat", "--memory", "absent.ahn"]
+append = ["digest", "-o", "absent.ahn", "--append"]
+compare = ["compare", "--text", "absent.txt"]
+digest = ["digest", "-o", "absent.ahn"]
+generate = ["generate", "--prompt", "Hi"]
+paper = ["estimate", "--paper"]
+train = ["train", "--data", "absent.txt", "--out", "absent"]
+
+SETTINGS = [["--window", 9], ["--sinks", 2], ["--dtype", "float32"], ["--q-bits", "8"]]
+STEPS = [["--lr", 0.1], ["--warmup", 3], ["--weight-decay", 0.1], ["--loss", "ce"]]
+STEPS += [["--accumulate", 2], ["--grad-checkpoint"], ["--save-every", 2], ["--random-window"]]
+PAPER = [["--model", "a/b"], ["--context", 9], ["--window", 9], ["--sinks", 2], ["--json"]]
+PAPER += [["--memory", "mamba2"], ["--kv-bits", "8"], ["--weight-bits", "8"], ["--force"]]
+PAPER += [["--compare", "ahn"], ["--chip", "m1"], ["--plot", "a.png"]]
+
+# A command, the options that do nothing in it, and what the refusal says.
+IDLE = [
+    *((a, o, "at --temp 0") for a in (generate, ask, ["chat"], chat) for o in (["--top-p", 0.5],)),
+    *((a, o, "at --temp 0") for a in (generate, ask, ["chat"], chat) for o in (["--seed", 3],)),
+    *((a, ["--kv-group-size", 32], "without --kv-bits") for a in (generate, ["chat"])),
+    *(
+        ([*a, "--system", "Be kind.", "--no-chat-template"], [], "--system has no effect")
+        for a in (generate, digest)
+    ),
+    *((append, o, "with --append: absent.ahn") for o in SETTINGS),
+    *((append, o, "with --append") for o in (["--bits", "8"], ["--no-chat-template"])),
+    (append, ["--system", "Be kind."], "with --append"),
+    *((chat, o, "with --memory: absent.ahn") for o in SETTINGS),
+    *((chat, o, "with --memory") for o in (["--kv-bits", "8"], ["--kv-group-size", 32])),
+    (chat, ["--system", "Be kind."], "with --memory"),
+    *((a, ["--q-bits", "8"], f"on {DEFAULT}: it is converted") for a in (generate, ["chat"])),
+    *((a, ["--q-bits", "4"], f"on {DEFAULT}: it is converted") for a in (digest, compare)),
+    (["bench"], ["--q-bits", "0"], f"on {DEFAULT}: it is converted"),
+    ([*generate, "--model", "me/mine"], ["--q-bits", "8"], "on me/mine: it is converted"),
+    ([*generate, "--model", str(GDN)], ["--q-bits", "8"], "it is converted"),
+    (["pull", "me/mine"], ["--q-bits", "8"], "on me/mine: it is converted"),
+    (["pull", "me/mine"], ["--base-revision", "v1"], "use --revision"),
+    *((paper, o, "with --paper") for o in PAPER),
+    (["estimate", "--json"], ["--chip", "m1"], "with --json"),
+    *((["estimate", "--compare", "full"], o, "on full attention") for o in SETTINGS[:2]),
+    (["estimate", "--compare", "full"], ["--kv-bits", "8"], "on full attention"),
+    (["estimate", "--compare", "full,window"], ["--memory", "mamba2"], "without ahn"),
+    *((a, ["--force"], "without --plot") for a in (["estimate"], compare)),
+    ([*compare, "--ahn", "a"], ["--q-bits", "8"], "with --ahn"),
+    ([*compare, "--ahn", "a", "--model", "ahn-gdn-3b"], ["--q-bits", "8"], "with --ahn"),
+    ([*compare, "--stream", 99], ["--segments", 2], "with --stream"),
+    ([*compare, "--stream", 99], ["--seq-len", 64], "with --stream"),
+    (compare, ["--stream-from", 5], "without --stream"),
+    *(([*train, "--steps", 0], o, "with --steps 0") for o in STEPS),
+    ([*train, "--ahn", "a"], ["--memory", "mamba2"], "with --ahn: a has"),
+    ([*train, "--ahn", "a"], ["--layerwise", 4], "with --ahn: a has"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "reason"), IDLE)
+def test_what_changes_nothing_is_refused(command, option, reason):
+    with pytest.raises(AHNError) as error:
+        run(*command, *option)
+    said = str(error.value)
+    assert reason in said and "\n" not in said
+    assert not option or option[0] in said
+
+
+# The same options where they do something: the command goes on, and misses what it reads.
+WORKING = [
+    ([*generate, "--temp", 0.5], ["--top-p", 0.5]),
+    ([*generate, "--temp", 0.5], ["--seed", 3]),
+    ([*generate, "--kv-bits", "8"], ["--kv-group-size", 32]),
+    (generate, ["--system", "Be kind."]),
+    (generate, ["--no-chat-template"]),
+    (generate, ["--window", 9, "--sinks", 2, "--dtype", "float16"]),
+    (["chat"], ["--window", 9, "--sinks", 2, "--kv-bits", "4", "--system", "Be kind."]),
+    (["chat", "--temp", 1], ["--seed", 1, "--top-p", 0.5]),
+    (compare, ["--stream", 99, "--stream-from", 5]),
+    (compare, ["--segments", 2, "--seq-len", 64]),
+    (compare, ["--window", 9]),
+    (["bench"], ["--context", 9, "--tokens", 2, "--chip", "m1"]),
+    (["estimate"], ["--window", 9, "--kv-bits", "8", "--memory", "mamba2", "--chip", "m1"]),
+    (["estimate", "--compare", "full,ahn"], ["--window", 9, "--json"]),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), WORKING)
+def test_what_changes_something_is_taken(command, option):
+    with pytest.raises(AHNError, match=r"no-such/model|absent\.txt"):
+        run(*command, *option, "--model", "no-such/model/")
+
+
+def test_defaults_are_not_options_that_were_given():
+    assert "window" in run("estimate", "--paper")
+    assert '"cache_bytes"' in run("estimate", "--json")
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps", 0, "--layerwise", 0], ["--random-window"], ["--ahn", GDN / "ahn_only"]]
+)
+def test_train_takes_what_the_checkpoint_keeps(options, tmp_path):
+    """Window and sinks are written down, also where steps draw their own."""
+    with pytest.raises(AHNError, match="no-such"):
+        run(*train, "--out", tmp_path / "a", "--window", 9, "--sinks", 2, "--base", "no-such")
+
+
+# --- where a model is now ---
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory) -> tuple[Path, Path]:
+    """Memories, and their model, which is not where it was."""
+    place = tmp_path_factory.mktemp("moved")
+    path = talking_model("qwen2-gdn", place)
+    session = Session(*load(path), origin={"name": str(path)})
+    session.read(TEXT * 4)
+    session.save(place / "book.ahn")
+    session.origin = {"name": "ahn-gdn-3b", "q_bits": "8"}
+    session.save(place / "named.ahn")
+    return place, path.rename(place / "elsewhere")
+
+
+@pytest.mark.parametrize("file", ["book.ahn", "named.ahn"])
+def test_a_moved_model_is_given_with_a_memory(moved, tmp_path, file):
+    place, model = moved
+    text = tmp_path / "more.txt"
+    text.write_text(TEXT)
+    memory, few = Path(shutil.copy(place / file, tmp_path)), ["--max-tokens", 1]
+    commands = [
+        (["ask", "--memory", memory, "Why?", *few], "first token after"),
+        (["chat", "--memory", memory, *few], "tokens, "),
+        (["inspect", "--memory", memory, "-o", tmp_path / "a.html"], "wrote"),
+        (["digest", "-o", memory, "--append", "--prompt-file", text], "tokens in"),
+    ]
+    for command, _ in commands if file == "book.ahn" else ():
+        with pytest.raises(AHNError, match="no model directory"):
+            run(*command, said="/stats\n")
+    for command, message in commands:
+        if command[0] == "inspect":
+            with pytest.raises(AHNError, match="still in the window"):
+                run(*command, "--model", model)
+            continue
+        assert message in run(*command, "--model", model, said="/stats\n")
+
+
+# --- memory that is not there ---
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[malloc] Unable to allocate 9437184000 bytes."),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)"),
+        RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_advice(error):
+    @enough_memory("take a smaller --window")
+    def load_much():
+        raise error
+
+    with pytest.raises(AHNError, match=r"not enough memory \(.+\); take a smaller --window"):
+        load_much()
+
+
+def test_other_errors_of_mlx_are_not_explained_away():
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory("take less"):
+        raise RuntimeError("[matmul] shapes do not fit")
