@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..ops import memory_kernels
+from ..ops import kernels, memory_kernels
 from ..ops.kernels import Check, usable
 from ..ops.ring import Update
 from . import MEMORIES, Memory
@@ -19,16 +19,17 @@ def scan(
     q: mx.array,
     update: Update,
     state: mx.array | None,
+    rates: mx.array | None,
     gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Write the T tokens that a chunk evicts, read after each.
 
-    q: [B, H, T, D]; state: [B, H, D, D] float32 or None; gradients: only by operations
-    that have them. Returns o [B, T, H, D] float32, and the state.
+    q: [B, H, T, D]; state: [B, H, D, D] float32 or None; rates: those of memory.derive();
+    gradients: only by operations that have them. Returns o [B, T, H, D] float32, and the state.
     """
     if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
-        return _scan_kernel(memory, q, update, state)
-    return _scan_ops(memory, q, update, state, gradients)
+        return _scan_kernel(memory, q, update, state, rates)
+    return _scan_ops(memory, q, update, state, rates, gradients)
 
 
 def step(
@@ -37,18 +38,20 @@ def step(
     evicted: Evicted,
     state: mx.array | None,
     local: mx.array,
-    h: mx.array,
+    z: mx.array,
+    rates: mx.array | None,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """Write L tokens, read after each, and add what was read to the local heads.
 
     q, local: [B, H, L, D]; evicted: keys, values [B, Hkv, L, D] and gates [B, H, L, G];
-    h: [B, L, C]; loudness: [B, H, L, 1] of the router, or None. Returns heads, and the state.
+    z: [B, L, H], output gate before silu; rates: those of memory.derive(); loudness: [B, H, L, 1] of the router, or None.
+    Returns heads, and the state.
     """
     one = q.shape[2] == 1
     kernel = one and usable(STEPS[memory.kind], q.shape[-1], q.dtype)
     form = _step_kernel if kernel else _step_ops
-    return form(memory, q, evicted, state, local, h, loudness)
+    return form(memory, q, evicted, state, local, z, rates, loudness)
 
 
 def _scan_ops(
@@ -56,16 +59,17 @@ def _scan_ops(
     q: mx.array,
     update: Update,
     state: mx.array | None,
+    rates: mx.array | None,
     gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in update.evicted())
-    return memory.scan(q.swapaxes(1, 2), k, v, gates, state, gradients)
+    return memory.scan(q.swapaxes(1, 2), k, v, gates, state, rates, gradients)
 
 
 def _scan_kernel(
-    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+    memory: Memory, q: mx.array, update: Update, state: mx.array | None, rates: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    return memory_kernels.scan(memory.kind, q, update, _or_empty(state, q), memory.rates)
+    return memory_kernels.scan(memory.kind, q, update, _or_empty(state, q), rates)
 
 
 def _step_ops(
@@ -74,15 +78,16 @@ def _step_ops(
     evicted: Evicted,
     state: mx.array | None,
     local: mx.array,
-    h: mx.array,
+    z: mx.array,
+    rates: mx.array | None,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in evicted)
-    o, state = memory.scan(q.swapaxes(1, 2), k, v, gates, state)
-    m = memory.output(o, h)
+    o, state = memory.scan(q.swapaxes(1, 2), k, v, gates, state, rates)
+    y = memory.gated(o, z)
     if loudness is not None:
-        m = (m * loudness).astype(local.dtype)
-    return local + m, state
+        y = y * loudness
+    return mx.addmm(local, y.astype(local.dtype), memory.o_proj.weight), state
 
 
 def _step_kernel(
@@ -91,17 +96,18 @@ def _step_kernel(
     evicted: Evicted,
     state: mx.array | None,
     local: mx.array,
-    h: mx.array,
+    z: mx.array,
+    rates: mx.array | None,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    slot = mx.zeros(q.shape[0], dtype=mx.int32)
+    slot = kernels.zeros(q.shape[0])
     state = _or_empty(state, q)
-    weights = (memory.g_proj(h), memory.norm_weight, memory.o_proj.weight)
+    weights = (z, memory.norm_weight, memory.o_proj.weight)
     router = None if loudness is None else loudness.reshape(q.shape[:2])
-    if memory.rates is None:
+    if memory.kind != "mamba2":
         return memory_kernels.delta_step(q, evicted, slot, state, local, *weights, router)
     return memory_kernels.mamba2_step(
-        q, evicted, slot, state, local, *weights, memory.rates, router
+        q, evicted, slot, state, local, *weights, rates, router
     )
 
 
@@ -116,26 +122,27 @@ def _example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]
     memory = MEMORIES[kind](C, H, D)
     memory.o_proj.weight = mx.random.normal((H, D, D)) * D**-0.5
     memory.set_dtype(dtype)
+    derived = memory.derive()
     runs = []
     for _ in range(2):
         k, v = mx.random.normal((2, 1, Hkv, tokens, D)).astype(dtype)
-        gates = memory.gates(mx.random.normal((1, tokens, C)).astype(dtype))
-        runs.append((k, v, gates.astype(dtype).swapaxes(1, 2)))
+        gates, z = memory.project(mx.random.normal((1, tokens, C)).astype(dtype), derived)
+        runs.append((k, v, gates.swapaxes(1, 2)))
     ring, chunk = runs
     update = Update(ring, chunk, offset=tokens, window=tokens - 3, sinks=3)
     q, local = mx.random.normal((2, 1, H, tokens, D)).astype(dtype)
-    h = mx.random.normal((1, 1, C)).astype(dtype)
-    return memory, q, update, mx.random.normal((1, H, D, D)), local, h
+    return memory, q, update, mx.random.normal((1, H, D, D)), derived.rates, local, z
 
 
 def _scan_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    return _example(kind, D, dtype, tokens)[:4]
+    return _example(kind, D, dtype, tokens)[:5]
 
 
 def _step_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    memory, q, update, state, local, h = _example(kind, D, dtype, 4)
+    memory, q, update, state, rates, local, z = _example(kind, D, dtype, 4)
     token = tuple(x[:, :, :1] for x in update.chunk)
-    return memory, q[:, :, :1], token, state, local[:, :, :1], h, mx.full((1, 4, 1, 1), 0.5)
+    heads, loudness = local[:, :, :1], mx.full((1, 4, 1, 1), 0.5)
+    return memory, q[:, :, :1], token, state, heads, z[:, :1], rates, loudness
 
 
 SCANS = {

@@ -1,6 +1,8 @@
 """The two linear maps of a memory. Not nn.Linear: nn.quantize leaves them alone."""
 
 import math
+from operator import is_
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +21,60 @@ class GateProjection(nn.Module):
     def __call__(self, h: mx.array) -> mx.array:
         y = h @ self.weight.T
         return y + self.bias if "bias" in self else y
+
+
+class Derived(NamedTuple):
+    """What follows from a memory's parameters alone, made once for many tokens.
+
+    weight: [(G + 1) H, C], all that is projected from h in one product; bias: [(G + 1) H] or
+    None. rates: [H], what decays are multiples of, or None if nothing decays.
+    """
+
+    weight: mx.array
+    bias: mx.array | None
+    rates: mx.array | None
+
+
+class Kept:
+    """What was derived from the parameters of one memory, while these stay the same arrays."""
+
+    def __init__(self) -> None:
+        self._sources: list[mx.array] = []
+        self._derived: Derived | None = None
+
+    def of(self, memory: Any) -> Derived:
+        parts = [p.values() if isinstance(p, dict) else (p,) for p in memory.values()]
+        sources = [x for part in parts for x in part]
+        known = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
+        if self._derived is None or not known:
+            self._sources, self._derived = sources, memory.derive()
+        return self._derived
+
+    def drop(self) -> None:
+        """Forget: an array may also have been changed in place."""
+        self._derived = None
+
+
+def derive(
+    gates: list[GateProjection], output: GateProjection, rates: mx.array | None = None
+) -> Derived:
+    """gates: G of them; those of one head stand together."""
+    names = ("weight", "bias") if any("bias" in p for p in (*gates, output)) else ("weight",)
+    stacked = []
+    for name in names:
+        *inner, last = (p[name] if name in p else mx.zeros(len(p.weight)) for p in (*gates, output))
+        first = inner[0] if len(inner) == 1 else mx.stack(inner, axis=1).flatten(0, 1)
+        stacked.append(mx.concatenate([first, last]))
+    bias = stacked[1] if len(stacked) == 2 else None
+    return Derived(stacked[0], bias, rates)
+
+
+def project(h: mx.array, derived: Derived, heads: int) -> tuple[mx.array, mx.array]:
+    """h [B, L, C] -> [B, L, H, G] and [B, L, H], gates and output gate as yet linear."""
+    weight = derived.weight.T
+    y = h @ weight if derived.bias is None else mx.addmm(derived.bias, h, weight)
+    n = y.shape[-1] - heads
+    return y[..., :n].reshape(*h.shape[:2], heads, -1), y[..., n:]
 
 
 class HeadProjection(nn.Module):

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..memory import MEMORIES, Router
 from ..memory.forms import scan, step
+from ..memory.layers import Derived, Kept
 from ..ops import window_attention
 from ..ops.ring import Place
 from ..ops.window import attend, attend_to_all
@@ -47,7 +48,7 @@ class AHNAttention(nn.Module):
         self.ahn = MEMORIES[config.memory](hidden, self.n_heads, self.head_dim, **options)
         if config.router:
             self.router = Router(self.n_heads)
-        self._lock = RLock()
+        self._lock, self._derived = RLock(), Kept()
 
     def __call__(
         self,
@@ -63,7 +64,8 @@ class AHNAttention(nn.Module):
         with self._lock:
             if isinstance(cache, PureCache):
                 settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-                out, after = self.step(x, cache.place, cache.rows, *settings, plain=True)
+                derived = self.ahn.derive()
+                out, after = self.step(x, cache.place, cache.rows, derived, *settings, plain=True)
                 cache.rows = Rows(*after)
                 return out
             if isinstance(cache, BatchAHNCache):
@@ -77,8 +79,9 @@ class AHNAttention(nn.Module):
 
         In training mode only by operations that have gradients.
         """
-        offset = cache.offset
-        q, k, v, gates, raw = self.project(x)
+        self._derived.drop()
+        offset, derived = cache.offset, self.ahn.derive()
+        q, k, v, gates, raw, z = self.project(x, derived)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         if x.shape[1] == 1:
             return attend(q, *cache.fill(k, v, gates), self.scale)
@@ -87,8 +90,9 @@ class AHNAttention(nn.Module):
         if T := update.evicts:
             if self.config.query_projection:
                 q = self.rope(self.ahn.q_proj(raw), offset=offset)
-            o, cache.memory = scan(self.ahn, q[:, :, -T:], update, cache.memory, self.training)
-            m = self.ahn.output(o, x[:, -T:])
+            q, rates = q[:, :, -T:], derived.rates
+            o, cache.memory = scan(self.ahn, q, update, cache.memory, rates, self.training)
+            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:]).astype(x.dtype))
             if self.config.router:
                 last = update.end - cache.capacity
                 # In training the paper counts sinks as part of the window.
@@ -107,7 +111,8 @@ class AHNAttention(nn.Module):
             self._compiled = mx.compile(self.step, inputs=self.state)
         rows, place = cache.turn()
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-        out, after = self._compiled(x, tuple(place), tuple(rows), *settings)
+        derived = tuple(self._derived.of(self.ahn))
+        out, after = self._compiled(x, tuple(place), tuple(rows), derived, *settings)
         cache.turned(Rows(*after))
         return out
 
@@ -121,11 +126,13 @@ class AHNAttention(nn.Module):
         if x.shape[1] == 1 and cache.full:
             return self._decode(x, cache)
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
+        self._derived.drop()
+        derived = self.ahn.derive()
         parts, n = [], min(PIECE, cache.window)
         for start in range(0, x.shape[1], n):
             part = x[:, start : start + n]
             rows, place = cache.turn(part.shape[1])
-            out, after = self.step(part, tuple(place), tuple(rows), *settings)
+            out, after = self.step(part, tuple(place), tuple(rows), tuple(derived), *settings)
             cache.turned(Rows(*after), part.shape[1])
             parts.append(out)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
@@ -135,6 +142,7 @@ class AHNAttention(nn.Module):
         x: mx.array,
         place: tuple[Any, ...],
         rows: tuple[Any, ...],
+        derived: tuple[Any, ...],
         window: int,
         sinks: int,
         bits: int | None,
@@ -144,14 +152,14 @@ class AHNAttention(nn.Module):
         """L <= W tokens of B rows, as a pure function of arrays: nothing in it depends on what
         a row has read, so that windows that fill, that are just full and that wrap are one.
 
-        x: [B, L, C]. place, rows: the fields of Place and Rows, rows without None. plain: only
-        by operations that mx.export_function can write. Returns [B, L, C], and rows.
+        x: [B, L, C]. place, rows, derived: the fields of Place, Rows and Derived, rows without
+        None. plain: only by operations that mx.export_function can write. Returns [B, L, C],
+        and rows.
         """
-        where, before = Place(*place), Rows(*rows)
-        q, k, v, gates, raw = self.project(x)
-        clamped = self.config.sink_positions == "clamped"
-        q_sink = self._near(q, where.near) if clamped else None
-        q, k = self.rope(q, offset=where.at), self.rope(k, offset=where.at)
+        where, before, parameters = Place(*place), Rows(*rows), Derived(*derived)
+        q, k, v, gates, raw, z = self.project(x, parameters)
+        q, q_sink = self._turn(q, where, sinks)
+        k = self.rope(k, offset=where.at)
         new = pack(k, v, gates, bits, group_size)
         if x.shape[1] == 1 and where.valid is None:
             left = before.leaving
@@ -166,38 +174,46 @@ class AHNAttention(nn.Module):
             q = self.rope(self.ahn.q_proj(raw), offset=where.at)
         left = unpack(left, bits, group_size)
         loudness = self.router(where.evicted, window) if self.config.router else None
-        heads, memory = step(self.ahn, q, left, before.memory, heads, x, loudness)
+        heads, memory = step(
+            self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness
+        )
         return self.merge(heads), tuple(after._replace(memory=memory))
 
-    def _near(self, q: mx.array, near: mx.array) -> mx.array:
-        """Queries [B, H, L, D] at positions [B, L] of their own."""
+    def _turn(self, q: mx.array, where: Place, sinks: int) -> tuple[mx.array, mx.array | None]:
+        """Queries [B, H, L, D] at their positions, and as the sinks see them, if they do."""
         B, H, L, D = q.shape
+        if sinks == 0 or self.config.sink_positions != "clamped":
+            return self.rope(q, offset=where.at), None
         if L == 1:
-            return self.rope(q, offset=near[:, 0])
+            # Both at once.
+            twice = mx.broadcast_to(q, (2, *q.shape)).reshape(2 * B, H, 1, D)
+            twice = self.rope(twice, offset=where.both)
+            return twice[:B], twice[B:]
         alone = q.swapaxes(1, 2).reshape(B * L, H, 1, D)
-        return self.rope(alone, offset=near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
+        near = self.rope(alone, offset=where.near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
+        return self.rope(q, offset=where.at), near
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither can be copied or pickled; both are made again.
-        made = ("_compiled", "_lock")
+        # What cannot be copied or pickled, or need not; it is made again.
+        made = ("_compiled", "_lock", "_derived")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = RLock()
+        self._lock, self._derived = RLock(), Kept()
 
-    def project(self, x: mx.array) -> tuple[mx.array, ...]:
-        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], and
-        the queries before their norm."""
+    def project(self, x: mx.array, derived: Derived) -> tuple[mx.array, ...]:
+        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], the
+        queries before their norm, and the memory's output gate [B, L, H] before silu."""
         B, L, _ = x.shape
         raw = self.q_proj(x).reshape(B, L, self.n_heads, -1)
         k = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1)
         v = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1)
         q = self.q_norm(raw) if "q_norm" in self else raw
         k = self.k_norm(k) if "k_norm" in self else k
-        gates = self.ahn.gates(x).astype(x.dtype)
+        gates, z = self.ahn.project(x, derived)
         q, k, v, gates, raw = (y.swapaxes(1, 2) for y in (q, k, v, gates, raw))
-        return q, k, v, gates, raw
+        return q, k, v, gates, raw, z
 
     def merge(self, heads: mx.array) -> mx.array:
         """Heads [B, H, L, D] -> [B, L, C]."""

@@ -51,8 +51,6 @@ class Rows(NamedTuple):
 
 def read_slots(buffers: tuple[mx.array, ...], slots: mx.array) -> tuple[mx.array, ...]:
     """Copies of slots [B, n] of each buffer, [B, heads, n, width]."""
-    if slots.size == 1:
-        return tuple(mx.take(buffer, slots[0], axis=2) for buffer in buffers)
     return tuple(mx.take_along_axis(b, _spread(slots, b), axis=2) for b in buffers)
 
 
@@ -62,8 +60,6 @@ def write_slots(
     """Put tokens [B, heads, n, width] into slots [B, n]; in place, once nothing else reads
     the buffer."""
     pairs = [(b, x.astype(b.dtype)) for b, x in zip(buffers, tokens, strict=True)]
-    if slots.size == 1:
-        return tuple(mx.slice_update(b, x, slots[0], (2,)) for b, x in pairs)
     return tuple(mx.put_along_axis(b, _spread(slots, b), x, axis=2) for b, x in pairs)
 
 

@@ -1,4 +1,5 @@
-"""What the chunk-parallel recurrences share: cutting time into chunks, decays inside one.
+"""What the recurrences share: cutting time into chunks, decays inside one, and what one token
+needs of its key and query.
 
 Shapes inside a chunked form: [B, Hkv, G, N, C, D] with G = H / Hkv query heads
 for each key/value head, N chunks of C tokens.
@@ -50,3 +51,17 @@ def decay_matrix(g: mx.array) -> mx.array:
     terms = mx.where(causal(C, -1), g[..., :, None], 0.0)
     sums = mx.cumsum(terms, axis=-2)
     return mx.exp(mx.where(causal(C), sums, -mx.inf))
+
+
+def stacked(k: mx.array, q: mx.array) -> mx.array:
+    """k [B, 1, Hkv, D] and q [B, 1, H, D] of one token -> [B, Hkv, G, 2, D] float32."""
+    B, _, H, D = q.shape
+    heads = (B, k.shape[2], H // k.shape[2], 1, D)
+    k = mx.broadcast_to(k.reshape(B, -1, 1, 1, D), heads)
+    return mx.concatenate([k, q.reshape(heads)], axis=-2).astype(mx.float32)
+
+
+def products(both: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """k . k, k . q and q . q of both [..., 2, D], each [..., 1, 1]."""
+    gram = both @ both.swapaxes(-1, -2)
+    return gram[..., :1, :1], gram[..., :1, 1:], gram[..., 1:, 1:]

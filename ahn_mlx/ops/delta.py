@@ -16,7 +16,15 @@ import math
 import mlx.core as mx
 
 from ..platform import on_cpu
-from .chunks import causal, chunk_size, decay_matrix, from_chunks, to_chunks
+from .chunks import (
+    causal,
+    chunk_size,
+    decay_matrix,
+    from_chunks,
+    products,
+    stacked,
+    to_chunks,
+)
 
 Result = tuple[mx.array, mx.array]
 
@@ -110,7 +118,8 @@ def step(
     beta: mx.array,
     state: mx.array,
 ) -> Result:
-    """One token (T = 1). Key and query read the old state in one product:
+    """One token (T = 1). Key and query read the old state in one product, and their lengths
+    and k . q are another; what else there is, are few elementwise operations:
 
     d = beta (v - exp(g) M^T kn);  o = exp(g) M^T qn + (kn . qn) d;  M <- exp(g) M + kn d^T
     """
@@ -118,18 +127,20 @@ def step(
     Hkv = k.shape[2]
     heads = (B, Hkv, H // Hkv, 1, D)
     scalars = (*heads[:3], 1, 1)
-    kn = mx.broadcast_to(k.reshape(B, Hkv, 1, 1, D), heads)
-    both = normalize(mx.concatenate([kn, q.reshape(heads)], axis=-2))
-    kn, qn = both[..., :1, :], both[..., 1:, :]
+    both = stacked(k, q)
     M = state.reshape(*heads[:3], D, D)
     read = both @ M
+    kk, kq, qq = products(both)
+    k_scale, q_scale = mx.rsqrt(kk + 1e-6), mx.rsqrt(qq + 1e-6) * D**-0.5
+    recalled, answer = read[..., :1, :], read[..., 1:, :]
     if g is not None:
         decay = mx.exp(g.astype(mx.float32)).reshape(scalars)
-        read, M = decay * read, decay * M
+        recalled, answer, M = decay * recalled, decay * answer, decay * M
     new = v.astype(mx.float32).reshape(B, Hkv, 1, 1, D)
-    d = beta.astype(mx.float32).reshape(scalars) * (new - read[..., :1, :])
-    o = (read[..., 1:, :] + (kn * qn).sum(axis=-1, keepdims=True) * d) * D**-0.5
-    M = mx.addmm(M, kn.swapaxes(-1, -2), d)
+    d = beta.astype(mx.float32).reshape(scalars) * (new - k_scale * recalled)
+    change = k_scale * d
+    o = q_scale * (answer + kq * change)
+    M = M + both[..., :1, :].swapaxes(-1, -2) * change
     return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 

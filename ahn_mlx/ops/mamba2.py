@@ -12,7 +12,7 @@ form is state space duality: attention inside a chunk, the state between chunks.
 
 import mlx.core as mx
 
-from .chunks import chunk_size, decay_matrix, from_chunks, to_chunks
+from .chunks import chunk_size, decay_matrix, from_chunks, products, stacked, to_chunks
 
 Result = tuple[mx.array, mx.array]
 
@@ -69,14 +69,16 @@ def step(
     B, _, H, D = q.shape
     Hkv = k.shape[2]
     heads = (B, Hkv, H // Hkv)
-    kn = normalize(k).reshape(B, Hkv, 1, 1, D)
-    qn = normalize(q).reshape(*heads, D, 1)
+    both = stacked(k, q)
+    kk, kq, qq = products(both)
+    k_scale, q_scale = (mx.rsqrt(x + 1e-24) for x in (kk, qq))
     dt = dt.astype(mx.float32).reshape(*heads, 1, 1)
     decay = mx.exp(dt * A.astype(mx.float32).reshape(*heads[1:], 1, 1))
-    write = dt * v.astype(mx.float32).reshape(B, Hkv, 1, D, 1)
+    write = k_scale * dt * v.astype(mx.float32).reshape(B, Hkv, 1, D, 1)
     M = state.reshape(*heads, D, D)
-    o = decay * (M @ qn) + (kn @ qn) * write
-    M = mx.addmm(decay * M, write, kn)
+    read = M @ both[..., 1:, :].swapaxes(-1, -2)
+    o = q_scale * (decay * read + kq * write)
+    M = decay * M + write * both[..., :1, :]
     return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 

@@ -80,7 +80,7 @@ def _join(runs: list[mx.array]) -> mx.array:
 class Place(NamedTuple):
     """Where L new tokens of each of B rows belong, as arrays: row b stands at its own position.
 
-    at: [B], position of the first one. near: [B, L], positions seen from the sinks, at most
+    at: [B], position of the first one. both: [2 B], at, then near of the first ones. near: [B, L], positions seen from the sinks, at most
     W + S. slots: [B, L]. following: [B, 1], slot of the token after them. evicted: [B, L],
     tokens that have left by then, at least 1. valid: bool [B, L], or None if all are: what is
     not valid changes nothing. filled: [B], slots in use after one token. seen: bool
@@ -89,6 +89,7 @@ class Place(NamedTuple):
     """
 
     at: mx.array
+    both: mx.array
     near: mx.array
     slots: mx.array
     following: mx.array
@@ -124,9 +125,11 @@ def place(at: Any, count: Any, L: int, held: int, window: int, sinks: int, np: A
         old = there[:, None] & ((slots < sinks)[:, None] | (t[:, :, None] - last[:, None] < window))
         own = np.broadcast_to(new[..., None] >= new[:, None], (*t.shape, L))
         seen = np.concatenate([old, own], axis=2)
+    near = np.minimum(t, capacity)
     return Place(
         at[:, 0],
-        np.minimum(t, capacity),
+        np.concatenate([at[:, 0], near[:, 0]]),
+        near,
         slot_of(t),
         slot_of(end),
         np.maximum(t + 1 - capacity, 1),

@@ -1,0 +1,151 @@
+"""How many launches a GPU would need, counted on any machine from MLX's own graph.
+
+MLX takes its fused operations apart where there is no GPU, so stand-ins take their place
+while a graph is built: one node of the right shape that hangs on its inputs. Nothing of
+such a graph is meant to be evaluated.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ahn_mlx.ops import kernels
+
+# Another look at the same memory, or nothing at all. Of Reshape, Flatten and Contiguous that is
+# not always so, and the copies they then make are not counted.
+VIEWS = {
+    *("AsStrided", "Broadcast", "BroadcastAxes", "Contiguous", "Copy", "CustomTransforms"),
+    *("Depends", "ExpandDims", "Flatten", "NumberOfElements", "Reshape", "Slice", "Split"),
+    *("Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
+}
+
+# MLX launches a copy for each part that it joins, fills before it pads, and adds up an offset
+# that is an array with a kernel of its own.
+SEVERAL = {"DynamicSlice": 2, "DynamicSliceUpdate": 2, "Pad": 2}
+
+_NODE = re.compile(r'\{ \d+ \[label ="(\w+)"')
+_INPUT = re.compile(r'"(\w+)" -> \d+')
+
+
+class Launches:
+    """Stand-ins for what is one launch, and the counter of a graph that has them."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str, mx.array] = {}  # by name of what is stood in for
+
+    def one(self, name: str, like: Sequence[mx.array], inputs: Sequence[Any]) -> list[mx.array]:
+        """Arrays like these, of one launch that needs the inputs."""
+        mark = self.marks.setdefault(name, mx.array([float(len(self.marks))]))
+        empty = [mx.broadcast_to(mx.array(0, dtype=x.dtype), x.shape) for x in like]
+        mx.eval(mark, empty)
+        needed = [x for x in inputs if isinstance(x, mx.array)]
+        return mx.depends([*empty, mark], needed)[:-1]
+
+    def count(self, outputs: Any) -> Counter[str]:
+        """Launches by name, of all that these arrays need and that is not evaluated."""
+        flat: Any = tree_flatten(outputs)
+        text = io.StringIO()
+        arrays = [x for _, x in flat if isinstance(x, mx.array)]
+        mx.export_to_dot(text, *arrays, **self.marks)
+        found: Counter[str] = Counter()
+        for name, inputs in _nodes(text.getvalue()):
+            stood_for = [x for x in inputs if x in self.marks]
+            if stood_for:
+                found[stood_for[0]] += 1
+            elif name == "Concatenate":
+                found[name] += len(inputs)
+            elif name not in VIEWS:
+                found["Compiled" if name.startswith("Compiled") else name] += SEVERAL.get(name, 1)
+        return found
+
+    def differentiable(self, name: str) -> Callable[..., mx.array]:
+        """Of a fused operation whose result is like its first input; its gradient is one too."""
+
+        def call(*args: Any, **options: Any) -> mx.array:
+            arrays = [x for x in (*args, *options.values()) if isinstance(x, mx.array)]
+
+            @mx.custom_function
+            def fused(*given: mx.array) -> mx.array:
+                return self.one(name, given[:1], given)[0]
+
+            @fused.vjp
+            def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+                # Of one argument MLX gives the array itself.
+                given = (primals,) if isinstance(primals, mx.array) else primals
+                like = self.one(f"{name}VJP", given, (*given, cotangents))
+                return like[0] if isinstance(primals, mx.array) else tuple(like)
+
+            result: Any = fused(*arrays)
+            return result
+
+        return call
+
+    def metal_kernel(self, name: str, *args: Any, **options: Any) -> Callable[..., list[mx.array]]:
+        """As mx.fast.metal_kernel."""
+
+        def call(
+            *, inputs: Any, output_shapes: Any, output_dtypes: Any, **options: Any
+        ) -> list[mx.array]:
+            shapes = zip(output_shapes, output_dtypes, strict=True)
+            return self.one(name, [mx.zeros(*x) for x in shapes], inputs)
+
+        return call
+
+
+@contextmanager
+def counting(ours: bool) -> Iterator[Launches]:
+    """While this lasts MLX seems to have a GPU, with our Metal kernels or without, and builds
+    graphs that can be counted."""
+    found, gpu = Launches(), mx.Device(mx.gpu)
+    stand_ins = {name: found.differentiable(name) for name in ("rms_norm", "layer_norm", "rope")}
+    with ExitStack() as stack:
+        # What is compiled now serves on this stream alone.
+        stack.enter_context(mx.stream(mx.new_stream(mx.cpu)))
+        for place, name, stand_in in (
+            *((mx.fast, name, stand_in) for name, stand_in in stand_ins.items()),
+            (mx.fast, "scaled_dot_product_attention", _attention(found)),
+            (mx.fast, "gated_delta_update", _delta(found)),
+            (mx.fast, "metal_kernel", found.metal_kernel),
+            (mx.metal, "is_available", lambda: ours),
+            (mx, "default_device", lambda: gpu),
+            (kernels, "_agrees", lambda *_: True),
+        ):
+            stack.enter_context(mock.patch.object(place, name, stand_in))
+        kernels.kernel.cache_clear()
+        stack.callback(kernels.kernel.cache_clear)
+        yield found
+
+
+def _attention(found: Launches) -> Callable[..., mx.array]:
+    def call(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        return found.one("attention", [q], [q, k, v, *options.values()])[0]
+
+    return call
+
+
+def _delta(found: Launches) -> Callable[..., list[mx.array]]:
+    def call(q: mx.array, k: mx.array, v: mx.array, *rest: mx.array) -> list[mx.array]:
+        return found.one("gated_delta_update", [v, rest[-1]], [q, k, v, *rest])
+
+    return call
+
+
+def _nodes(dot: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and inputs of each operation in a graph that MLX has written."""
+    name, inputs = "", []
+    for line in dot.splitlines():
+        if node := _NODE.match(line):
+            if name:
+                yield name, inputs
+            name, inputs = node[1], []
+        elif source := _INPUT.match(line):
+            inputs.append(source[1])
+    if name:
+        yield name, inputs
