@@ -52,6 +52,6 @@ class DeltaNet(nn.Module):
         """Write T evicted tokens, read after each; shapes as in ops.delta_rule."""
         return ops.delta_rule(q, k, v, gates[..., 0], state, gradients)
 
-    def gated(self, o: mx.array, z: mx.array) -> mx.array:
-        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] float32 for o_proj."""
-        return norm_gate(o, self.o_norm.weight, z).swapaxes(1, 2)
+    def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
+        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
+        return norm_gate(o, self.o_norm.weight, z).astype(dtype).swapaxes(1, 2)

@@ -84,10 +84,10 @@ def _step_ops(
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in evicted)
     o, state = memory.scan(q.swapaxes(1, 2), k, v, gates, state, rates)
-    y = memory.gated(o, z)
+    y = memory.gated(o, z, local.dtype)
     if loudness is not None:
-        y = y * loudness
-    return mx.addmm(local, y.astype(local.dtype), memory.o_proj.weight), state
+        y = (y * loudness).astype(local.dtype)
+    return mx.addmm(local, y, memory.o_proj.weight), state
 
 
 def _step_kernel(
@@ -106,9 +106,7 @@ def _step_kernel(
     router = None if loudness is None else loudness.reshape(q.shape[:2])
     if memory.kind != "mamba2":
         return memory_kernels.delta_step(q, evicted, slot, state, local, *weights, router)
-    return memory_kernels.mamba2_step(
-        q, evicted, slot, state, local, *weights, rates, router
-    )
+    return memory_kernels.mamba2_step(q, evicted, slot, state, local, *weights, rates, router)
 
 
 def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:

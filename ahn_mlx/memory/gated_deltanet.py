@@ -4,7 +4,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from .layers import Derived, GateProjection, HeadProjection, Scale, decay_init, derive, project
+from .layers import (
+    Derived,
+    GateProjection,
+    HeadProjection,
+    Scale,
+    decay_init,
+    derive,
+    project,
+    silu,
+)
 
 
 class GatedDeltaNet(nn.Module):
@@ -60,9 +69,9 @@ class GatedDeltaNet(nn.Module):
         """Write T evicted tokens, read after each; shapes as in ops.gated_delta_rule."""
         return ops.gated_delta_rule(q, k, v, gates[..., 1], gates[..., 0], state, gradients)
 
-    def gated(self, o: mx.array, z: mx.array) -> mx.array:
-        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] float32 for o_proj."""
-        return norm_gate(o, self.o_norm.weight, z).swapaxes(1, 2)
+    def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
+        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
+        return norm_gate(o, self.o_norm.weight, z).astype(dtype).swapaxes(1, 2)
 
 
 # Of the two gates of a head, which writes.
@@ -79,5 +88,4 @@ def _gates(x: mx.array, dt_bias: mx.array, rates: mx.array) -> mx.array:
 @mx.compile
 def norm_gate(o: mx.array, weight: mx.array, z: mx.array) -> mx.array:
     """Norm first, then gate (both delta rules)."""
-    gate = nn.silu(z.astype(mx.float32))[..., None] * weight.astype(mx.float32)
-    return mx.fast.rms_norm(o, None, 1e-5) * gate
+    return mx.fast.rms_norm(o, None, 1e-5) * (silu(z) * weight.astype(mx.float32))

@@ -77,6 +77,14 @@ def project(h: mx.array, derived: Derived, heads: int) -> tuple[mx.array, mx.arr
     return y[..., :n].reshape(*h.shape[:2], heads, -1), y[..., n:]
 
 
+def silu(z: mx.array) -> mx.array:
+    """z [B, T, H] -> [B, T, H, 1] float32."""
+    # Of one token it costs less for each number of a head than as an operation of its own.
+    if z.shape[1] == 1:
+        return nn.silu(z[..., None].astype(mx.float32))
+    return nn.silu(z.astype(mx.float32))[..., None]
+
+
 class HeadProjection(nn.Module):
     """x [B, H, T, D] -> x_h @ weight[h] for each head; heads do not mix."""
 

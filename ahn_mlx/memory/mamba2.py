@@ -4,7 +4,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from .layers import Derived, GateProjection, HeadProjection, Scale, decay_init, derive, project
+from .layers import (
+    Derived,
+    GateProjection,
+    HeadProjection,
+    Scale,
+    decay_init,
+    derive,
+    project,
+    silu,
+)
 
 
 class Mamba2(nn.Module):
@@ -52,11 +61,11 @@ class Mamba2(nn.Module):
         """Write T evicted tokens, read after each; shapes as in ops.ssd."""
         return ops.ssd(q, k, v, gates[..., 0], rates, state)
 
-    def gated(self, o: mx.array, z: mx.array) -> mx.array:
-        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] float32 for o_proj."""
-        u = o * nn.silu(z.astype(mx.float32))[..., None]
-        y = mx.fast.rms_norm(u.flatten(-2), None, 1e-5) * self.norm.weight.astype(mx.float32)
-        return y.reshape(o.shape).swapaxes(1, 2)
+    def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
+        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
+        y = mx.fast.rms_norm((o * silu(z)).flatten(-2), None, 1e-5)
+        y = y.reshape(o.shape) * self.norm.weight.reshape(o.shape[2:]).astype(mx.float32)
+        return y.astype(dtype).swapaxes(1, 2)
 
 
 @mx.compile

@@ -92,7 +92,7 @@ class AHNAttention(nn.Module):
                 q = self.rope(self.ahn.q_proj(raw), offset=offset)
             q, rates = q[:, :, -T:], derived.rates
             o, cache.memory = scan(self.ahn, q, update, cache.memory, rates, self.training)
-            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:]).astype(x.dtype))
+            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype))
             if self.config.router:
                 last = update.end - cache.capacity
                 # In training the paper counts sinks as part of the window.
@@ -174,9 +174,7 @@ class AHNAttention(nn.Module):
             q = self.rope(self.ahn.q_proj(raw), offset=where.at)
         left = unpack(left, bits, group_size)
         loudness = self.router(where.evicted, window) if self.config.router else None
-        heads, memory = step(
-            self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness
-        )
+        heads, memory = step(self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness)
         return self.merge(heads), tuple(after._replace(memory=memory))
 
     def _turn(self, q: mx.array, where: Place, sinks: int) -> tuple[mx.array, mx.array | None]:

@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from ..platform import tiles
 
+FIRST = mx.array([[True], [False]])
+
 
 def chunk_size(T: int, most: int | None = None) -> int:
     """The smallest power of two that holds T tokens, from 8 up to `most`, by default the
@@ -55,10 +57,10 @@ def decay_matrix(g: mx.array) -> mx.array:
 
 def stacked(k: mx.array, q: mx.array) -> mx.array:
     """k [B, 1, Hkv, D] and q [B, 1, H, D] of one token -> [B, Hkv, G, 2, D] float32."""
-    B, _, H, D = q.shape
-    heads = (B, k.shape[2], H // k.shape[2], 1, D)
-    k = mx.broadcast_to(k.reshape(B, -1, 1, 1, D), heads)
-    return mx.concatenate([k, q.reshape(heads)], axis=-2).astype(mx.float32)
+    B, _, Hkv, D = k.shape
+    k, q = k.reshape(B, Hkv, 1, 1, D), q.reshape(B, Hkv, -1, 1, D)
+    # Selected, not concatenated: one launch instead of three.
+    return mx.where(FIRST, k, q).astype(mx.float32)
 
 
 def products(both: mx.array) -> tuple[mx.array, mx.array, mx.array]:

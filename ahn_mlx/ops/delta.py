@@ -134,10 +134,10 @@ def step(
     k_scale, q_scale = mx.rsqrt(kk + 1e-6), mx.rsqrt(qq + 1e-6) * D**-0.5
     recalled, answer = read[..., :1, :], read[..., 1:, :]
     if g is not None:
-        decay = mx.exp(g.astype(mx.float32)).reshape(scalars)
+        decay = mx.exp(g.reshape(scalars).astype(mx.float32))
         recalled, answer, M = decay * recalled, decay * answer, decay * M
-    new = v.astype(mx.float32).reshape(B, Hkv, 1, 1, D)
-    d = beta.astype(mx.float32).reshape(scalars) * (new - k_scale * recalled)
+    new = v.reshape(B, Hkv, 1, 1, D).astype(mx.float32)
+    d = beta.reshape(scalars).astype(mx.float32) * (new - k_scale * recalled)
     change = k_scale * d
     o = q_scale * (answer + kq * change)
     M = M + both[..., :1, :].swapaxes(-1, -2) * change

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..platform import on_cpu, tiles
 from . import window_kernels
@@ -20,6 +21,9 @@ from .ring import Update
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
 FEW_ROWS = 16
+
+# Of two, stacked in front of the last two axes.
+FIRST = mx.array([True, False])[:, None, None]
 
 # Keys or values [B, Hkv, K, D]: an array, or (packed, scales, biases) of mx.quantize.
 Stored = Any
@@ -42,13 +46,13 @@ def attend(
     [B, H, L, D].
     """
     if q_sink is None or sinks == 0:
-        if isinstance(k, mx.array) and not on_cpu():
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         q_sink, sinks = q, 0
+    if not on_cpu():
+        return few_launches(q, k, v, scale, mask, q_sink, sinks)
     B, H, L, D = q.shape
     Hkv = _rows(k)[0].shape[1]
     # One product per key/value head: its query heads stand below each other.
-    q, q_sink = ((x * scale).reshape(B, Hkv, -1, D) for x in (q, q_sink))
+    q, q_sink = (_scaled(x, scale).reshape(B, Hkv, -1, D) for x in (q, q_sink))
     s = _scores(q, _rows(k, sinks), plain)
     if sinks:
         s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks), plain), s], axis=-1)
@@ -56,12 +60,75 @@ def attend(
         # Added, not selected: a tenth of the time on the CPU.
         bias = mx.where(mask, 0.0, mx.finfo(s.dtype).min).astype(s.dtype)
         s = (s.reshape(B, H, L, -1) + bias).reshape(s.shape)
-    if s.dtype == mx.float32 and on_cpu() and not plain:
+    if s.dtype == mx.float32 and not plain:
         p = exp(s - mx.stop_gradient(s.max(axis=-1, keepdims=True)))
         o = _mix(p, v, D) / p.sum(axis=-1, keepdims=True)
     else:
         o = _mix(mx.softmax(s, axis=-1, precise=True), v, D)
     return o.reshape(B, H, L, D)
+
+
+def _scaled(q: mx.array, scale: float) -> mx.array:
+    return q if scale == 1.0 else q * scale
+
+
+def few_launches(
+    q: mx.array,
+    k: Stored,
+    v: Stored,
+    scale: float,
+    mask: mx.array | None,
+    q_sink: mx.array,
+    sinks: int,
+) -> mx.array:
+    """attend, for a GPU; q_sink counts for the first `sinks` keys, if there are any."""
+    if sinks == 0 and isinstance(k, mx.array):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    B, H, L, D = q.shape
+    keys = _rows(k)
+    grouped = (B, keys[0].shape[1], -1, D)
+    if sinks and L == 1:
+        # All keys are scored by both queries: one product and two selections.
+        both = _stack(*(x.reshape(grouped)[:, :, None] for x in (q, q_sink)), scale)
+        scores = _scores(both.flatten(2, 3), keys, True).reshape(*both.shape[:4], -1)
+        s = _select(scores, first(sinks, scores.shape[-1]), mask)
+    else:
+        s = _scores(_scaled(q, scale).reshape(grouped), _rows(k, sinks), True)
+        if sinks:
+            near = _scaled(q_sink, scale).reshape(grouped)
+            s = mx.concatenate([_scores(near, _rows(k, 0, sinks), True), s], axis=-1)
+        s = _masked(s, mask, L)
+    return _mix(mx.softmax(s, axis=-1, precise=True), v, D).reshape(B, H, L, D)
+
+
+@mx.compile
+def _stack(q: mx.array, q_sink: mx.array, scale: float) -> mx.array:
+    """Two of [B, Hkv, 1, G, D] -> [B, Hkv, 2, G, D]."""
+    return mx.where(FIRST, q, q_sink) * scale
+
+
+@mx.compile
+def _select(s: mx.array, are_sinks: mx.array, mask: mx.array | None) -> mx.array:
+    """Scores [B, Hkv, 2, G, K] by both queries; mask [B, 1, 1, K] -> [B, Hkv, G, K]."""
+    s = mx.where(are_sinks, s[:, :, 1], s[:, :, 0])
+    return s if mask is None else mx.where(mask, s, mx.finfo(s.dtype).min)
+
+
+@mx.compile
+def _masked(s: mx.array, mask: mx.array | None, L: int) -> mx.array:
+    """Scores [B, Hkv, G L, K]; mask [L, K] or [B, 1, L, K]."""
+    if mask is None:
+        return s
+    B, Hkv, _, K = s.shape
+    s = s.reshape(B, Hkv, -1, L, K)
+    mask = mask if mask.ndim == 2 else mask[:, :, None]
+    return mx.where(mask, s, mx.finfo(s.dtype).min).reshape(B, Hkv, -1, K)
+
+
+@lru_cache(maxsize=16)
+def first(n: int, of: int) -> mx.array:
+    """Bool [of], of which the first n are true."""
+    return mx.array(np.arange(of) < n)
 
 
 def attend_to_all(
@@ -194,6 +261,8 @@ def tiled(
     S = min(sinks, end)
     first = end - (K - S)  # position of the first key behind the sinks
     outputs, tile = [], tile or tiles().query
+    # Once for all tiles.
+    q, q_sink = _scaled(q, scale), None if q_sink is None else _scaled(q_sink, scale)
     for t0 in range(offset, end, tile):
         t1 = min(t0 + tile, end)
         lo, hi = max(S, t0 - window + 1), max(S, t1)  # keys some query of the tile sees
@@ -206,7 +275,7 @@ def tiled(
         mask = _tile_mask(t1 - t0, t0 - S, t0 - lo, hi - lo, S, window)
         rows = slice(t0 - offset, t1 - offset)
         second = q_sink[:, :, rows] if q_sink is not None and t1 > window + sinks else None
-        outputs.append(attend(q[:, :, rows], kt, vt, scale, mask, second, S))
+        outputs.append(attend(q[:, :, rows], kt, vt, 1.0, mask, second, S))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
