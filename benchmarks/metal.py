@@ -12,21 +12,24 @@ from tqdm import tqdm
 from ahn_mlx.measure.doctor import KERNELS
 from ahn_mlx.memory.forms import SCANS, STEPS
 from ahn_mlx.ops import memory_kernels
+from ahn_mlx.ops.kernels import Sizes
 from ahn_mlx.ops.window import DECODE, PREFILL
 
 from .measure import table
 
 D = 128
 TOKENS = 64
+WINDOW, SINKS = TOKENS - 3, 3
 # A state and a projection are read once whatever a kernel does; the table leaves them out.
 STATES = ("state", "new_state", "state_in", "state_out", "projection")
 
 
-def ours() -> list[tuple[str, str, int, Callable[[], Any]]]:
+def ours(dtype: mx.Dtype) -> list[tuple[str, str, int, Callable[[], Any]]]:
     """Kernel, unit of the row, units per call, and the call."""
     found = []
+    sizes = Sizes(D, dtype, window=WINDOW, sinks=SINKS, chunk=TOKENS, clamped=True)
     for kind, check in SCANS.items():
-        memory, q, update, state = check.example(D, mx.float32, TOKENS)
+        memory, q, update, state = check.example(sizes, TOKENS)
         heads, tokens = q.shape[1], update.evicts
         for splits in (1, 4):
 
@@ -42,7 +45,7 @@ def ours() -> list[tuple[str, str, int, Callable[[], Any]]]:
 
             found.append((f"{check.name}, P = {splits}", "token, head", heads * tokens, scan))
     for check in (*STEPS.values(), DECODE, PREFILL):
-        args = check.example(D, mx.float32, TOKENS)
+        args = check.example(sizes, TOKENS)
         heads = 4
         unit, n = {
             DECODE.name: ("key, K/V head", 2 * TOKENS),
@@ -92,7 +95,8 @@ def theirs(emulated: Any) -> list[tuple[str, str, int, Callable[[], Any]]]:
 
 @click.command()
 def metal() -> None:
-    """Bytes and shuffles per token, head or key; float32, D = 128, states left out.
+    """Bytes and shuffles per token, head or key; float32, D = 128, states left out. Threadgroup
+    memory also for tokens of 16 bits.
 
     Needs a checkout and g++, no Metal: the kernels run on the emulator of the tests.
     """
@@ -104,10 +108,10 @@ def metal() -> None:
     dispatches = {check.name: str(check.dispatches) for check in KERNELS}
     rows = []
     with emulated.in_place():
-        for name, unit, n, call in tqdm(ours() + theirs(emulated), leave=False):
-            emulated.calls.clear()
-            mx.eval(call())
-            counted = [result.counters for _, result in emulated.calls]
+        calls = ours(mx.float32) + theirs(emulated)
+        half = {name: call for name, _, _, call in ours(mx.bfloat16)}
+        for name, unit, n, call in tqdm(calls, leave=False):
+            counted = counters(emulated, call)
             moved = []
             for what in ("read_per_threadgroup", "unique_read", "written_per_threadgroup"):
                 bytes_ = sum(
@@ -115,8 +119,16 @@ def metal() -> None:
                 )
                 moved.append(f"{bytes_ / n / 1024:.2f}")
             shuffles = sum(c.shuffles for c in counted) / n
-            memory = max(c.threadgroup_memory for c in counted) / 1024
-            calls = dispatches.get(name.split(",")[0], "1")
-            rows.append([name, unit, *moved, f"{shuffles:.0f}", f"{memory:.1f}", calls])
+            memory = [counted] + ([counters(emulated, half[name])] if name in half else [])
+            sizes = " / ".join(f"{max(c.threadgroup_memory for c in x) / 1024:.1f}" for x in memory)
+            launched = dispatches.get(name.split(",")[0], "1")
+            rows.append([name, unit, *moved, f"{shuffles:.0f}", sizes, launched])
     head = ["kernel", "per", "read, KB", "of that unique", "written, KB", "shuffles"]
-    table([*head, "threadgroup memory, KB", "dispatches"], rows)
+    table([*head, "threadgroup memory, KB, float32 / 16 bits", "dispatches"], rows)
+
+
+def counters(emulated: Any, call: Callable[[], Any]) -> list[Any]:
+    """What was counted of each launch of a call."""
+    emulated.calls.clear()
+    mx.eval(call())
+    return [result.counters for _, result in emulated.calls]

@@ -1,14 +1,14 @@
-// A memory reads a document: T evicted tokens are written one after the other, and after
+// A memory reads a document: N evicted tokens are written one after the other, and after
 // each of them a query reads. KIND 0 Gated DeltaNet, 1 DeltaNet, 2 Mamba2.
 //
 // Evicted token i is the token e = first[b] + i. It lies in the ring, as it was before
 // the chunk, while e < offset[b], in slot S + (e - S) % W, for sinks never leave; else in
 // row e - offset[b] of the chunk.
 //
-// q: [B, H, T, D]. ring_k, ring_v: [B, HKV, slots, D], ring_gates: [B, H, slots, G];
+// q: [B, H, N, D]. ring_k, ring_v: [B, HKV, slots, D], ring_gates: [B, H, slots, G];
 // chunk_k, chunk_v: [B, HKV, L, D], chunk_gates: [B, H, L, G]. state: [B, H, D, D] float32,
 // key by value for the delta rules, value by key for Mamba2. rates: [H], A < 0 (KIND 2).
-// o: [B, T, H, D] float32.
+// o: [B, N, H, D] float32. T: type of what is staged, that of the tokens.
 //
 // grid (4 D / P, P, B H), threadgroup (4 D / P, 1, 1): P threadgroups per head, each with
 // D / P value columns. Eight columns per simdgroup, four lanes per column, D / 4 state
@@ -47,9 +47,9 @@ auto chunk_v_ = chunk_v + kv * rows * D + first_col;
 auto chunk_gates_ = chunk_gates + n * rows * G;
 auto o_ = o + (b * tokens * H + h) * D + first_col + col;
 
-threadgroup float keys[BT * D];
-threadgroup float queries[BT * D];
-threadgroup float values[BT * COLS];
+threadgroup T keys[BT * D];
+threadgroup T queries[BT * D];
+threadgroup T values[BT * COLS];
 threadgroup float key_parts[NT];
 threadgroup float query_parts[NT];
 threadgroup float key_scale[BT];
@@ -79,14 +79,14 @@ for (int start = 0; start < tokens; start += BT) {
       const float k = in_ring ? static_cast<float>(ring_k_[at * D + d])
                               : static_cast<float>(chunk_k_[at * D + d]);
       const float query = static_cast<float>(q_[(start + row) * D + d]);
-      keys[row * D + d] = k;
-      queries[row * D + d] = query;
+      keys[row * D + d] = static_cast<T>(k);
+      queries[row * D + d] = static_cast<T>(query);
       kk += k * k;
       qq += query * query;
     }
     for (int c = tid % LANES; c < COLS; c += LANES) {
-      values[row * COLS + c] = in_ring ? static_cast<float>(ring_v_[at * D + c])
-                                       : static_cast<float>(chunk_v_[at * D + c]);
+      values[row * COLS + c] = in_ring ? static_cast<T>(ring_v_[at * D + c])
+                                       : static_cast<T>(chunk_v_[at * D + c]);
     }
     key_parts[tid] = kk;
     query_parts[tid] = qq;
@@ -117,11 +117,11 @@ for (int start = 0; start < tokens; start += BT) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (int t = 0; t < count; t++) {
-    float change = strength[t] * values[t * COLS + col];
+    float change = strength[t] * static_cast<float>(values[t * COLS + col]);
     if (KIND != 2) {
       float recalled = 0.0f;
       for (int i = 0; i < KEYS; i++) {
-        recalled += M[i] * keys[t * D + 4 * i + part];
+        recalled += M[i] * static_cast<float>(keys[t * D + 4 * i + part]);
       }
       recalled += simd_shuffle_xor(recalled, 1);
       recalled += simd_shuffle_xor(recalled, 2);
@@ -130,8 +130,8 @@ for (int start = 0; start < tokens; start += BT) {
     change *= key_scale[t];
     float answer = 0.0f;
     for (int i = 0; i < KEYS; i++) {
-      M[i] = decay[t] * M[i] + keys[t * D + 4 * i + part] * change;
-      answer += M[i] * queries[t * D + 4 * i + part];
+      M[i] = decay[t] * M[i] + static_cast<float>(keys[t * D + 4 * i + part]) * change;
+      answer += M[i] * static_cast<float>(queries[t * D + 4 * i + part]);
     }
     answer += simd_shuffle_xor(answer, 1);
     answer += simd_shuffle_xor(answer, 2);

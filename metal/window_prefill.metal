@@ -7,7 +7,8 @@
 // chunk: token j in slot j or, behind the sinks, S + (j - S) % W. heads: [B, H, L, D].
 //
 // grid (32 SG, ceil(L / BQ), B H), threadgroup (32 SG, 1, 1) with BQ = 8 SG: eight queries
-// per simdgroup, BK keys at a time, products by 8 x 8 simdgroup matrices.
+// per simdgroup, BK keys at a time, products by 8 x 8 simdgroup matrices. Queries, keys and
+// values are staged as T, that of the tokens; scores, weights and sums are float32.
 // Reads each visible key and value once per BQ queries and head: 2 D / BQ elements per
 // query and key.
 
@@ -36,12 +37,12 @@ auto ring_v_ = ring_v + kv * slots * D;
 auto chunk_k_ = chunk_k + kv * L * D;
 auto chunk_v_ = chunk_v + kv * L * D;
 
-threadgroup float queries[BQ * D];  // at the end: what leaves
-threadgroup float block[BK * D];    // keys, then values
-threadgroup float scores[BQ * BK];
+threadgroup T queries[BQ * D];
+threadgroup T block[BK * D];  // keys, then values
+threadgroup float scores[BQ * BK];  // at the end: what leaves
 threadgroup float diagonal[SG * 64];
 
-threadgroup float* my_queries = queries + simd_gid * 8 * D;
+threadgroup T* my_queries = queries + simd_gid * 8 * D;
 threadgroup float* my_scores = scores + simd_gid * 8 * BK;
 threadgroup float* my_diagonal = diagonal + simd_gid * 64;
 
@@ -60,7 +61,7 @@ for (int pass = 0; pass < 2; pass++) {
   for (int i = tid; i < BQ * D; i += THREADS) {
     const int at = (n * L + row0) * D + i;
     const float query = i >= rows * D ? 0.0f : static_cast<float>(pass == 0 ? q_sink[at] : q[at]);
-    queries[i] = scale[0] * query;
+    queries[i] = static_cast<T>(query);
   }
   for (int j0 = from; j0 < to; j0 += BK) {
     // Keys j0 ... j0 + BK - 1; what is behind the last is zero and never seen.
@@ -73,13 +74,13 @@ for (int pass = 0; pass < 2; pass++) {
         key = j < before ? static_cast<float>(ring_k_[slot * D + i % D])
                          : static_cast<float>(chunk_k_[(j - before) * D + i % D]);
       }
-      block[i] = key;
+      block[i] = static_cast<T>(key);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int c = 0; c < BK / 8; c++) {
       simdgroup_float8x8 score = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       for (int d = 0; d < D / 8; d++) {
-        simdgroup_float8x8 left, right;
+        simdgroup_matrix<T, 8, 8> left, right;
         simdgroup_load(left, my_queries + d * 8, D);
         simdgroup_load(right, block + c * 8 * D + d * 8, D, ulong2(0, 0), true);
         simdgroup_multiply_accumulate(score, left, right, score);
@@ -95,7 +96,7 @@ for (int pass = 0; pass < 2; pass++) {
         value = j < before ? static_cast<float>(ring_v_[slot * D + i % D])
                            : static_cast<float>(chunk_v_[(j - before) * D + i % D]);
       }
-      block[i] = value;
+      block[i] = static_cast<T>(value);
     }
 
     // Softmax so far: four lanes per row. A row that has seen no key yet counts the others
@@ -105,7 +106,8 @@ for (int pass = 0; pass < 2; pass++) {
     for (int i = 0; i < SPAN; i++) {
       const int j = j0 + (simd_lid % 4) * SPAN + i;
       const bool visible = j < to && j <= my_t && (pass == 0 || my_t - j < W);
-      weight[i] = visible ? my_scores[my_row * BK + (simd_lid % 4) * SPAN + i] : -1e30f;
+      const float score = scale[0] * my_scores[my_row * BK + (simd_lid % 4) * SPAN + i];
+      weight[i] = visible ? score : -1e30f;
       higher = max(higher, weight[i]);
     }
     higher = max(higher, simd_shuffle_xor(higher, 1));
@@ -130,7 +132,8 @@ for (int pass = 0; pass < 2; pass++) {
     for (int d = 0; d < D / 8; d++) {
       simdgroup_multiply(out[d], rescale, out[d]);
       for (int c = 0; c < BK / 8; c++) {
-        simdgroup_float8x8 left, right;
+        simdgroup_float8x8 left;
+        simdgroup_matrix<T, 8, 8> right;
         simdgroup_load(left, my_scores + c * 8, BK);
         simdgroup_load(right, block + c * 8 * D + d * 8, D);
         simdgroup_multiply_accumulate(out[d], left, right, out[d]);
@@ -146,11 +149,18 @@ if (simd_lid % 4 == 0) {
 simdgroup_barrier(mem_flags::mem_threadgroup);
 simdgroup_float8x8 divide;
 simdgroup_load(divide, my_diagonal, 8);
-for (int d = 0; d < D / 8; d++) {
-  simdgroup_multiply(out[d], divide, out[d]);
-  simdgroup_store(out[d], my_queries + d * 8, D);
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int i = tid; i < rows * D; i += THREADS) {
-  heads[(n * L + row0) * D + i] = static_cast<T>(queries[i]);
+// BK columns at a time, as many as scores hold.
+for (int d = 0; d < D / 8; d += BK / 8) {
+  for (int c = 0; c < BK / 8; c++) {
+    simdgroup_multiply(out[d + c], divide, out[d + c]);
+    simdgroup_store(out[d + c], my_scores + c * 8, BK);
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = simd_lid; i < 8 * BK; i += 32) {
+    const int row = simd_gid * 8 + i / BK;
+    if (row < rows) {
+      heads[(n * L + row0 + row) * D + d * 8 + i % BK] = static_cast<T>(my_scores[i]);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
 }

@@ -104,6 +104,22 @@ def test_wide_heads(any_metal, kind, dtype):
     check(kind, tolerance=tolerance, offset=20, L=18, window=9, sinks=2, D=128, dtype=dtype)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_at_places_of_their_own(any_metal, kind):
+    """Each row of one launch as alone, whatever row 0 is doing."""
+    offsets, L = (11, 26, 9), 12
+    alone = [case(kind, offset=o, L=L, window=7, sinks=2, Hkv=2, seed=o) for o in offsets]
+    tokens, updates, queries, states, rates = zip(*alone, strict=True)
+    assert {u.evicts for u in updates} == {L}
+    parts = [[u.ring for u in updates], [u.chunk for u in updates]]
+    joined = [tuple(map(mx.concatenate, map(list, zip(*part, strict=True)))) for part in parts]
+    update = updates[0]._replace(ring=joined[0], chunk=joined[1])
+    q, state = mx.concatenate(list(queries)), mx.concatenate(list(states))
+    found = memory_kernels.scan(kind, q, update, state, rates[0], offsets=mx.array(offsets))
+    for row, args in enumerate(zip(tokens, updates, queries, states, rates, strict=True)):
+        close([x[row : row + 1] for x in found], oracle(kind, *args), 1e-5)
+
+
 def test_zero_keys(any_metal):
     for kind in KINDS:
         tokens, update, q, state, rates = case(kind, offset=12, L=5, window=6, sinks=2)
@@ -128,6 +144,17 @@ def test_traffic(emulated_metal, kind, splits):
     assert c.shuffles / (T * H) <= 64
     assert c.buffers["state"].read_per_threadgroup == H * D * D * 4
     assert c.buffers["new_state"].written_per_threadgroup == H * D * D * 4
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(mx.float32, 28.5), (mx.bfloat16, 16.5)])
+def test_threadgroup_memory(emulated_metal, dtype, limit):
+    """Tokens of 16 bits are staged in 16 bits."""
+    emulated_metal.mode = "count"
+    _, update, q, state, rates = case(
+        "mamba2", offset=9, L=2, window=7, sinks=2, D=128, dtype=dtype
+    )
+    mx.eval(memory_kernels.scan("mamba2", q, update, state, rates, 1))
+    assert emulated_metal.last.counters.threadgroup_memory <= 1024 * limit
 
 
 @pytest.mark.parametrize("kind", KINDS)

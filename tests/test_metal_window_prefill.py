@@ -36,19 +36,22 @@ def case(offset, L, window, sinks, B=1, Hkv=1, G=2, D=64, dtype=mx.float32, seed
     return q, update, mx.where(near, q, q_sink) if far else None, k, v
 
 
-def check(tolerance=1e-5, **shape):
-    q, update, q_sink, k, v = case(**shape)
-    scale = q.shape[-1] ** -0.5
-    found = window_kernels.prefill(q, update, scale, q_sink)
+def oracle(q, update, q_sink, k, v):
     wide = [None if x is None else x.astype(mx.float32) for x in (q, k, v, q_sink)]
-    expected = window.sequential(
+    return window.sequential(
         *wide[:3],
         offset=update.offset,
         window=update.window,
         sinks=update.sinks,
-        scale=scale,
+        scale=q.shape[-1] ** -0.5,
         q_sink=wide[3],
     )
+
+
+def check(tolerance=1e-5, **shape):
+    q, update, q_sink, k, v = case(**shape)
+    found = window_kernels.prefill(q, update, q.shape[-1] ** -0.5, q_sink)
+    expected = oracle(q, update, q_sink, k, v)
     assert found.shape == expected.shape and found.dtype == q.dtype
     assert mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()
 
@@ -77,6 +80,27 @@ def test_every_rotation(any_metal, offset):
     check(offset=offset, L=3, window=8, sinks=2)
 
 
+def test_rows_at_places_of_their_own(any_metal):
+    """Each row of one launch as alone, whatever row 0 is doing; free slots are never seen."""
+    offsets, W, S = (5, 41, 22, 0), 9, 3
+    alone = [case(offset=o, L=35, window=W, sinks=S, Hkv=2, seed=o) for o in offsets]
+    rings = []
+    for _, update, *_ in alone:
+        held = update.ring or tuple(x[:, :, :0] for x in update.chunk)
+        free = [(0, 0), (0, 0), (0, W + S - held[0].shape[2]), (0, 0)]
+        rings.append([mx.pad(x, free, constant_values=mx.array(1e4)) for x in held])
+    chunks = [update.chunk for _, update, *_ in alone]
+    ring, chunk = (
+        tuple(map(mx.concatenate, map(list, zip(*part, strict=True)))) for part in (rings, chunks)
+    )
+    q, q_sink = (mx.concatenate([row[i] for row in alone]) for i in (0, 2))
+    update = alone[0][1]._replace(ring=ring, chunk=chunk)
+    found = window_kernels.prefill(q, update, 64**-0.5, q_sink, mx.array(offsets))
+    for row, args in enumerate(alone):
+        expected = oracle(*args)
+        assert mx.abs(found[row] - expected[0]).max() <= 1e-5 * mx.abs(expected).max()
+
+
 def test_fewer_tokens_than_sinks(any_metal):
     check(offset=0, L=5, window=7, sinks=18)
     check(offset=3, L=5, window=7, sinks=18)
@@ -98,6 +122,15 @@ def test_traffic(emulated_metal):
     for name in ("k", "v"):
         read = sum(c.buffers[f"{place}_{name}"].read_per_threadgroup for place in ("ring", "chunk"))
         assert read == H * (L // 32) * (S + W - 1 + 32) * D * 4
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(mx.float32, 27.0), (mx.bfloat16, 15.0)])
+def test_threadgroup_memory(emulated_metal, dtype, limit):
+    """Tokens of 16 bits are staged in 16 bits."""
+    emulated_metal.mode = "count"
+    q, update, q_sink, _, _ = case(offset=9, L=2, window=7, sinks=2, D=128, dtype=dtype)
+    mx.eval(window_kernels.prefill(q, update, 0.1, q_sink))
+    assert emulated_metal.last.counters.threadgroup_memory <= 1024 * limit
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])

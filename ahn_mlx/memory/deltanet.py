@@ -31,7 +31,7 @@ class DeltaNet(nn.Module):
 
     def derive(self) -> Derived:
         """What project takes."""
-        return derive([self.b_proj], self.g_proj)
+        return derive([self.b_proj], self.g_proj, mx.zeros(len(self.o_proj.weight)))
 
     def project(self, h: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
         """h [B, L, C] -> gates [B, L, H, 1], beta, in h's dtype, and the output gate
@@ -46,7 +46,7 @@ class DeltaNet(nn.Module):
         v: mx.array,
         gates: mx.array,
         state: mx.array | None,
-        rates: mx.array | None,
+        rates: mx.array,
         gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.delta_rule."""

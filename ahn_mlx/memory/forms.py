@@ -1,5 +1,5 @@
-"""What a memory does in an attention layer: by our Metal kernels where they agree with
-the operations of MLX on this machine, by those operations elsewhere."""
+"""What a memory does in an attention layer: by our Metal kernels where they agree with the
+operations of MLX on this machine and are faster, by those operations elsewhere."""
 
 from functools import partial
 from typing import Any
@@ -7,11 +7,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..ops import kernels, memory_kernels
-from ..ops.kernels import Check, usable
+from ..ops.kernels import Check, Sizes, chosen
 from ..ops.ring import Update
 from . import MEMORIES, Memory
+from .layers import Derived
 
 Evicted = tuple[mx.array, ...]
+
+HIDDEN = 32  # width of a hidden state in examples
 
 
 def scan(
@@ -19,7 +22,7 @@ def scan(
     q: mx.array,
     update: Update,
     state: mx.array | None,
-    rates: mx.array | None,
+    rates: mx.array,
     gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Write the T tokens that a chunk evicts, read after each.
@@ -27,7 +30,8 @@ def scan(
     q: [B, H, T, D]; state: [B, H, D, D] float32 or None; rates: those of memory.derive();
     gradients: only by operations that have them. Returns o [B, T, H, D] float32, and the state.
     """
-    if not gradients and usable(SCANS[memory.kind], q.shape[-1], q.dtype):
+    sizes = Sizes.of(q, update.chunk[0], update.window, update.sinks)
+    if not gradients and chosen(SCANS[memory.kind], sizes):
         return _scan_kernel(memory, q, update, state, rates)
     return _scan_ops(memory, q, update, state, rates, gradients)
 
@@ -39,17 +43,16 @@ def step(
     state: mx.array | None,
     local: mx.array,
     z: mx.array,
-    rates: mx.array | None,
+    rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """Write L tokens, read after each, and add what was read to the local heads.
 
     q, local: [B, H, L, D]; evicted: keys, values [B, Hkv, L, D] and gates [B, H, L, G];
-    z: [B, L, H], output gate before silu; rates: those of memory.derive(); loudness: [B, H, L, 1] of the router, or None.
-    Returns heads, and the state.
+    z: [B, L, H], output gate before silu; rates: those of memory.derive(); loudness:
+    [B, H, L, 1] of the router, or None. Returns heads, and the state.
     """
-    one = q.shape[2] == 1
-    kernel = one and usable(STEPS[memory.kind], q.shape[-1], q.dtype)
+    kernel = q.shape[2] == 1 and chosen(STEPS[memory.kind], Sizes.of(q, evicted[0]))
     form = _step_kernel if kernel else _step_ops
     return form(memory, q, evicted, state, local, z, rates, loudness)
 
@@ -59,7 +62,7 @@ def _scan_ops(
     q: mx.array,
     update: Update,
     state: mx.array | None,
-    rates: mx.array | None,
+    rates: mx.array,
     gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in update.evicted())
@@ -67,7 +70,7 @@ def _scan_ops(
 
 
 def _scan_kernel(
-    memory: Memory, q: mx.array, update: Update, state: mx.array | None, rates: mx.array | None
+    memory: Memory, q: mx.array, update: Update, state: mx.array | None, rates: mx.array
 ) -> tuple[mx.array, mx.array]:
     return memory_kernels.scan(memory.kind, q, update, _or_empty(state, q), rates)
 
@@ -79,7 +82,7 @@ def _step_ops(
     state: mx.array | None,
     local: mx.array,
     z: mx.array,
-    rates: mx.array | None,
+    rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in evicted)
@@ -97,7 +100,7 @@ def _step_kernel(
     state: mx.array | None,
     local: mx.array,
     z: mx.array,
-    rates: mx.array | None,
+    rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     slot = kernels.zeros(q.shape[0])
@@ -114,33 +117,39 @@ def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:
     return mx.zeros((B, H, D, D), dtype=mx.float32) if state is None else state
 
 
-def _example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    """A memory with random weights, a ring of `tokens` slots and as many tokens more."""
-    Hkv, H, C = 2, 4, 32
-    memory = MEMORIES[kind](C, H, D)
-    memory.o_proj.weight = mx.random.normal((H, D, D)) * D**-0.5
-    memory.set_dtype(dtype)
-    derived = memory.derive()
-    runs = []
-    for _ in range(2):
-        k, v = mx.random.normal((2, 1, Hkv, tokens, D)).astype(dtype)
-        gates, z = memory.project(mx.random.normal((1, tokens, C)).astype(dtype), derived)
-        runs.append((k, v, gates.swapaxes(1, 2)))
-    ring, chunk = runs
-    update = Update(ring, chunk, offset=tokens, window=tokens - 3, sinks=3)
-    q, local = mx.random.normal((2, 1, H, tokens, D)).astype(dtype)
-    return memory, q, update, mx.random.normal((1, H, D, D)), derived.rates, local, z
+def _example(kind: str, sizes: Sizes) -> tuple[Memory, Derived, mx.array]:
+    """A memory with random weights, what follows from them, and its state."""
+    D, heads = sizes.D, sizes.heads
+    memory = MEMORIES[kind](HIDDEN, heads, D)
+    memory.o_proj.weight = mx.random.normal((heads, D, D)) * D**-0.5
+    memory.set_dtype(sizes.dtype)
+    return memory, memory.derive(), mx.random.normal((1, heads, D, D))
 
 
-def _scan_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    return _example(kind, D, dtype, tokens)[:5]
+def _tokens(memory: Memory, derived: Derived, sizes: Sizes, n: int) -> tuple[Evicted, mx.array]:
+    """Keys, values and gates of n tokens, and their output gates."""
+    k, v = mx.random.normal((2, 1, sizes.kv_heads, n, sizes.D)).astype(sizes.dtype)
+    h = mx.random.normal((1, n, HIDDEN)).astype(sizes.dtype)
+    gates, z = memory.project(h, derived)
+    return (k, v, gates.swapaxes(1, 2)), z
 
 
-def _step_example(kind: str, D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    memory, q, update, state, rates, local, z = _example(kind, D, dtype, 4)
-    token = tuple(x[:, :, :1] for x in update.chunk)
-    heads, loudness = local[:, :, :1], mx.full((1, 4, 1, 1), 0.5)
-    return memory, q[:, :, :1], token, state, heads, z[:, :1], rates, loudness
+def _scan_example(kind: str, sizes: Sizes, before: int) -> tuple[Any, ...]:
+    """What the ring keeps of the tokens before, a chunk, and queries for what leaves."""
+    memory, derived, state = _example(kind, sizes)
+    held = min(before, sizes.capacity)
+    ring, chunk = (_tokens(memory, derived, sizes, n)[0] for n in (held, sizes.chunk))
+    update = Update(ring, chunk, before, sizes.window, sizes.sinks)
+    q = mx.random.normal((1, sizes.heads, update.evicts, sizes.D)).astype(sizes.dtype)
+    return memory, q, update, state, derived.rates
+
+
+def _step_example(kind: str, sizes: Sizes, before: int) -> tuple[Any, ...]:
+    memory, derived, state = _example(kind, sizes)
+    q, local = mx.random.normal((2, 1, sizes.heads, 1, sizes.D)).astype(sizes.dtype)
+    token, z = _tokens(memory, derived, sizes, 1)
+    loudness = mx.full((1, sizes.heads, 1, 1), 0.5)
+    return memory, q, token, state, local, z, derived.rates, loudness
 
 
 SCANS = {

@@ -63,7 +63,7 @@ class GatedDeltaNet(nn.Module):
         v: mx.array,
         gates: mx.array,
         state: mx.array | None,
-        rates: mx.array | None,
+        rates: mx.array,
         gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.gated_delta_rule."""

@@ -27,12 +27,12 @@ class Derived(NamedTuple):
     """What follows from a memory's parameters alone, made once for many tokens.
 
     weight: [(G + 1) H, C], all that is projected from h in one product; bias: [(G + 1) H] or
-    None. rates: [H], what decays are multiples of, or None if nothing decays.
+    None. rates: [H], what log decays are multiples of; 0 if nothing decays.
     """
 
     weight: mx.array
     bias: mx.array | None
-    rates: mx.array | None
+    rates: mx.array
 
 
 class Kept:
@@ -55,18 +55,18 @@ class Kept:
         self._derived = None
 
 
-def derive(
-    gates: list[GateProjection], output: GateProjection, rates: mx.array | None = None
-) -> Derived:
+def derive(gates: list[GateProjection], output: GateProjection, rates: mx.array) -> Derived:
     """gates: G of them; those of one head stand together."""
-    names = ("weight", "bias") if any("bias" in p for p in (*gates, output)) else ("weight",)
-    stacked = []
-    for name in names:
-        *inner, last = (p[name] if name in p else mx.zeros(len(p.weight)) for p in (*gates, output))
-        first = inner[0] if len(inner) == 1 else mx.stack(inner, axis=1).flatten(0, 1)
-        stacked.append(mx.concatenate([first, last]))
-    bias = stacked[1] if len(stacked) == 2 else None
-    return Derived(stacked[0], bias, rates)
+    weight = _join([p.weight for p in gates], output.weight)
+    if not any("bias" in p for p in (*gates, output)):
+        return Derived(weight, None, rates)
+    *inner, last = (p.get("bias", mx.zeros_like(p.weight[:, 0])) for p in (*gates, output))
+    return Derived(weight, _join(inner, last), rates)
+
+
+def _join(gates: list[mx.array], output: mx.array) -> mx.array:
+    """G of [H, ...] and another -> [(G + 1) H, ...]."""
+    return mx.concatenate([mx.stack(gates, axis=1).flatten(0, 1), output])
 
 
 def project(h: mx.array, derived: Derived, heads: int) -> tuple[mx.array, mx.array]:

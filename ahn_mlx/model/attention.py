@@ -81,7 +81,8 @@ class AHNAttention(nn.Module):
         """
         self._derived.drop()
         offset, derived = cache.offset, self.ahn.derive()
-        q, k, v, gates, raw, z = self.project(x, derived)
+        q, k, v, raw = self.project(x)
+        gates, z = self.gates(x, derived)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         if x.shape[1] == 1:
             return attend(q, *cache.fill(k, v, gates), self.scale)
@@ -157,7 +158,8 @@ class AHNAttention(nn.Module):
         and rows.
         """
         where, before, parameters = Place(*place), Rows(*rows), Derived(*derived)
-        q, k, v, gates, raw, z = self.project(x, parameters)
+        q, k, v, raw = self.project(x)
+        gates, z = self.gates(x, parameters)
         q, q_sink = self._turn(q, where, sinks)
         k = self.rope(k, offset=where.at)
         new = pack(k, v, gates, bits, group_size)
@@ -200,18 +202,22 @@ class AHNAttention(nn.Module):
         self.__dict__.update(state)
         self._lock, self._derived = RLock(), Kept()
 
-    def project(self, x: mx.array, derived: Derived) -> tuple[mx.array, ...]:
-        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], the
-        queries before their norm, and the memory's output gate [B, L, H] before silu."""
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], and the queries before their
+        norm."""
         B, L, _ = x.shape
         raw = self.q_proj(x).reshape(B, L, self.n_heads, -1)
         k = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1)
         v = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1)
         q = self.q_norm(raw) if "q_norm" in self else raw
         k = self.k_norm(k) if "k_norm" in self else k
+        q, k, v, raw = (y.swapaxes(1, 2) for y in (q, k, v, raw))
+        return q, k, v, raw
+
+    def gates(self, x: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
+        """x [B, L, C] -> gates [B, H, L, G] of the memory, and its output gate [B, L, H]."""
         gates, z = self.ahn.project(x, derived)
-        q, k, v, gates, raw = (y.swapaxes(1, 2) for y in (q, k, v, gates, raw))
-        return q, k, v, gates, raw, z
+        return gates.swapaxes(1, 2), z
 
     def merge(self, heads: mx.array) -> mx.array:
         """Heads [B, H, L, D] -> [B, L, C]."""

@@ -2,22 +2,26 @@
 
 `metal/NAME.metal` is the body of one kernel; `metal/common.h` stands before each. MLX
 writes the signature from the inputs it is given. Before a kernel's first use on a machine
-it is compared with the form it replaces, and stays unused where the two differ.
+it is compared with the form it replaces and timed against it: it serves where it agrees and
+is the faster.
 """
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -30,47 +34,111 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
-CHECKED = 24  # tokens in an example on which a kernel is checked
+SECONDS = 2.0  # that a process spends on timing kernels, all of them together
+ROUNDS = 5  # in which both forms are timed
+TOGETHER = 0.005  # seconds of work that are timed at once, so that waiting for it is little
+MANY = 32  # calls at once, at most
+LONGEST = 512  # tokens that are timed; behind it both forms take time in proportion
+
+Found = TypeVar("Found")
+
+
+class Sizes(NamedTuple):
+    """What the time of a kernel depends on; the defaults are those it is compared at.
+
+    D: head size. dtype: of queries, keys and values. heads, kv_heads: H and Hkv. chunk: tokens
+    at once. clamped: whether sinks have queries of their own.
+    """
+
+    D: int
+    dtype: mx.Dtype
+    heads: int = 4
+    kv_heads: int = 2
+    window: int = 21
+    sinks: int = 3
+    chunk: int = 24
+    clamped: bool = False
+
+    @classmethod
+    def of(
+        cls, q: mx.array, k: mx.array, window: int = 1, sinks: int = 0, clamped: bool = False
+    ) -> "Sizes":
+        """Those of queries [B, H, L, D] and keys [B, Hkv, n, D]."""
+        _, heads, chunk, D = q.shape
+        return cls(D, q.dtype, heads, k.shape[1], window, sinks, chunk, clamped)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a full window."""
+        return self.window + self.sinks
+
+    def alike(self) -> "Sizes":
+        """The same for all that are timed as one: slots and tokens are powers of two."""
+        slots, chunk = (1 << (n - 1).bit_length() for n in (self.capacity, self.longest().chunk))
+        return self._replace(window=slots, sinks=0, chunk=chunk)
+
+    def longest(self) -> "Sizes":
+        """These, or with as many tokens as are timed."""
+        return self._replace(chunk=min(self.chunk, LONGEST))
 
 
 @dataclass(frozen=True)
 class Check:
-    """Inputs on which a kernel and the form it replaces must agree.
+    """A kernel and the form it replaces, and inputs on which to compare and to time them.
 
     name: of the kernel and its variant. files: its sources. dispatches: per call.
-    example: (head size, dtype, tokens) -> random arguments. ours, theirs: the two forms.
+    example: (sizes, tokens read before) -> random arguments. ours, theirs: the two forms.
     """
 
     name: str
     files: tuple[str, ...]
     dispatches: int
-    example: Callable[[int, mx.Dtype, int], tuple[Any, ...]]
+    example: Callable[[Sizes, int], tuple[Any, ...]]
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
 
     def error(self, D: int, dtype: mx.Dtype) -> float:
-        """The largest difference, relative to the largest number expected; may raise."""
-        with _own_random_numbers():
-            arguments = self.example(D, dtype, CHECKED)
-        found, expected = (_arrays(form(*arguments)) for form in (self.ours, self.theirs))
-        errors = [(abs(a - b)).max() / abs(b).max() for a, b in zip(found, expected, strict=True)]
+        """The largest difference, relative to the largest number expected, while the window
+        fills and when it has turned; may raise."""
+        cases = ((Sizes(D, dtype), 18), (Sizes(D, dtype, clamped=True), 40))
+        errors = _apart(lambda: [self._error(*case) for case in cases])
         return float(np.max(errors))  # NaN, if there is one
 
-    def ratio(self, D: int, dtype: mx.Dtype, tokens: int, rounds: int = 5) -> float:
-        """Time of our form by that of the other."""
-        with _own_random_numbers():
-            arguments = self.example(D, dtype, tokens)
-        seconds: list[list[float]] = [[], []]
-        for _ in range(rounds):
-            for times, form in zip(seconds, (self.ours, self.theirs), strict=True):
-                start = time.perf_counter()
-                mx.eval(form(*arguments))
-                times.append(time.perf_counter() - start)
-        return min(seconds[0]) / min(seconds[1])
+    def _error(self, sizes: Sizes, before: int) -> float:
+        arguments = self.example(sizes, before)
+        found, expected = (_arrays(form(*arguments)) for form in (self.ours, self.theirs))
+        errors = [(abs(a - b)).max() / abs(b).max() for a, b in zip(found, expected, strict=True)]
+        return float(np.max(errors))
 
-    def key(self, D: int, dtype: mx.Dtype) -> str:
-        """What the verdict depends on: sources, MLX, the GPU and what MLX makes of the source."""
-        parts = [self.name, str(D), str(dtype), version("mlx"), device_name()]
+    def times(self, sizes: Sizes, seconds: float = SECONDS / 4) -> tuple[float, float]:
+        """Seconds of one call of our form and of the other, with a full window: the least of
+        some rounds, which end after `seconds`; may raise."""
+        return _apart(lambda: self._times(sizes.longest(), seconds))
+
+    def _times(self, sizes: Sizes, seconds: float) -> tuple[float, float]:
+        end = time.perf_counter() + seconds
+        arguments = self.example(sizes, sizes.capacity)
+
+        def timed(form: Callable[..., Any], calls: int) -> float:
+            start = time.perf_counter()
+            mx.eval([form(*arguments) for _ in range(calls)])
+            return (time.perf_counter() - start) / calls
+
+        forms = (self.ours, self.theirs)
+        for form in forms:
+            timed(form, 1)  # compiles it, and computes the arguments
+        least = [timed(form, 1) for form in forms]
+        calls = max(1, min(MANY, int(TOGETHER / max(*least, 1e-9))))
+        for _ in range(ROUNDS):
+            if time.perf_counter() >= end:
+                break
+            least = [min(t, timed(form, calls)) for t, form in zip(least, forms, strict=True)]
+        mx.clear_cache()
+        return least[0], least[1]
+
+    def key(self, *what: object) -> str:
+        """What a finding depends on: sources, MLX, the GPU and what MLX makes of the source."""
+        parts = [self.name, *map(str, what), version("mlx"), device_name()]
         parts += [source(file) for file in ("common.h", *self.files)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -92,40 +160,109 @@ def device_name() -> str:
     return str(mx.device_info().get("device_name", ""))
 
 
-def usable(check: Check, D: int, dtype: mx.Dtype) -> bool:
-    """Whether our kernel may serve: it fits, and agrees with the other form on this machine."""
-    return available() and D in HEAD_DIMS and dtype in DTYPES and _agrees(check, D, dtype)
+def forced() -> bool:
+    """Whether AHN_METAL=1 asks for every kernel that agrees, however long it takes."""
+    return os.environ.get("AHN_METAL") == "1"
+
+
+def chosen(check: Check, sizes: Sizes) -> bool:
+    """Whether our kernel serves: it fits, agrees with the other form on this machine and, if
+    it is not forced, is the faster there."""
+    if not available() or sizes.D not in HEAD_DIMS or sizes.dtype not in DTYPES:
+        return False
+    with _LOCK:
+        return _agrees(check, sizes.D, sizes.dtype) and (forced() or _faster(check, sizes))
+
+
+# One thread compares and times, the others wait for what it finds.
+_LOCK = Lock()
 
 
 @cache
 def _agrees(check: Check, D: int, dtype: mx.Dtype) -> bool:
     """The verdict, found once per machine, and a warning where it is no."""
-    file, key = _verdicts_file(), check.key(D, dtype)
-    verdicts = _read(file)
-    if key not in verdicts:
+    key = check.key(D, dtype)
+    verdict = _read(_verdicts_file()).get(key)
+    if not isinstance(verdict, str):
         try:
             error = check.error(D, dtype)
-            verdicts[key] = "" if error <= tolerance(dtype) else f"is off by {error:.1e}"
+            verdict = "" if error <= tolerance(dtype) else f"is off by {error:.1e}"
         except Exception as e:  # a compiler's or driver's error has no type of its own
-            verdicts[key] = f"failed ({' '.join(str(e).split())[:200]})"
-        _write(file, verdicts)
-    if verdicts[key]:
-        kernel = f"Metal kernel {check.name} (head size {D}, {str(dtype).split('.')[-1]})"
-        message = f"{kernel} {verdicts[key]}; MLX's own operations serve instead"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return not verdicts[key]
+            verdict = f"failed ({_in_short(e)})"
+        _remember(key, verdict)
+    if verdict:
+        _warn(check, D, dtype, verdict)
+    return not verdict
 
 
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """Random numbers as after seed 0, and then MLX's go on as if none had been drawn."""
-    (key,) = cast(list[mx.array], mx.random.state)
-    high, low = cast(list[int], key.tolist())
-    mx.random.seed(0)
+class _Clock:
+    """Which kernels are the faster, and how many seconds are left to find out."""
+
+    def __init__(self) -> None:
+        self.left = SECONDS
+        self.faster: dict[tuple[Check, Sizes], bool] = {}
+
+
+_CLOCK = _Clock()
+
+
+def _faster(check: Check, sizes: Sizes) -> bool:
+    """Whether our form took less time, found once per machine for sizes that are alike."""
+    asked = (check, sizes.alike())
+    if asked not in _CLOCK.faster:
+        key = check.key(*sizes.alike())
+        times = _as_times(_read(_verdicts_file()).get(key)) or _measure(check, sizes, key)
+        # What there was no time for is MLX's own until another process has.
+        _CLOCK.faster[asked] = times is not None and times[0] < times[1]
+    return _CLOCK.faster[asked]
+
+
+def _measure(check: Check, sizes: Sizes, key: str) -> tuple[float, float] | None:
+    """Times both forms, in at most a quarter of what is left unless that is too short for one
+    round; None if nothing is left, or if a form fails, with a warning."""
+    if _CLOCK.left <= 0:
+        return None
+    start = time.perf_counter()
     try:
-        yield
+        times = check.times(sizes, _CLOCK.left / 4)
+        _remember(key, times)
+    except Exception as e:
+        _warn(check, sizes.D, sizes.dtype, f"could not be timed ({_in_short(e)})")
+        return None
     finally:
-        mx.random.seed(high << 32 | low)
+        _CLOCK.left -= time.perf_counter() - start
+    return times
+
+
+def _as_times(found: Any) -> tuple[float, float] | None:
+    """Two positive numbers of seconds, if that is what was found."""
+    if isinstance(found, list) and len(found) == 2 and all(type(t) is float for t in found):
+        ours, theirs = found
+        return (ours, theirs) if 0 < ours < math.inf and 0 < theirs < math.inf else None
+    return None
+
+
+def _warn(check: Check, D: int, dtype: mx.Dtype, what: str) -> None:
+    kernel = f"Metal kernel {check.name} (head size {D}, {str(dtype).split('.')[-1]})"
+    message = f"{kernel} {what}; MLX's own operations serve instead"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _apart(find: Callable[[], Found]) -> Found:
+    """What `find` returns, from a thread of its own. Tracing belongs to a thread, and so do
+    random numbers: none of the caller's are in the way or change."""
+
+    def seeded() -> Found:
+        mx.random.seed(0)
+        return find()
+
+    mx.synchronize()  # nothing else is being computed
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(seeded).result()
 
 
 def _arrays(results: mx.array | tuple[mx.array, ...]) -> list[np.ndarray]:
@@ -138,7 +275,13 @@ def _verdicts_file() -> Path:
     return root / "ahn-mlx" / "kernels.json"
 
 
-def _read(file: Path) -> dict[str, str]:
+def _remember(key: str, found: str | tuple[float, float]) -> None:
+    """Beside what other processes have found by now."""
+    file = _verdicts_file()
+    _write(file, _read(file) | {key: found})
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         verdicts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,14 +289,15 @@ def _read(file: Path) -> dict[str, str]:
     return verdicts if isinstance(verdicts, dict) else {}
 
 
-def _write(file: Path, verdicts: dict[str, str]) -> None:
+def _write(file: Path, verdicts: dict[str, Any]) -> None:
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(verdicts), encoding="utf-8")
         part.replace(file)
-    except OSError:  # the check runs again next time, that is all
-        part.unlink(missing_ok=True)
+    except OSError:  # all is found out again next time
+        with suppress(OSError):
+            part.unlink()
 
 
 def source(file: str) -> str:

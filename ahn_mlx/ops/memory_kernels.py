@@ -88,25 +88,28 @@ def scan(
     state: mx.array,
     rates: mx.array | None = None,
     splits: int | None = None,
+    offsets: mx.array | None = None,
 ) -> Result:
     """Write the T tokens that `update` evicts and read after each.
 
     kind: "gated_deltanet", "deltanet" or "mamba2", which takes rates A [H]. q: [B, H, T, D].
     state: [B, H, D, D] float32. splits: threadgroups per head, 1, 2 or 4; by default as
-    many as fill a GPU. Returns o [B, T, H, D] float32, and the state.
+    many as fill a GPU. offsets: [B] int32, tokens before the chunk in each row; by default
+    the update's in all. Returns o [B, T, H, D] float32, and the state.
     """
     B, H, T, D = q.shape
     if splits is None:
         fits = [p for p in (1, 2, 4) if 4 * D // p >= 4 * STAGED]
         splits = next((p for p in fits if B * H * p >= THREADGROUPS), fits[-1])
     ring = update.chunk if update.ring is None else update.ring
-    first = update.end - T - update.window
+    if offsets is None:
+        offsets = mx.array([update.offset] * B)
     inputs = {
         "q": q,
         **dict(zip(("ring_k", "ring_v", "ring_gates"), ring, strict=True)),
         **dict(zip(("chunk_k", "chunk_v", "chunk_gates"), update.chunk, strict=True)),
-        "first": mx.array([first] * B),
-        "offset": mx.array([update.offset] * B),
+        "first": offsets + (update.chunk[0].shape[2] - T - update.window),
+        "offset": offsets,
         "state": state,
         "rates": mx.zeros(H) if rates is None else rates.astype(mx.float32),
     }
@@ -114,6 +117,7 @@ def scan(
     o, new_state = call(
         inputs=list(inputs.values()),
         template=[
+            ("T", q.dtype),
             ("D", D),
             ("H", H),
             ("HKV", ring[0].shape[1]),

@@ -80,17 +80,18 @@ def _join(runs: list[mx.array]) -> mx.array:
 class Place(NamedTuple):
     """Where L new tokens of each of B rows belong, as arrays: row b stands at its own position.
 
-    at: [B], position of the first one. both: [2 B], at, then near of the first ones. near: [B, L], positions seen from the sinks, at most
-    W + S. slots: [B, L]. following: [B, 1], slot of the token after them. evicted: [B, L],
-    tokens that have left by then, at least 1. valid: bool [B, L], or None if all are: what is
-    not valid changes nothing. filled: [B], slots in use after one token. seen: bool
-    [B, 1, L, K], which keys a query sees, or None for all: those of the slots after the
-    token was written, if it is one that is valid; else those of the slots before, then the new.
+    at: [B], position of the first one. near: [B, L], positions seen from the sinks, at most
+    W + S. both: [2 B], at, then near of the first ones. slots: [B, L]. following: [B, 1], slot
+    of the token after them. evicted: [B, L], tokens that have left by then, at least 1. valid:
+    bool [B, L], or None if all are: what is not valid changes nothing. filled: [B], slots in use
+    after one token. seen: bool [B, 1, L, K], which keys a query sees, or None for all: those of
+    the slots after the token was written, if it is one that is valid; else those of the slots
+    before, then the new.
     """
 
     at: mx.array
-    both: mx.array
     near: mx.array
+    both: mx.array
     slots: mx.array
     following: mx.array
     evicted: mx.array
@@ -128,8 +129,8 @@ def place(at: Any, count: Any, L: int, held: int, window: int, sinks: int, np: A
     near = np.minimum(t, capacity)
     return Place(
         at[:, 0],
-        np.concatenate([at[:, 0], near[:, 0]]),
         near,
+        np.concatenate([at[:, 0], near[:, 0]]),
         slot_of(t),
         slot_of(end),
         np.maximum(t + 1 - capacity, 1),

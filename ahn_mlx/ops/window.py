@@ -16,7 +16,7 @@ import numpy as np
 from ..platform import on_cpu, tiles
 from . import window_kernels
 from .exp import exp
-from .kernels import Check, usable
+from .kernels import Check, Sizes, chosen
 from .ring import Update
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
@@ -89,7 +89,8 @@ def few_launches(
     grouped = (B, keys[0].shape[1], -1, D)
     if sinks and L == 1:
         # All keys are scored by both queries: one product and two selections.
-        both = _stack(*(x.reshape(grouped)[:, :, None] for x in (q, q_sink)), scale)
+        pair = [x.reshape(grouped)[:, :, None] for x in (q, q_sink)]
+        both = _stack(pair[0], pair[1], scale)
         scores = _scores(both.flatten(2, 3), keys, True).reshape(*both.shape[:4], -1)
         s = _select(scores, first(sinks, scores.shape[-1]), mask)
     else:
@@ -144,8 +145,10 @@ def attend_to_all(
 ) -> mx.array:
     """One token (L = 1) and the filled[b] slots in use, all of which it sees: seen is bool
     [B, 1, 1, K], which those are, or None for all. Otherwise as attend."""
-    if not plain and isinstance(k, mx.array) and usable(DECODE, q.shape[-1], q.dtype):
-        return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks, filled, seen)
+    if not plain and isinstance(k, mx.array):
+        window = max(1, k.shape[2] - sinks)
+        if chosen(DECODE, Sizes.of(q, k, window, sinks, q_sink is not None)):
+            return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks, filled, seen)
     return attend(q, k, v, scale, seen, q_sink, sinks, plain)
 
 
@@ -216,7 +219,9 @@ def window_attention(
     positions) or is None. gradients: only by operations that have them.
     Returns [B, H, L, D].
     """
-    if not gradients and usable(PREFILL, q.shape[-1], q.dtype):
+    k, clamped = update.chunk[0], q_sink is not None
+    sizes = Sizes.of(q, k, update.window, update.sinks, clamped)
+    if not gradients and chosen(PREFILL, sizes):
         return window_kernels.prefill(q, update, scale, q_sink)
     return _window_attention_ops(q, update, scale, q_sink)
 
@@ -323,22 +328,29 @@ def sequential(
     return mx.stack(outputs, axis=2)
 
 
-def _prefill_example(D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    """A ring of `tokens` slots, as many tokens more, and their queries."""
-    Hkv, H = 2, 4
-    ring, chunk = mx.random.normal((2, 2, 1, Hkv, tokens, D)).astype(dtype)
-    gates = mx.zeros((1, H, tokens, 1), dtype=dtype)
-    update = Update((*ring, gates), (*chunk, gates), offset=tokens, window=tokens - 3, sinks=3)
-    q, q_sink = mx.random.normal((2, 1, H, tokens, D)).astype(dtype)
-    return q, update, D**-0.5, q_sink
+def _prefill_example(sizes: Sizes, before: int) -> tuple[Any, ...]:
+    """What the ring keeps of the tokens before, a chunk, and its queries."""
+    D, heads, kv_heads, L = sizes.D, sizes.heads, sizes.kv_heads, sizes.chunk
+    held = min(before, sizes.capacity)
+    ring, chunk = (_random(sizes, 2, 1, kv_heads, n, D) for n in (held, L))
+    update = Update(tuple(ring), tuple(chunk), before, sizes.window, sizes.sinks)
+    q, q_sink = _random(sizes, 2, 1, heads, L, D)
+    return q, update, D**-0.5, q_sink if sizes.clamped else None
 
 
-def _decode_example(D: int, dtype: mx.Dtype, tokens: int) -> tuple[Any, ...]:
-    q, update, scale, q_sink = _prefill_example(D, dtype, tokens)
-    k, v, _ = update.chunk
-    filled = tokens - tokens // 4
-    seen = (mx.arange(tokens) < filled)[None, None, None]
-    return q[:, :, :1], k, v, scale, q_sink[:, :, :1], 3, mx.array([filled]), seen
+def _decode_example(sizes: Sizes, before: int) -> tuple[Any, ...]:
+    """Slots of which those of the tokens before and of one more are in use."""
+    D, slots = sizes.D, sizes.capacity
+    k, v = _random(sizes, 2, 1, sizes.kv_heads, slots, D)
+    q, q_sink = _random(sizes, 2, 1, sizes.heads, 1, D)
+    filled = min(before + 1, slots)
+    seen = None if filled == slots else (mx.arange(slots) < filled)[None, None, None]
+    far = q_sink if sizes.clamped else None
+    return q, k, v, D**-0.5, far, sizes.sinks, mx.array([filled]), seen
+
+
+def _random(sizes: Sizes, *shape: int) -> mx.array:
+    return mx.random.normal(shape).astype(sizes.dtype)
 
 
 PREFILL = Check(
