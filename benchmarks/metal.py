@@ -29,7 +29,7 @@ def ours(dtype: mx.Dtype) -> list[tuple[str, str, int, Callable[[], Any]]]:
     found = []
     sizes = Sizes(D, dtype, window=WINDOW, sinks=SINKS, chunk=TOKENS, clamped=True)
     for kind, check in SCANS.items():
-        memory, q, update, state = check.example(sizes, TOKENS)
+        _, q, update, state, rates = check.example(sizes, TOKENS)
         heads, tokens = q.shape[1], update.evicts
         for splits in (1, 4):
 
@@ -38,7 +38,7 @@ def ours(dtype: mx.Dtype) -> list[tuple[str, str, int, Callable[[], Any]]]:
                 q: mx.array = q[:, :, -tokens:],
                 update: Any = update,
                 state: mx.array = state,
-                rates: mx.array | None = memory.rates,
+                rates: mx.array = rates,
                 splits: int = splits,
             ) -> Any:
                 return memory_kernels.scan(kind, q, update, state, rates, splits)

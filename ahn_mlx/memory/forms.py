@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..ops import kernels, memory_kernels
 from ..ops.kernels import Check, Sizes, chosen
 from ..ops.ring import Update
+from ..ops.window_kernels import Shares, merge, whole
 from . import MEMORIES, Memory
 from .layers import Derived
 
@@ -41,7 +42,7 @@ def step(
     q: mx.array,
     evicted: Evicted,
     state: mx.array | None,
-    local: mx.array,
+    local: mx.array | Shares,
     z: mx.array,
     rates: mx.array,
     loudness: mx.array | None,
@@ -53,8 +54,10 @@ def step(
     [B, H, L, 1] of the router, or None. Returns heads, and the state.
     """
     kernel = q.shape[2] == 1 and chosen(STEPS[memory.kind], Sizes.of(q, evicted[0]))
-    form = _step_kernel if kernel else _step_ops
-    return form(memory, q, evicted, state, local, z, rates, loudness)
+    if kernel:
+        return _step_kernel(memory, q, evicted, state, local, z, rates, loudness)
+    heads = merge(local, q.dtype) if isinstance(local, Shares) else local
+    return _step_ops(memory, q, evicted, state, heads, z, rates, loudness)
 
 
 def _scan_ops(
@@ -98,11 +101,12 @@ def _step_kernel(
     q: mx.array,
     evicted: Evicted,
     state: mx.array | None,
-    local: mx.array,
+    local: mx.array | Shares,
     z: mx.array,
     rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
+    local = local if isinstance(local, Shares) else whole(local)
     slot = kernels.zeros(q.shape[0])
     state = _or_empty(state, q)
     weights = (z, memory.norm_weight, memory.o_proj.weight)
@@ -164,11 +168,16 @@ SCANS = {
     for kind in MEMORIES
 }
 
+STEP_FILES = {
+    "delta": ("memory_step_delta.metal",),
+    "mamba2": ("memory_step_mamba2.metal", "memory_finish_mamba2.metal"),
+}
+
 STEPS = {
     kind: Check(
         name=f"memory_step {kind}",
-        files=(f"memory_step_{'mamba2' if kind == 'mamba2' else 'delta'}.metal",),
-        # Mamba2's norm spans all heads: one elementwise operation finishes it.
+        # Mamba2's norm spans all heads: another kernel finishes it.
+        files=STEP_FILES["mamba2" if kind == "mamba2" else "delta"],
         dispatches=2 if kind == "mamba2" else 1,
         example=partial(_step_example, kind),
         ours=_step_kernel,

@@ -2,6 +2,7 @@
 
 import math
 from operator import is_
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -40,14 +41,17 @@ class Kept:
 
     def __init__(self) -> None:
         self._sources: list[mx.array] = []
+        self._thread = 0
         self._derived: Derived | None = None
 
     def of(self, memory: Any) -> Derived:
         parts = [p.values() if isinstance(p, dict) else (p,) for p in memory.values()]
         sources = [x for part in parts for x in part]
-        known = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
-        if self._derived is None or not known:
-            self._sources, self._derived = sources, memory.derive()
+        same = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
+        # What is not computed yet cannot be computed in another thread.
+        if self._derived is None or not same or self._thread != get_ident():
+            self._sources, self._thread = sources, get_ident()
+            self._derived = memory.derive()
         return self._derived
 
     def drop(self) -> None:

@@ -15,7 +15,7 @@ from ..memory import MEMORIES, Router
 from ..memory.forms import scan, step
 from ..memory.layers import Derived, Kept
 from ..ops import window_attention
-from ..ops.ring import Place
+from ..ops.ring import Place, write_slots
 from ..ops.window import attend, attend_to_all
 from .cache import AHNCache, BatchAHNCache, PureCache
 from .config import AHNConfig
@@ -164,11 +164,9 @@ class AHNAttention(nn.Module):
         k = self.rope(k, offset=where.at)
         new = pack(k, v, gates, bits, group_size)
         if x.shape[1] == 1 and where.valid is None:
-            left = before.leaving
-            after, keys, values = before.put(new, where)
-            heads = attend_to_all(
-                q, keys, values, self.scale, q_sink, sinks, where.filled, where.seen, plain
-            )
+            left, buffers = before.leaving, write_slots(before.buffers, new, where.slots)
+            heads, leaving = attend_to_all(q, buffers, self.scale, q_sink, sinks, where, plain)
+            after = Rows(buffers, leaving, before.memory)
         else:
             after, keys, values, left = before.put_chunk(new, where)
             heads = attend(q, keys, values, self.scale, where.seen, q_sink, sinks, plain)

@@ -77,6 +77,26 @@ def _join(runs: list[mx.array]) -> mx.array:
     return runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=2)
 
 
+def read_slots(buffers: tuple[mx.array, ...], slots: mx.array) -> tuple[mx.array, ...]:
+    """Copies of slots [B, n] of each buffer, [B, heads, n, width]."""
+    return tuple(mx.take_along_axis(b, _spread(slots, b), axis=2) for b in buffers)
+
+
+def write_slots(
+    buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slots: mx.array
+) -> tuple[mx.array, ...]:
+    """Put tokens [B, heads, n, width] into slots [B, n]; in place, once nothing else reads
+    the buffer."""
+    pairs = [(b, x.astype(b.dtype)) for b, x in zip(buffers, tokens, strict=True)]
+    return tuple(mx.put_along_axis(b, _spread(slots, b), x, axis=2) for b, x in pairs)
+
+
+def _spread(slots: mx.array, buffer: mx.array) -> mx.array:
+    """slots [B, n] for every head and number of a slot."""
+    B, heads, _, width = buffer.shape
+    return mx.broadcast_to(slots[:, None, :, None], (B, heads, slots.shape[1], width))
+
+
 class Place(NamedTuple):
     """Where L new tokens of each of B rows belong, as arrays: row b stands at its own position.
 

@@ -17,13 +17,14 @@ from ..platform import on_cpu, tiles
 from . import window_kernels
 from .exp import exp
 from .kernels import Check, Sizes, chosen
-from .ring import Update
+from .ring import Place, Update, read_slots, slot_of
+from .window_kernels import Shares
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
 FEW_ROWS = 16
 
 # Of two, stacked in front of the last two axes.
-FIRST = mx.array([True, False])[:, None, None]
+FIRST = mx.array([[[True]], [[False]]])
 
 # Keys or values [B, Hkv, K, D]: an array, or (packed, scales, biases) of mx.quantize.
 Stored = Any
@@ -134,48 +135,48 @@ def first(n: int, of: int) -> mx.array:
 
 def attend_to_all(
     q: mx.array,
-    k: Stored,
-    v: Stored,
+    buffers: tuple[mx.array, ...],
     scale: float,
     q_sink: mx.array | None,
     sinks: int,
-    filled: mx.array,
-    seen: mx.array | None,
+    place: Place,
     plain: bool = False,
-) -> mx.array:
-    """One token (L = 1) and the filled[b] slots in use, all of which it sees: seen is bool
-    [B, 1, 1, K], which those are, or None for all. Otherwise as attend."""
-    if not plain and isinstance(k, mx.array):
+) -> tuple[mx.array | Shares, tuple[mx.array, ...]]:
+    """One token (L = 1), which has been written, and all slots in use.
+
+    buffers: keys and values, as attend takes them, and gates. Otherwise as attend. Returns
+    heads, perhaps still to be merged, and copies of the slots that the next tokens take: read
+    now, since a reader still waiting when its slot is written would force a copy of the window.
+    """
+    where = place.filled, place.following, place.seen
+    if not plain and len(buffers) == 3:
+        k = buffers[0]
         window = max(1, k.shape[2] - sinks)
         if chosen(DECODE, Sizes.of(q, k, window, sinks, q_sink is not None)):
-            return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks, filled, seen)
-    return attend(q, k, v, scale, seen, q_sink, sinks, plain)
-
-
-def _attend_to_all_kernel(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    q_sink: mx.array | None,
-    sinks: int,
-    filled: mx.array,
-    seen: mx.array | None,
-) -> mx.array:
-    return window_kernels.decode(q, k, v, filled, scale, q_sink, sinks)
+            return window_kernels.decode(q, buffers, *where[:2], scale, q_sink, sinks)
+    return _attend_to_all_ops(q, buffers, scale, q_sink, sinks, *where, plain)
 
 
 def _attend_to_all_ops(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    buffers: tuple[mx.array, ...],
     scale: float,
     q_sink: mx.array | None,
     sinks: int,
     filled: mx.array,
+    following: mx.array,
     seen: mx.array | None,
-) -> mx.array:
-    return attend(q, k, v, scale, seen, q_sink, sinks)
+    plain: bool = False,
+) -> tuple[mx.array, tuple[mx.array, ...]]:
+    leaving = read_slots(buffers, following)
+    # Gates are not part of attention; without this their writes would pile up.
+    k, v = split(*mx.depends(list(buffers[:-1]), [buffers[-1], *leaving]))
+    return attend(q, k, v, scale, seen, q_sink, sinks, plain), leaving
+
+
+def split(*held: mx.array) -> tuple[Stored, Stored]:
+    """Keys and values, as stored, of two arrays or, if quantized, six."""
+    return held if len(held) == 2 else (held[:3], held[3:])
 
 
 def _rows(x: Stored, start: int = 0, stop: int | None = None) -> tuple[mx.array, ...]:
@@ -342,15 +343,37 @@ def _decode_example(sizes: Sizes, before: int) -> tuple[Any, ...]:
     """Slots of which those of the tokens before and of one more are in use."""
     D, slots = sizes.D, sizes.capacity
     k, v = _random(sizes, 2, 1, sizes.kv_heads, slots, D)
+    gates = _random(sizes, 1, sizes.heads, slots, 2)
     q, q_sink = _random(sizes, 2, 1, sizes.heads, 1, D)
     filled = min(before + 1, slots)
+    following = mx.array([[slot_of(before + 1, sizes.window, sizes.sinks)]])
     seen = None if filled == slots else (mx.arange(slots) < filled)[None, None, None]
     far = q_sink if sizes.clamped else None
-    return q, k, v, D**-0.5, far, sizes.sinks, mx.array([filled]), seen
+    where = mx.array([filled]), following, seen
+    return q, (k, v, gates), D**-0.5, far, sizes.sinks, *where
 
 
 def _random(sizes: Sizes, *shape: int) -> mx.array:
     return mx.random.normal(shape).astype(sizes.dtype)
+
+
+def _decode_kernel(
+    q: mx.array,
+    buffers: tuple[mx.array, ...],
+    scale: float,
+    q_sink: mx.array | None,
+    sinks: int,
+    filled: mx.array,
+    following: mx.array,
+    seen: mx.array | None,
+) -> tuple[mx.array, ...]:
+    shares, leaving = window_kernels.decode(q, buffers, filled, following, scale, q_sink, sinks)
+    return window_kernels.merge(shares, q.dtype), *leaving
+
+
+def _decode_ops(*arguments: Any) -> tuple[mx.array, ...]:
+    heads, leaving = _attend_to_all_ops(*arguments)
+    return heads, *leaving
 
 
 PREFILL = Check(
@@ -367,6 +390,6 @@ DECODE = Check(
     files=("window_decode.metal", "window_decode_merge.metal"),
     dispatches=2,
     example=_decode_example,
-    ours=_attend_to_all_kernel,
-    theirs=_attend_to_all_ops,
+    ours=_decode_kernel,
+    theirs=_decode_ops,
 )
