@@ -100,9 +100,9 @@ class Launches:
 
 
 @contextmanager
-def counting(ours: bool) -> Iterator[Launches]:
+def counting(ours: bool, gradients: bool = False) -> Iterator[Launches]:
     """While this lasts MLX seems to have a GPU, with our Metal kernels or without, and builds
-    graphs that can be counted."""
+    graphs that can be counted. gradients: they are wanted."""
     found, gpu = Launches(), mx.Device(mx.gpu)
     stand_ins = {name: found.differentiable(name) for name in ("rms_norm", "layer_norm", "rope")}
     with ExitStack() as stack:
@@ -110,7 +110,9 @@ def counting(ours: bool) -> Iterator[Launches]:
         stack.enter_context(mx.stream(mx.new_stream(mx.cpu)))
         for place, name, stand_in in (
             *((mx.fast, name, stand_in) for name, stand_in in stand_ins.items()),
-            (mx.fast, "scaled_dot_product_attention", _attention(found)),
+            (mx.fast, "scaled_dot_product_attention", _attention(found, gradients)),
+            (mx, "softmax", _softmax(found)),
+            (mx, "dequantize", _dequantize(found)),
             (mx.fast, "gated_delta_update", _delta(found)),
             (mx.fast, "metal_kernel", found.metal_kernel),
             (mx.metal, "is_available", lambda: ours),
@@ -124,9 +126,46 @@ def counting(ours: bool) -> Iterator[Launches]:
         yield found
 
 
-def _attention(found: Launches) -> Callable[..., mx.array]:
-    def call(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
-        return found.one("attention", [q], [q, k, v, *options.values()])[0]
+def _attention(found: Launches, gradients: bool) -> Callable[..., mx.array]:
+    def call(
+        q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None
+    ) -> mx.array:
+        if not gradients:
+            return found.one("attention", [q], [q, k, v, mask])[0]
+        # What MLX makes of it on a Mac where a gradient is wanted.
+        B, H, L, D = q.shape
+        q = (q * scale).reshape(B, k.shape[1], -1, L, D)
+        s = q @ k[:, :, None].swapaxes(-1, -2)
+        s = s if mask is None else mx.where(mask, s, -1e9)
+        return (mx.softmax(s, axis=-1) @ v[:, :, None]).reshape(B, H, L, D)
+
+    return call
+
+
+def _softmax(found: Launches) -> Callable[..., mx.array]:
+    """MLX takes it apart on some machines, its gradient everywhere."""
+
+    @mx.custom_function
+    def softmax(x: mx.array) -> mx.array:
+        return found.one("softmax", [x], [x])[0]
+
+    @softmax.vjp
+    def _(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+        z = y * cotangent
+        return z - y * z.sum(axis=-1, keepdims=True)
+
+    def call(x: mx.array, axis: int = -1, precise: bool = False) -> mx.array:
+        result: Any = softmax(x)
+        return result
+
+    return call
+
+
+def _dequantize(found: Launches) -> Callable[..., mx.array]:
+    real = mx.dequantize
+
+    def call(*args: mx.array, **options: Any) -> mx.array:
+        return found.one("dequantize", [real(*args, **options)], args)[0]
 
     return call
 

@@ -37,7 +37,7 @@ class DeltaNet(nn.Module):
         """h [B, L, C] -> gates [B, L, H, 1], beta, in h's dtype, and the output gate
         [B, L, H] before silu."""
         x, z = project(h, derived, len(self.o_proj.weight))
-        return mx.sigmoid(x.astype(mx.float32)).astype(h.dtype), z
+        return _gates(x).astype(h.dtype), z
 
     def scan(
         self,
@@ -55,3 +55,8 @@ class DeltaNet(nn.Module):
     def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
         """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
         return norm_gate(o, self.o_norm.weight, z).astype(dtype).swapaxes(1, 2)
+
+
+@mx.compile
+def _gates(x: mx.array) -> mx.array:
+    return mx.sigmoid(x.astype(mx.float32)).astype(x.dtype)

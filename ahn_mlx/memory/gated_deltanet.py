@@ -80,12 +80,13 @@ WRITES = mx.array([True, False])
 
 @mx.compile
 def _gates(x: mx.array, dt_bias: mx.array, rates: mx.array) -> mx.array:
-    x = x.astype(mx.float32)
-    decay = rates[:, None] * nn.softplus(x + dt_bias[:, None])
-    return mx.where(WRITES, mx.sigmoid(x), decay)
+    y = x.astype(mx.float32)
+    decay = rates[:, None] * nn.softplus(y + dt_bias[:, None])
+    return mx.where(WRITES, mx.sigmoid(y), decay).astype(x.dtype)
 
 
 @mx.compile
 def norm_gate(o: mx.array, weight: mx.array, z: mx.array) -> mx.array:
-    """Norm first, then gate (both delta rules)."""
-    return mx.fast.rms_norm(o, None, 1e-5) * (silu(z) * weight.astype(mx.float32))
+    """Norm first, then gate (both delta rules), in z's dtype."""
+    y = mx.fast.rms_norm(o, None, 1e-5) * (silu(z) * weight.astype(mx.float32))
+    return y.astype(z.dtype)

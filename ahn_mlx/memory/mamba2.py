@@ -70,4 +70,4 @@ class Mamba2(nn.Module):
 
 @mx.compile
 def _gates(x: mx.array, dt_bias: mx.array) -> mx.array:
-    return nn.softplus(x.astype(mx.float32) + dt_bias[:, None])
+    return nn.softplus(x.astype(mx.float32) + dt_bias[:, None]).astype(x.dtype)

@@ -79,8 +79,8 @@ class AHNAttention(nn.Module):
 
         In training mode only by operations that have gradients.
         """
-        self._derived.drop()
-        offset, derived = cache.offset, self.ahn.derive()
+        offset = cache.offset
+        derived = self._derive(offset == 0)
         q, k, v, raw = self.project(x)
         gates, z = self.gates(x, derived)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
@@ -112,8 +112,8 @@ class AHNAttention(nn.Module):
             self._compiled = mx.compile(self.step, inputs=self.state)
         rows, place = cache.turn()
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-        derived = tuple(self._derived.of(self.ahn))
-        out, after = self._compiled(x, tuple(place), tuple(rows), derived, *settings)
+        derived = self._derive(False)
+        out, after = self._compiled(x, tuple(place), tuple(rows), tuple(derived), *settings)
         cache.turned(Rows(*after))
         return out
 
@@ -127,8 +127,7 @@ class AHNAttention(nn.Module):
         if x.shape[1] == 1 and cache.full:
             return self._decode(x, cache)
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-        self._derived.drop()
-        derived = self.ahn.derive()
+        derived = self._derive(min(cache.offsets) == 0)
         parts, n = [], min(PIECE, cache.window)
         for start in range(0, x.shape[1], n):
             part = x[:, start : start + n]
@@ -176,6 +175,13 @@ class AHNAttention(nn.Module):
         loudness = self.router(where.evicted, window) if self.config.router else None
         heads, memory = step(self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness)
         return self.merge(heads), tuple(after._replace(memory=memory))
+
+    def _derive(self, begins: bool) -> Derived:
+        """What follows from the memory's parameters. begins: a text does; they may have been
+        changed in place since the last one."""
+        if begins or self.training:
+            self._derived.drop()
+        return self._derived.of(self.ahn)
 
     def _turn(self, q: mx.array, where: Place, sinks: int) -> tuple[mx.array, mx.array | None]:
         """Queries [B, H, L, D] at their positions, and as the sinks see them, if they do."""

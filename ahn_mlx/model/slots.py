@@ -42,10 +42,12 @@ class Rows(NamedTuple):
 def write_run(
     buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slot: int
 ) -> tuple[mx.array, ...]:
-    """Put tokens [B, heads, n, width] from one slot on, in all rows."""
-    start = mx.array([slot])
-    pairs = zip(buffers, tokens, strict=True)
-    return tuple(mx.slice_update(b, x.astype(b.dtype), start, (2,)) for b, x in pairs)
+    """Put tokens [B, heads, n, width] from one slot on, in all rows; in place, once nothing
+    else reads the buffer."""
+    written = tuple(buffer[...] for buffer in buffers)  # other arrays than the caller's
+    for buffer, x in zip(written, tokens, strict=True):
+        buffer[:, :, slot : slot + x.shape[2]] = x
+    return written
 
 
 def pack(

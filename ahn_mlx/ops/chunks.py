@@ -5,7 +5,11 @@ Shapes inside a chunked form: [B, Hkv, G, N, C, D] with G = H / Hkv query heads
 for each key/value head, N chunks of C tokens.
 """
 
+from functools import cache
+from typing import Any
+
 import mlx.core as mx
+import numpy as np
 
 from ..platform import tiles
 
@@ -38,9 +42,26 @@ def from_chunks(x: mx.array, T: int) -> mx.array:
     return x.transpose(0, 3, 4, 1, 2, 5).reshape(B, N * C, Hkv * G, D)[:, :T]
 
 
+def each(x: mx.array) -> list[mx.array]:
+    """The N chunks of [B, Hkv, G, N, ...]."""
+    return [y.squeeze(3) for y in pieces(x, 1, 3)]
+
+
+def pieces(x: mx.array, size: int, axis: int) -> list[mx.array]:
+    """x cut into pieces of this size, the last perhaps smaller. The gradient of a split joins
+    pieces; that of slices, which MLX makes of more than ten, adds up as many arrays of zeros."""
+    n = -(-x.shape[axis] // size)
+    if n > 10:
+        first, rest = mx.split(x, [n // 2 * size], axis)
+        return pieces(first, size, axis) + pieces(rest, size, axis)
+    parts: Any = mx.split(x, [size * i for i in range(1, n)], axis) if n > 1 else [x]
+    return list(parts)
+
+
+@cache
 def causal(C: int, diagonal: int = 0) -> mx.array:
     """[C, C] bool: row i sees column j where j <= i + diagonal."""
-    return mx.tri(C, C, diagonal, dtype=mx.bool_)
+    return mx.array(np.tri(C, C, diagonal, dtype=bool))
 
 
 def decay_matrix(g: mx.array) -> mx.array:

@@ -12,14 +12,17 @@ one token; the chunked form is the WY representation, many tokens by matrix prod
 """
 
 import math
+from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 from ..platform import on_cpu
 from .chunks import (
     causal,
     chunk_size,
     decay_matrix,
+    each,
     from_chunks,
     products,
     stacked,
@@ -170,7 +173,7 @@ def chunked(
     knT = kn.swapaxes(-1, -2)
     read = qn @ knT
     overlap = beta * (kn @ knT)
-    write_keys, read_keys, carry = beta * kn, qn, None
+    write_keys, read_keys, carry = -beta * kn, qn, None  # what is forgotten is added
     if g is None:
         read = mx.where(causal(C), read, 0.0)
         overlap = mx.where(causal(C, -1), overlap, 0.0)
@@ -188,13 +191,13 @@ def chunked(
     values, forgets = X @ (beta * v), X @ write_keys
     leftT = left.swapaxes(-1, -2)
     M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
+    carries = [None] * values.shape[3] if carry is None else each(carry)
+    parts = zip(*map(each, (values, forgets, leftT, read_keys, read)), carries, strict=True)
     outputs = []
-    for n in range(values.shape[3]):
-        U = values[:, :, :, n] - forgets[:, :, :, n] @ M
-        outputs.append(read_keys[:, :, :, n] @ M + read[:, :, :, n] @ U)
-        if carry is not None:
-            M = M * carry[:, :, :, n]
-        M = M + leftT[:, :, :, n] @ U
+    for value, forget, key, query, weights, carried in parts:
+        U = mx.addmm(value, forget, M)
+        outputs.append(mx.addmm(query @ M, weights, U))
+        M = mx.addmm(M if carried is None else M * carried, key, U)
     return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
 
 
@@ -206,7 +209,7 @@ def unit_lower_inverse(A: mx.array) -> mx.array:
     """
     C = A.shape[-1]
     if C <= 8:
-        eye = mx.eye(C, dtype=A.dtype)
+        eye = identity(C)
         inverse, power = eye - A, A
         for _ in range(max(0, int(math.log2(C)) - 1)):
             power = power @ power
@@ -217,6 +220,12 @@ def unit_lower_inverse(A: mx.array) -> mx.array:
     joint = -(high @ (A[..., h:, :h] @ low))
     top = mx.concatenate([low, mx.zeros_like(low)], axis=-1)
     return mx.concatenate([top, mx.concatenate([joint, high], axis=-1)], axis=-2)
+
+
+@cache
+def identity(C: int) -> mx.array:
+    """[C, C], float32."""
+    return mx.array(np.eye(C, dtype=np.float32))
 
 
 def mlx_fast(

@@ -12,7 +12,7 @@ form is state space duality: attention inside a chunk, the state between chunks.
 
 import mlx.core as mx
 
-from .chunks import chunk_size, decay_matrix, from_chunks, products, stacked, to_chunks
+from .chunks import chunk_size, decay_matrix, each, from_chunks, products, stacked, to_chunks
 
 Result = tuple[mx.array, mx.array]
 
@@ -110,8 +110,9 @@ def chunked(
     added = (v * ratio[..., -1, :, None]).swapaxes(-1, -2) @ kn  # [.., N, value, key]
     read_keys, carry = qn * since_start, since_start[..., -1:, :]
     M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
-    outputs = []
-    for n in range(added.shape[3]):
-        outputs.append(read_keys[:, :, :, n] @ M.swapaxes(-1, -2) + inside[:, :, :, n])
-        M = M * carry[:, :, :, n] + added[:, :, :, n]
-    return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
+    states = []
+    for carried, more in zip(each(carry), each(added), strict=True):
+        states.append(M)
+        M = M * carried + more
+    before = mx.stack(states, axis=3).swapaxes(-1, -2)
+    return from_chunks(mx.addmm(inside, read_keys, before), T), M.reshape(B, H, D, D)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..platform import on_cpu, tiles
 from . import window_kernels
+from .chunks import pieces
 from .exp import exp
 from .kernels import Check, Sizes, chosen
 from .ring import Place, Update, read_slots, slot_of
@@ -269,19 +270,22 @@ def tiled(
     outputs, tile = [], tile or tiles().query
     # Once for all tiles.
     q, q_sink = _scaled(q, scale), None if q_sink is None else _scaled(q_sink, scale)
-    for t0 in range(offset, end, tile):
+    starts = range(offset, end, tile)
+    queries = pieces(q, tile, 2)
+    near = [None] * len(starts) if q_sink is None else pieces(q_sink, tile, 2)
+    k_sinks, v_sinks = k[..., :S, :], v[..., :S, :]
+    for n, t0 in enumerate(starts):
         t1 = min(t0 + tile, end)
         lo, hi = max(S, t0 - window + 1), max(S, t1)  # keys some query of the tile sees
         a, b = S + lo - first, S + hi - first
         if a == S:
             kt, vt = k[..., :b, :], v[..., :b, :]
         else:
-            kt = mx.concatenate([k[..., :S, :], k[..., a:b, :]], axis=2)
-            vt = mx.concatenate([v[..., :S, :], v[..., a:b, :]], axis=2)
+            kt = mx.concatenate([k_sinks, k[..., a:b, :]], axis=2)
+            vt = mx.concatenate([v_sinks, v[..., a:b, :]], axis=2)
         mask = _tile_mask(t1 - t0, t0 - S, t0 - lo, hi - lo, S, window)
-        rows = slice(t0 - offset, t1 - offset)
-        second = q_sink[:, :, rows] if q_sink is not None and t1 > window + sinks else None
-        outputs.append(attend(q[:, :, rows], kt, vt, 1.0, mask, second, S))
+        second = near[n] if t1 > window + sinks else None
+        outputs.append(attend(queries[n], kt, vt, 1.0, mask, second, S))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
