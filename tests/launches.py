@@ -14,9 +14,17 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2
+from mlx_lm.models.cache import RotatingKVCache
 
+from ahn_mlx import AHNConfig, augment
+from ahn_mlx.model.attention import AHNAttention
+from ahn_mlx.model.augment import FLOAT32
+from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.ops import kernels
+from ahn_mlx.train import losses, streams
 
 # Another look at the same memory, or nothing at all. Of Reshape, Flatten and Contiguous that is
 # not always so, and the copies they then make are not counted.
@@ -128,7 +136,12 @@ def counting(ours: bool, gradients: bool = False) -> Iterator[Launches]:
 
 def _attention(found: Launches, gradients: bool) -> Callable[..., mx.array]:
     def call(
-        q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
         if not gradients:
             return found.one("attention", [q], [q, k, v, mask])[0]
@@ -189,3 +202,78 @@ def _nodes(dot: str) -> Iterator[tuple[str, list[str]]]:
             inputs.append(source[1])
     if name:
         yield name, inputs
+
+
+SIZES: dict[str, int] = {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 128}
+HEADS: dict[str, int] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+ROPE: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 1e4}
+WINDOW, SINKS = 1024, 64
+CHUNK, SEQUENCE = 2048, 2048
+
+
+def model(memory: str | None, sinks: str = "clamped", layers: int = 1) -> nn.Module:
+    """A Qwen2 of mlx-lm's, in bfloat16, plain or with a memory."""
+    args = qwen2.ModelArgs("qwen2", num_hidden_layers=layers, **SIZES, **HEADS, **ROPE)
+    made = qwen2.Model(args)
+    if memory:
+        config = AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, sink_positions=sinks)
+        made = augment(made, config)
+    pairs: Any = tree_flatten(made.parameters())
+    kept = [(n, x if n.endswith(FLOAT32) else x.astype(mx.bfloat16)) for n, x in pairs]
+    made.load_weights(kept)
+    made.eval()
+    mx.eval(made.parameters())
+    return made
+
+
+def full(made: nn.Module, bits: int | None = None) -> Any:
+    """The cache of one layer whose window is full, after a chunk and two tokens more."""
+    attention = made.layers[0].self_attn
+    if isinstance(attention, AHNAttention):
+        cache = AHNCache(WINDOW, SINKS, bits, 32)
+    else:
+        cache = RotatingKVCache(WINDOW + SINKS, keep=SINKS)
+    for n in (WINDOW + SINKS + 7, 1, 1):
+        x = mx.zeros((1, n, SIZES["hidden_size"]), mx.bfloat16)
+        mx.eval(made.layers[0](x, cache.make_mask(n), cache), _kept(cache))
+    return cache
+
+
+def step(memory: str | None, sinks: str, ours: bool, L: int, bits: int | None = None) -> Counter:
+    """Launches of one layer for L tokens behind a full window, of a plain model if memory is
+    None."""
+    made = model(memory, sinks)
+    cache = full(made, bits)
+    x, mask = mx.zeros((1, L, SIZES["hidden_size"]), mx.bfloat16), cache.make_mask(L)
+    mask = None if memory else mask
+    mx.eval(x, [] if mask is None else mask)
+    with counting(ours) as found:
+        return found.count([made.layers[0](x, mask, cache), _kept(cache)])
+
+
+def _kept(cache: Any) -> Any:
+    """All that the next step needs, what leaves the window then included."""
+    return [cache.state, getattr(cache, "_next", None)]
+
+
+def training(memory: str, sinks: str) -> Counter:
+    """Launches that one layer adds to a training step, forward and backward."""
+    one, two = (_training(memory, sinks, layers) for layers in (1, 2))
+    two.subtract(one)
+    return +two
+
+
+def _training(memory: str, sinks: str, layers: int) -> Counter:
+    made = model(memory, sinks, layers)
+    tokens = mx.zeros((1, SEQUENCE), mx.int32)
+    parameters = streams.trainable(made)
+    taught = streams.Stream(mx.zeros((1, SEQUENCE, SIZES["hidden_size"])), [])
+    mx.eval(tokens, taught, parameters)
+    with counting(ours=False, gradients=True) as found:
+
+        def objective(parameters: streams.Parameters) -> mx.array:
+            streams.install(made, parameters)
+            student = streams.study(made, tokens, 256, 32)
+            return losses.kl(made, taught, student, tokens, 288)
+
+        return found.count(mx.value_and_grad(objective)(parameters))

@@ -80,7 +80,8 @@ class AHNAttention(nn.Module):
         In training mode only by operations that have gradients.
         """
         offset = cache.offset
-        derived = self._derive(offset == 0)
+        # In training nothing of a trace may stay here.
+        derived = self.ahn.derive() if self.training else self._derive(offset == 0)
         q, k, v, raw = self.project(x)
         gates, z = self.gates(x, derived)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
@@ -112,7 +113,7 @@ class AHNAttention(nn.Module):
             self._compiled = mx.compile(self.step, inputs=self.state)
         rows, place = cache.turn()
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-        derived = self._derive(False)
+        derived = self._derive()
         out, after = self._compiled(x, tuple(place), tuple(rows), tuple(derived), *settings)
         cache.turned(Rows(*after))
         return out
@@ -176,10 +177,10 @@ class AHNAttention(nn.Module):
         heads, memory = step(self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness)
         return self.merge(heads), tuple(after._replace(memory=memory))
 
-    def _derive(self, begins: bool) -> Derived:
+    def _derive(self, begins: bool = False) -> Derived:
         """What follows from the memory's parameters. begins: a text does; they may have been
         changed in place since the last one."""
-        if begins or self.training:
+        if begins:
             self._derived.drop()
         return self._derived.of(self.ahn)
 
