@@ -239,7 +239,9 @@ def full(made: nn.Module, bits: int | None = None) -> Any:
     return cache
 
 
-def step(memory: str | None, sinks: str, ours: bool, L: int, bits: int | None = None) -> Counter:
+def step(
+    memory: str | None, sinks: str, ours: bool, L: int, bits: int | None = None
+) -> Counter[str]:
     """Launches of one layer for L tokens behind a full window, of a plain model if memory is
     None."""
     made = model(memory, sinks)
@@ -256,14 +258,14 @@ def _kept(cache: Any) -> Any:
     return [cache.state, getattr(cache, "_next", None)]
 
 
-def training(memory: str, sinks: str) -> Counter:
+def training(memory: str, sinks: str) -> Counter[str]:
     """Launches that one layer adds to a training step, forward and backward."""
     one, two = (_training(memory, sinks, layers) for layers in (1, 2))
     two.subtract(one)
     return +two
 
 
-def _training(memory: str, sinks: str, layers: int) -> Counter:
+def _training(memory: str, sinks: str, layers: int) -> Counter[str]:
     made = model(memory, sinks, layers)
     tokens = mx.zeros((1, SEQUENCE), mx.int32)
     parameters = streams.trainable(made)

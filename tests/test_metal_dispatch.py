@@ -65,7 +65,7 @@ def follow_golden(variant, tmp_path):
 def test_a_whole_model(emulated_metal, variant, tmp_path):
     model = follow_golden(variant, tmp_path)
     used = {name for name, _ in emulated_metal.calls}
-    mamba2 = {"ahn_memory_step_mamba2", "ahn_memory_finish_mamba2"}
+    mamba2 = {"ahn_memory_step_mamba2", "ahn_memory_step_mamba2_finish"}
     assert used == USED | (mamba2 if model.ahn.memory == "mamba2" else {"ahn_memory_step_delta"})
 
 

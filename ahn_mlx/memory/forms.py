@@ -170,7 +170,7 @@ SCANS = {
 
 STEP_FILES = {
     "delta": ("memory_step_delta.metal",),
-    "mamba2": ("memory_step_mamba2.metal", "memory_finish_mamba2.metal"),
+    "mamba2": ("memory_step_mamba2.metal", "memory_step_mamba2_finish.metal"),
 }
 
 STEPS = {

@@ -74,7 +74,7 @@ def mamba2_step(
     )
     inputs = {"projected": projected, "squares": squares, "router": _loudness(router, q)}
     inputs |= {"local": local.parts, "stats": local.stats}
-    (heads,) = kernels.kernel("memory_finish_mamba2", tuple(inputs), ("heads",))(
+    (heads,) = kernels.kernel("memory_step_mamba2_finish", tuple(inputs), ("heads",))(
         inputs=list(inputs.values()),
         template=[("T", q.dtype), ("D", D), ("H", H), ("SPLITS", local.parts.shape[2])],
         grid=(D, B * H, 1),
