@@ -1,4 +1,5 @@
-"""What the Metal kernels move, counted on the emulator, beside those of mlx-lm."""
+"""What a GPU launches for a layer, and what our Metal kernels move, counted on the emulator,
+beside those of mlx-lm."""
 
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def ours(dtype: mx.Dtype) -> list[tuple[str, str, int, Callable[[], Any]]]:
     found = []
     sizes = Sizes(D, dtype, window=WINDOW, sinks=SINKS, chunk=TOKENS, clamped=True)
     for kind, check in SCANS.items():
-        memory, q, update, state = check.example(sizes, TOKENS)
+        _, q, update, state, rates = check.example(sizes, TOKENS)
         heads, tokens = q.shape[1], update.evicts
         for splits in (1, 4):
 
@@ -38,7 +39,7 @@ def ours(dtype: mx.Dtype) -> list[tuple[str, str, int, Callable[[], Any]]]:
                 q: mx.array = q[:, :, -tokens:],
                 update: Any = update,
                 state: mx.array = state,
-                rates: mx.array | None = memory.rates,
+                rates: mx.array = rates,
                 splits: int = splits,
             ) -> Any:
                 return memory_kernels.scan(kind, q, update, state, rates, splits)
@@ -95,12 +96,42 @@ def theirs(emulated: Any) -> list[tuple[str, str, int, Callable[[], Any]]]:
 
 @click.command()
 def metal() -> None:
-    """Bytes and shuffles per token, head or key; float32, D = 128, states left out. Threadgroup
-    memory also for tokens of 16 bits.
+    """Launches of a layer, and what each kernel moves.
 
-    Needs a checkout and g++, no Metal: the kernels run on the emulator of the tests.
+    First the launches that a GPU would need for one Qwen2 layer; then bytes and shuffles per
+    token, head or key, float32, D = 128, states left out, threadgroup memory also for tokens of
+    16 bits. Needs a checkout and g++, no Metal: the kernels run on the emulator of the tests.
     """
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    launched()
+    click.echo()
+    moved()
+
+
+def launched() -> None:
+    """A table of launches: with a full window one token and a chunk, and a training step."""
+    from launches import CHUNK, SEQUENCE, step, training
+
+    def launches(memory: str | None, sinks: str, L: int, bits: int | None = None) -> list[str]:
+        """With our kernels and without."""
+        counted = (step(memory, sinks, ours, L, bits).total() for ours in (True, False))
+        return [f"{n} ({n / plain[L]:.2f})" for n in counted]
+
+    plain = {L: step(None, "", False, L).total() for L in (1, CHUNK)}
+    rows = [["plain, rotating cache", "", f"{plain[1]}", "", f"{plain[CHUNK]}", ""]]
+    cases = [(kind, sinks, None) for kind in STEPS for sinks in ("absolute", "clamped")]
+    for kind, sinks, bits in tqdm([*cases, ("gated_deltanet", "clamped", 8)], leave=False):
+        row = [*launches(kind, sinks, 1, bits), *launches(kind, sinks, CHUNK, bits)]
+        trained = "" if bits else f"{training(kind, sinks).total():,}"
+        name = f"{kind}, {sinks} sinks" + (", 8-bit window" if bits else "")
+        rows.append([name, *row, trained])
+    head = ["launches of a layer (times plain)", "one token, our kernels", "MLX's operations"]
+    head += [f"{CHUNK:,} tokens, our kernels", "MLX's operations"]
+    table([*head, f"training, {SEQUENCE:,} tokens"], rows)
+
+
+def moved() -> None:
+    """A table of traffic."""
     from emulator import EmulatedMetal
 
     emulated = EmulatedMetal()
@@ -112,17 +143,17 @@ def metal() -> None:
         half = {name: call for name, _, _, call in ours(mx.bfloat16)}
         for name, unit, n, call in tqdm(calls, leave=False):
             counted = counters(emulated, call)
-            moved = []
+            sums = []
             for what in ("read_per_threadgroup", "unique_read", "written_per_threadgroup"):
                 bytes_ = sum(
                     c.total(what, without=[s for s in STATES if s in c.buffers]) for c in counted
                 )
-                moved.append(f"{bytes_ / n / 1024:.2f}")
+                sums.append(f"{bytes_ / n / 1024:.2f}")
             shuffles = sum(c.shuffles for c in counted) / n
             memory = [counted] + ([counters(emulated, half[name])] if name in half else [])
             sizes = " / ".join(f"{max(c.threadgroup_memory for c in x) / 1024:.1f}" for x in memory)
-            launched = dispatches.get(name.split(",")[0], "1")
-            rows.append([name, unit, *moved, f"{shuffles:.0f}", sizes, launched])
+            calls_ = dispatches.get(name.split(",")[0], "1")
+            rows.append([name, unit, *sums, f"{shuffles:.0f}", sizes, calls_])
     head = ["kernel", "per", "read, KB", "of that unique", "written, KB", "shuffles"]
     table([*head, "threadgroup memory, KB, float32 / 16 bits", "dispatches"], rows)
 

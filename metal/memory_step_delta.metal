@@ -2,9 +2,10 @@
 // leaves the window is written into the state, the query reads it, and what it read, after
 // norm, gate and the head's projection, is added to the head's local output.
 //
-// q, local: [B, H, 1, D]. k, v: [B, HKV, slots, D] and gates: [B, H, slots, G] (write
+// q: [B, H, 1, D]. k, v: [B, HKV, slots, D] and gates: [B, H, slots, G] (write
 // strength, log decay), of which slot[b] is read. state: [B, H, D, D], key by value.
-// z: [B, 1, H] before silu. norm: [D]. projection: [H, D, D]. router: [B, H].
+// z: [B, 1, H] before silu. norm: [D]. projection: [H, D, D]. router: [B, H]. The local
+// output is attention in shares (common.h): local [B, H, SPLITS, D], stats [B, H, SPLITS, 2].
 //
 // grid (32 SG, B H, 1), threadgroup (32 SG, 1, 1): one threadgroup per head. A simdgroup
 // holds D / SG rows of the state in registers, a lane D / 32 columns of each (one, if D < 32).
@@ -116,6 +117,6 @@ if (tid < D) {
   for (int s = 0; s < SG; s++) {
     out += parts[s * D + tid];
   }
-  const float sum = static_cast<float>(local[n * D + tid]) + router[n] * out;
-  heads[n * D + tid] = static_cast<T>(sum);
+  const float sum = merged<SPLITS, D>(local + n * SPLITS * D, stats + n * SPLITS * 2, tid);
+  heads[n * D + tid] = static_cast<T>(sum + router[n] * out);
 }

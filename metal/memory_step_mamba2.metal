@@ -1,7 +1,7 @@
 // One decoded token of Mamba2: the token that leaves the window is written into the state
 // and the query reads it; gated and weighted, that goes through the head's projection.
 // The norm runs over all heads of a token, so its one factor cannot be known here: the
-// kernel gives each head's sum of squares, and one fused elementwise operation finishes.
+// kernel gives each head's sum of squares, and memory_step_mamba2_finish.metal finishes.
 //
 // q: [B, H, 1, D]. k, v: [B, HKV, slots, D] and gates: [B, H, slots, 1] (step size), of
 // which slot[b] is read. state: [B, H, D, D], value by key. z: [B, 1, H] before silu.

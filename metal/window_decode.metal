@@ -1,10 +1,12 @@
 // Attention of one decoded token to all that the window keeps, one share of it per
-// threadgroup; window_decode_merge.metal puts the shares together.
+// threadgroup; who uses the shares puts them together (common.h).
 //
 // q, q_sink: [B, HKV G, 1, D]. k, v: [B, HKV, slots, D], of which the first filled[b]
 // slots are visible, in whatever order of time. The first SINKS slots are scored with
 // q_sink, the others with q. parts: [B, HKV G, SPLITS, D] float32, not divided by the sum
 // of weights; stats: [B, HKV G, SPLITS, 2] float32, largest score and sum of weights.
+// Slot following[b], where the next token goes, is copied: next_k, next_v [B, HKV, 1, D], and
+// of gates [B, HKV G, slots, GATES] next_gates [B, HKV G, 1, GATES].
 //
 // grid (32 SG, SPLITS, B HKV), threadgroup (32 SG, 1, 1): a simdgroup takes every SG-th
 // key of the share for all G query heads, a lane D / 32 columns (one, if D < 32).
@@ -110,4 +112,17 @@ for (int g = 0; g < G; g++) {
     stats[row * 2 + 1] = total;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// By the time the slot is written again its reader must be done: it is copied now.
+const int leaves = following[n / HKV];
+if (leaves / share == split) {
+  if (tid < D) {
+    next_k[n * D + tid] = k[(n * slots + leaves) * D + tid];
+    next_v[n * D + tid] = v[(n * slots + leaves) * D + tid];
+  }
+  for (int i = tid; i < G * GATES; i += 32 * SG) {
+    const int row = n * G + i / GATES;
+    next_gates[n * G * GATES + i] = gates[(row * slots + leaves) * GATES + i % GATES];
+  }
 }

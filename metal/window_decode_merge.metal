@@ -9,15 +9,5 @@
 const int d = thread_position_in_grid.x;
 const int n = thread_position_in_grid.y;
 
-float highest = -1e30f;
-for (int s = 0; s < SPLITS; s++) {
-  highest = max(highest, stats[(n * SPLITS + s) * 2]);
-}
-float total = 0.0f, out = 0.0f;
-for (int s = 0; s < SPLITS; s++) {
-  const int row = n * SPLITS + s;
-  const float share = metal::exp(stats[row * 2] - highest);
-  total += share * stats[row * 2 + 1];
-  out += share * parts[row * D + d];
-}
-heads[n * D + d] = static_cast<T>(out / total);
+const float out = merged<SPLITS, D>(parts + n * SPLITS * D, stats + n * SPLITS * 2, d);
+heads[n * D + d] = static_cast<T>(out);

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ahn_mlx.model.cache import AHNCache
-from ahn_mlx.model.slots import pack, unpack
+from ahn_mlx.model.slots import Rows, pack, unpack
 from ahn_mlx.ops import window as ops
 from ahn_mlx.ops.exp import fast_exp
+from ahn_mlx.ops.ring import read_slots, write_slots
+from ahn_mlx.ops.window import split
 from ahn_mlx.platform import on_cpu
 
 chunks = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -37,9 +40,9 @@ def update(cache, *new):
         out = cache.update(*new)
         return *out.seen(), out.evicted() if out.evicts else None
     before, place = cache.turn()
-    after, *seen = before.put(pack(*new, cache.bits, cache.group_size), place)
-    cache.turned(after)
-    return *seen, unpack(before.leaving, cache.bits, cache.group_size)
+    buffers = write_slots(before.buffers, pack(*new, cache.bits, cache.group_size), place.slots)
+    cache.turned(Rows(buffers, read_slots(buffers, place.following), before.memory))
+    return *split(*buffers[:-1]), unpack(before.leaving, cache.bits, cache.group_size)
 
 
 @settings(max_examples=150, deadline=None)
@@ -104,9 +107,11 @@ def test_copy_and_state():
     st.integers(1, 2),
     st.integers(1, 3),
     st.booleans(),
+    st.sampled_from([mx.cpu, mx.gpu]),
     st.integers(0, 2**31),
 )
-def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
+def test_window_attention(window, sinks, lengths, Hkv, G, clamped, device, seed):
+    """By the forms of either device, computed on what there is."""
     keys = mx.random.split(mx.random.key(seed), 4)
     n, D = sum(lengths), 8
     k, v = (2 * mx.random.normal((1, Hkv, n, D), key=key) for key in keys[:2])
@@ -121,13 +126,14 @@ def test_window_attention(window, sinks, lengths, Hkv, G, clamped, seed):
         if second is not None:  # up to the boundary both queries are the same
             second = mx.concatenate([q[:, :, t : t + before], second[:, :, before:]], axis=2)
         expected = ops.sequential(q[:, :, part], k, v, offset=t, q_sink=second, **options)
-        if L == 1:
-            full = second if t >= window + sinks else None
-            found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
-        else:
-            found = ops.tiled(
-                q[:, :, part], keys, values, offset=t, q_sink=second, tile=16, **options
-            )
+        with mock.patch.object(mx, "default_device", lambda: mx.Device(device)):
+            if L == 1:
+                full = second if t >= window + sinks else None
+                found = ops.attend(q[:, :, part], keys, values, D**-0.5, None, full, sinks)
+            else:
+                found = ops.tiled(
+                    q[:, :, part], keys, values, offset=t, q_sink=second, tile=16, **options
+                )
         assert mx.abs(found - expected).max() < 1e-4
         t += L
 

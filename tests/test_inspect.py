@@ -47,7 +47,7 @@ def test_numbers_are_those_of_the_equations(loaded):
         attention, h = layer.self_attn, layer.input_layernorm(x)
         cache = AHNCache(model.ahn.window, model.ahn.sinks)
         heads = attention.heads(h, cache)
-        gates = np.array(attention.ahn.gates(h))[0]
+        gates = np.array(attention.ahn.project(h, attention.ahn.derive())[0])[0]
         written = gates[cache.sinks : len(ids) - cache.window, :, 0]
         np.testing.assert_allclose(found.strength, written.mean(axis=0), rtol=1e-4)
         first = np.arange(cache.sinks, len(ids) - cache.window) // BLOCK

@@ -41,11 +41,33 @@ def oracle(q, k, v, filled, scale, q_sink, sinks):
     return mx.stack(rows).reshape(q.shape)
 
 
-def check(filled, sinks=0, tolerance=1e-5, far=True, **shape):
+def decode(q, k, v, filled, scale, q_sink=None, sinks=0, following=None, width=2):
+    """Merged heads; what is copied of the slots that follow, by default in no order, is right."""
+    B, H, slots = q.shape[0], q.shape[1], k.shape[2]
+    gates = mx.random.normal((B, H, slots, width)).astype(k.dtype)
+    if following is None:
+        following = [(7 * b + 3) % slots for b in range(B)]
+    found, leaving = window_kernels.decode(
+        q,
+        (k, v, gates),
+        mx.array(filled, mx.int32),
+        mx.array(following, mx.int32)[:, None],
+        scale,
+        q_sink,
+        sinks,
+    )
+    for copy, held in zip(leaving, (k, v, gates), strict=True):
+        expected = mx.stack([x[:, n : n + 1] for x, n in zip(held, following, strict=True)])
+        assert copy.dtype == held.dtype and mx.array_equal(copy, expected)
+    return window_kernels.merge(found, q.dtype)
+
+
+def check(filled, sinks=0, tolerance=1e-5, far=True, following=None, width=2, **shape):
     q, k, v, q_sink = case(far=far, **shape)
     filled = [min(n, k.shape[2]) for n in filled]
+    following = None if following is None else [n % k.shape[2] for n in following]
     scale = q.shape[-1] ** -0.5
-    found = window_kernels.decode(q, k, v, mx.array(filled, mx.int32), scale, q_sink, sinks)
+    found = decode(q, k, v, filled, scale, q_sink, sinks, following, width)
     expected = oracle(q, k, v, filled, scale, q_sink, sinks)
     assert found.shape == expected.shape and found.dtype == q.dtype
     assert mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()
@@ -64,10 +86,12 @@ def check(filled, sinks=0, tolerance=1e-5, far=True, **shape):
     Hkv=st.integers(1, 2),
     G=st.sampled_from([1, 2, 4]),
     D=st.sampled_from([16, 32, 64]),
+    width=st.integers(1, 2),
+    slot=st.integers(0, 49),
     seed=st.integers(0, 1000),
 )
-def test_equals_softmax(any_metal, filled, other, B, **shape):
-    check([filled, other][:B], B=B, **shape)
+def test_equals_softmax(any_metal, filled, other, slot, B, **shape):
+    check([filled, other][:B], B=B, following=[slot, slot + 17][:B], **shape)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
@@ -79,20 +103,23 @@ def test_wide_heads(any_metal, dtype, G):
 
 def test_scores_that_overflow_exp(any_metal):
     q, k, v, _ = case(40)
-    found = window_kernels.decode(100 * q, k, v, mx.array([40], mx.int32), 1.0)
+    found = decode(100 * q, k, v, [40], 1.0)
     expected = oracle(100 * q, k, v, [40], 1.0, None, 0)
     assert mx.abs(found - expected).max() <= 1e-5 * mx.abs(expected).max()
 
 
 def test_traffic(emulated_metal):
-    """Each visible key and value once per key/value head, nothing else of the window."""
+    """Each visible key and value once per key/value head, and nothing else of the window but
+    the slot that is copied."""
     emulated_metal.mode = "count"
     q, k, v, q_sink = case(64, Hkv=2, G=4, D=128)
-    mx.eval(window_kernels.decode(q, k, v, mx.array([50], mx.int32), 0.1, q_sink, 4))
+    mx.eval(decode(q, k, v, [50], 0.1, q_sink, 4))
     c = emulated_metal.calls[0][1].counters
     for name in ("k", "v"):
         assert c.buffers[name].read_per_threadgroup == 2 * 50 * 128 * 4
-        assert c.buffers[name].read_per_simdgroup == 2 * 50 * 128 * 4
+        assert c.buffers[name].read_per_simdgroup <= 2 * 51 * 128 * 4
+        assert c.buffers[f"next_{name}"].written_per_threadgroup == 2 * 128 * 4
+    assert c.buffers["gates"].read_per_threadgroup == 8 * 2 * 4
     assert len(emulated_metal.calls) == 2
 
 
@@ -100,5 +127,9 @@ def test_traffic(emulated_metal):
 @pytest.mark.parametrize("D", [64, 128])
 def test_strict(needs_strict, monkeypatch, dtype, D):
     q, k, v, q_sink = case(20, D=D, dtype=dtype)
-    check_strictly(monkeypatch, ("filled", "scale", "stats"))
-    window_kernels.decode(q, k, v, mx.array([20], mx.int32), 0.1, q_sink, 4)
+    small = ("filled", "following", "gates", "scale", "stats")
+    check_strictly(monkeypatch, small)
+    where = mx.array([20], mx.int32), mx.array([[3]], mx.int32)
+    gates = mx.zeros((1, q.shape[1], 20, 1), dtype=dtype)
+    found, _ = window_kernels.decode(q, (k, v, gates), *where, 0.1, q_sink, 4)
+    window_kernels.merge(found, dtype)

@@ -4,8 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from .gated_deltanet import norm_gate_project
-from .layers import GateProjection, HeadProjection, Scale
+from .gated_deltanet import norm_gate
+from .layers import Derived, GateProjection, HeadProjection, Scale, derive, project
 
 
 class DeltaNet(nn.Module):
@@ -16,7 +16,6 @@ class DeltaNet(nn.Module):
 
     kind = "deltanet"
     gate_count = 1  # write strength
-    rates = None  # nothing decays
 
     def __init__(self, hidden: int, heads: int, head_dim: int):
         super().__init__()
@@ -30,9 +29,15 @@ class DeltaNet(nn.Module):
         """[D]."""
         return self.o_norm.weight
 
-    def gates(self, h: mx.array) -> mx.array:
-        """h [B, L, C] -> [B, L, H, 1], beta, float32."""
-        return mx.sigmoid(self.b_proj(h).astype(mx.float32))[..., None]
+    def derive(self) -> Derived:
+        """What project takes."""
+        return derive([self.b_proj], self.g_proj, mx.zeros(len(self.o_proj.weight)))
+
+    def project(self, h: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
+        """h [B, L, C] -> gates [B, L, H, 1], beta, in h's dtype, and the output gate
+        [B, L, H] before silu."""
+        x, z = project(h, derived, len(self.o_proj.weight))
+        return _gates(x).astype(h.dtype), z
 
     def scan(
         self,
@@ -41,11 +46,17 @@ class DeltaNet(nn.Module):
         v: mx.array,
         gates: mx.array,
         state: mx.array | None,
+        rates: mx.array,
         gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.delta_rule."""
         return ops.delta_rule(q, k, v, gates[..., 0], state, gradients)
 
-    def output(self, o: mx.array, h: mx.array) -> mx.array:
-        """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""
-        return norm_gate_project(self, o, h)
+    def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
+        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
+        return norm_gate(o, self.o_norm.weight, z).astype(dtype).swapaxes(1, 2)
+
+
+@mx.compile
+def _gates(x: mx.array) -> mx.array:
+    return mx.sigmoid(x.astype(mx.float32)).astype(x.dtype)

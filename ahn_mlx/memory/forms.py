@@ -6,10 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..ops import memory_kernels
+from ..ops import kernels, memory_kernels
 from ..ops.kernels import Check, Sizes, chosen
 from ..ops.ring import Update
+from ..ops.window_kernels import Shares, merge, whole
 from . import MEMORIES, Memory
+from .layers import Derived
 
 Evicted = tuple[mx.array, ...]
 
@@ -21,17 +23,18 @@ def scan(
     q: mx.array,
     update: Update,
     state: mx.array | None,
+    rates: mx.array,
     gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Write the T tokens that a chunk evicts, read after each.
 
-    q: [B, H, T, D]; state: [B, H, D, D] float32 or None; gradients: only by operations
-    that have them. Returns o [B, T, H, D] float32, and the state.
+    q: [B, H, T, D]; state: [B, H, D, D] float32 or None; rates: those of memory.derive();
+    gradients: only by operations that have them. Returns o [B, T, H, D] float32, and the state.
     """
     sizes = Sizes.of(q, update.chunk[0], update.window, update.sinks)
     if not gradients and chosen(SCANS[memory.kind], sizes):
-        return _scan_kernel(memory, q, update, state)
-    return _scan_ops(memory, q, update, state, gradients)
+        return _scan_kernel(memory, q, update, state, rates)
+    return _scan_ops(memory, q, update, state, rates, gradients)
 
 
 def step(
@@ -39,18 +42,22 @@ def step(
     q: mx.array,
     evicted: Evicted,
     state: mx.array | None,
-    local: mx.array,
-    h: mx.array,
+    local: mx.array | Shares,
+    z: mx.array,
+    rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """Write L tokens, read after each, and add what was read to the local heads.
 
     q, local: [B, H, L, D]; evicted: keys, values [B, Hkv, L, D] and gates [B, H, L, G];
-    h: [B, L, C]; loudness: [B, H, L, 1] of the router, or None. Returns heads, and the state.
+    z: [B, L, H], output gate before silu; rates: those of memory.derive(); loudness:
+    [B, H, L, 1] of the router, or None. Returns heads, and the state.
     """
     kernel = q.shape[2] == 1 and chosen(STEPS[memory.kind], Sizes.of(q, evicted[0]))
-    form = _step_kernel if kernel else _step_ops
-    return form(memory, q, evicted, state, local, h, loudness)
+    if kernel:
+        return _step_kernel(memory, q, evicted, state, local, z, rates, loudness)
+    heads = merge(local, q.dtype) if isinstance(local, Shares) else local
+    return _step_ops(memory, q, evicted, state, heads, z, rates, loudness)
 
 
 def _scan_ops(
@@ -58,16 +65,17 @@ def _scan_ops(
     q: mx.array,
     update: Update,
     state: mx.array | None,
+    rates: mx.array,
     gradients: bool = False,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in update.evicted())
-    return memory.scan(q.swapaxes(1, 2), k, v, gates, state, gradients)
+    return memory.scan(q.swapaxes(1, 2), k, v, gates, state, rates, gradients)
 
 
 def _scan_kernel(
-    memory: Memory, q: mx.array, update: Update, state: mx.array | None
+    memory: Memory, q: mx.array, update: Update, state: mx.array | None, rates: mx.array
 ) -> tuple[mx.array, mx.array]:
-    return memory_kernels.scan(memory.kind, q, update, _or_empty(state, q), memory.rates)
+    return memory_kernels.scan(memory.kind, q, update, _or_empty(state, q), rates)
 
 
 def _step_ops(
@@ -76,15 +84,16 @@ def _step_ops(
     evicted: Evicted,
     state: mx.array | None,
     local: mx.array,
-    h: mx.array,
+    z: mx.array,
+    rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     k, v, gates = (x.swapaxes(1, 2) for x in evicted)
-    o, state = memory.scan(q.swapaxes(1, 2), k, v, gates, state)
-    m = memory.output(o, h)
+    o, state = memory.scan(q.swapaxes(1, 2), k, v, gates, state, rates)
+    y = memory.gated(o, z, local.dtype)
     if loudness is not None:
-        m = (m * loudness).astype(local.dtype)
-    return local + m, state
+        y = (y * loudness).astype(local.dtype)
+    return mx.addmm(local, y, memory.o_proj.weight), state
 
 
 def _step_kernel(
@@ -92,19 +101,19 @@ def _step_kernel(
     q: mx.array,
     evicted: Evicted,
     state: mx.array | None,
-    local: mx.array,
-    h: mx.array,
+    local: mx.array | Shares,
+    z: mx.array,
+    rates: mx.array,
     loudness: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    slot = mx.zeros(q.shape[0], dtype=mx.int32)
+    local = local if isinstance(local, Shares) else whole(local)
+    slot = kernels.zeros(q.shape[0])
     state = _or_empty(state, q)
-    weights = (memory.g_proj(h), memory.norm_weight, memory.o_proj.weight)
+    weights = (z, memory.norm_weight, memory.o_proj.weight)
     router = None if loudness is None else loudness.reshape(q.shape[:2])
-    if memory.rates is None:
+    if memory.kind != "mamba2":
         return memory_kernels.delta_step(q, evicted, slot, state, local, *weights, router)
-    return memory_kernels.mamba2_step(
-        q, evicted, slot, state, local, *weights, memory.rates, router
-    )
+    return memory_kernels.mamba2_step(q, evicted, slot, state, local, *weights, rates, router)
 
 
 def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:
@@ -112,38 +121,39 @@ def _or_empty(state: mx.array | None, q: mx.array) -> mx.array:
     return mx.zeros((B, H, D, D), dtype=mx.float32) if state is None else state
 
 
-def _example(kind: str, sizes: Sizes) -> tuple[Memory, mx.array]:
-    """A memory with random weights, and its state."""
+def _example(kind: str, sizes: Sizes) -> tuple[Memory, Derived, mx.array]:
+    """A memory with random weights, what follows from them, and its state."""
     D, heads = sizes.D, sizes.heads
     memory = MEMORIES[kind](HIDDEN, heads, D)
     memory.o_proj.weight = mx.random.normal((heads, D, D)) * D**-0.5
     memory.set_dtype(sizes.dtype)
-    return memory, mx.random.normal((1, heads, D, D))
+    return memory, memory.derive(), mx.random.normal((1, heads, D, D))
 
 
-def _tokens(memory: Memory, sizes: Sizes, n: int) -> Evicted:
-    """Keys, values and gates of n tokens."""
+def _tokens(memory: Memory, derived: Derived, sizes: Sizes, n: int) -> tuple[Evicted, mx.array]:
+    """Keys, values and gates of n tokens, and their output gates."""
     k, v = mx.random.normal((2, 1, sizes.kv_heads, n, sizes.D)).astype(sizes.dtype)
-    gates = memory.gates(mx.random.normal((1, n, HIDDEN)).astype(sizes.dtype))
-    return k, v, gates.astype(sizes.dtype).swapaxes(1, 2)
+    h = mx.random.normal((1, n, HIDDEN)).astype(sizes.dtype)
+    gates, z = memory.project(h, derived)
+    return (k, v, gates.swapaxes(1, 2)), z
 
 
 def _scan_example(kind: str, sizes: Sizes, before: int) -> tuple[Any, ...]:
     """What the ring keeps of the tokens before, a chunk, and queries for what leaves."""
-    memory, state = _example(kind, sizes)
+    memory, derived, state = _example(kind, sizes)
     held = min(before, sizes.capacity)
-    ring, chunk = (_tokens(memory, sizes, n) for n in (held, sizes.chunk))
+    ring, chunk = (_tokens(memory, derived, sizes, n)[0] for n in (held, sizes.chunk))
     update = Update(ring, chunk, before, sizes.window, sizes.sinks)
     q = mx.random.normal((1, sizes.heads, update.evicts, sizes.D)).astype(sizes.dtype)
-    return memory, q, update, state
+    return memory, q, update, state, derived.rates
 
 
 def _step_example(kind: str, sizes: Sizes, before: int) -> tuple[Any, ...]:
-    memory, state = _example(kind, sizes)
+    memory, derived, state = _example(kind, sizes)
     q, local = mx.random.normal((2, 1, sizes.heads, 1, sizes.D)).astype(sizes.dtype)
-    h = mx.random.normal((1, 1, HIDDEN)).astype(sizes.dtype)
+    token, z = _tokens(memory, derived, sizes, 1)
     loudness = mx.full((1, sizes.heads, 1, 1), 0.5)
-    return memory, q, _tokens(memory, sizes, 1), state, local, h, loudness
+    return memory, q, token, state, local, z, derived.rates, loudness
 
 
 SCANS = {
@@ -158,11 +168,16 @@ SCANS = {
     for kind in MEMORIES
 }
 
+STEP_FILES = {
+    "delta": ("memory_step_delta.metal",),
+    "mamba2": ("memory_step_mamba2.metal", "memory_step_mamba2_finish.metal"),
+}
+
 STEPS = {
     kind: Check(
         name=f"memory_step {kind}",
-        files=(f"memory_step_{'mamba2' if kind == 'mamba2' else 'delta'}.metal",),
-        # Mamba2's norm spans all heads: one elementwise operation finishes it.
+        # Mamba2's norm spans all heads: another kernel finishes it.
+        files=STEP_FILES["mamba2" if kind == "mamba2" else "delta"],
         dispatches=2 if kind == "mamba2" else 1,
         example=partial(_step_example, kind),
         ours=_step_kernel,

@@ -4,7 +4,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from .layers import GateProjection, HeadProjection, Scale, decay_init
+from .layers import (
+    Derived,
+    GateProjection,
+    HeadProjection,
+    Scale,
+    decay_init,
+    derive,
+    project,
+    silu,
+)
 
 
 class GatedDeltaNet(nn.Module):
@@ -16,7 +25,6 @@ class GatedDeltaNet(nn.Module):
 
     kind = "gated_deltanet"
     gate_count = 2  # write strength and log decay
-    rates = None  # of decay, where gates alone do not say it
 
     def __init__(self, hidden: int, heads: int, head_dim: int, query_projection: bool = False):
         super().__init__()
@@ -38,9 +46,15 @@ class GatedDeltaNet(nn.Module):
         """[D]."""
         return self.o_norm.weight
 
-    def gates(self, h: mx.array) -> mx.array:
-        """h [B, L, C] -> [B, L, H, 2], beta and log decay g, float32."""
-        return _gates(self.b_proj(h), self.a_proj(h), self.dt_bias, self.A_log)
+    def derive(self) -> Derived:
+        """What project takes."""
+        return derive([self.b_proj, self.a_proj], self.g_proj, -mx.exp(self.A_log))
+
+    def project(self, h: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
+        """h [B, L, C] -> gates [B, L, H, 2], beta and log decay g, in h's dtype, and the
+        output gate [B, L, H] before silu."""
+        x, z = project(h, derived, len(self.o_proj.weight))
+        return _gates(x, self.dt_bias, derived.rates).astype(h.dtype), z
 
     def scan(
         self,
@@ -49,30 +63,30 @@ class GatedDeltaNet(nn.Module):
         v: mx.array,
         gates: mx.array,
         state: mx.array | None,
+        rates: mx.array,
         gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.gated_delta_rule."""
         return ops.gated_delta_rule(q, k, v, gates[..., 1], gates[..., 0], state, gradients)
 
-    def output(self, o: mx.array, h: mx.array) -> mx.array:
-        """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""
-        return norm_gate_project(self, o, h)
+    def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
+        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
+        return norm_gate(o, self.o_norm.weight, z).astype(dtype).swapaxes(1, 2)
+
+
+# Of the two gates of a head, which writes.
+WRITES = mx.array([True, False])
 
 
 @mx.compile
-def _gates(b: mx.array, a: mx.array, dt_bias: mx.array, A_log: mx.array) -> mx.array:
-    beta = mx.sigmoid(b.astype(mx.float32))
-    step = nn.softplus(a.astype(mx.float32) + dt_bias)
-    return mx.stack([beta, -mx.exp(A_log) * step], axis=-1)
-
-
-def norm_gate_project(memory: nn.Module, o: mx.array, h: mx.array) -> mx.array:
-    """Norm first, then gate, then the projection of each head (both delta rules)."""
-    y = _norm_gate(o, memory.o_norm.weight, memory.g_proj(h))
-    return memory.o_proj(y.swapaxes(1, 2).astype(h.dtype))
+def _gates(x: mx.array, dt_bias: mx.array, rates: mx.array) -> mx.array:
+    y = x.astype(mx.float32)
+    decay = rates[:, None] * nn.softplus(y + dt_bias[:, None])
+    return mx.where(WRITES, mx.sigmoid(y), decay).astype(x.dtype)
 
 
 @mx.compile
-def _norm_gate(o: mx.array, weight: mx.array, z: mx.array) -> mx.array:
-    gate = nn.silu(z.astype(mx.float32))[..., None]
-    return mx.fast.rms_norm(o, weight.astype(mx.float32), 1e-5) * gate
+def norm_gate(o: mx.array, weight: mx.array, z: mx.array) -> mx.array:
+    """Norm first, then gate (both delta rules), in z's dtype."""
+    y = mx.fast.rms_norm(o, None, 1e-5) * (silu(z) * weight.astype(mx.float32))
+    return y.astype(z.dtype)

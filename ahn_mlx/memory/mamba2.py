@@ -4,7 +4,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from .layers import GateProjection, HeadProjection, Scale, decay_init
+from .layers import (
+    Derived,
+    GateProjection,
+    HeadProjection,
+    Scale,
+    decay_init,
+    derive,
+    project,
+    silu,
+)
 
 
 class Mamba2(nn.Module):
@@ -29,14 +38,15 @@ class Mamba2(nn.Module):
         """[H D]."""
         return self.norm.weight
 
-    @property
-    def rates(self) -> mx.array:
-        """A [H] < 0, of decay per step size."""
-        return -mx.exp(self.A_log)
+    def derive(self) -> Derived:
+        """What project and scan take; rates are A [H] < 0, of decay per step size."""
+        return derive([self.dt_proj], self.g_proj, -mx.exp(self.A_log))
 
-    def gates(self, h: mx.array) -> mx.array:
-        """h [B, L, C] -> [B, L, H, 1], dt after softplus, float32."""
-        return nn.softplus(self.dt_proj(h).astype(mx.float32) + self.dt_bias)[..., None]
+    def project(self, h: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
+        """h [B, L, C] -> gates [B, L, H, 1], dt after softplus, in h's dtype, and the output
+        gate [B, L, H] before silu."""
+        x, z = project(h, derived, len(self.o_proj.weight))
+        return _gates(x, self.dt_bias).astype(h.dtype), z
 
     def scan(
         self,
@@ -45,13 +55,19 @@ class Mamba2(nn.Module):
         v: mx.array,
         gates: mx.array,
         state: mx.array | None,
+        rates: mx.array,
         gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.ssd."""
-        return ops.ssd(q, k, v, gates[..., 0], self.rates, state)
+        return ops.ssd(q, k, v, gates[..., 0], rates, state)
 
-    def output(self, o: mx.array, h: mx.array) -> mx.array:
-        """o [B, T, H, D] float32, h [B, T, C] -> [B, H, T, D] in h's dtype."""
-        u = o * nn.silu(self.g_proj(h).astype(mx.float32))[..., None]
-        y = mx.fast.rms_norm(u.flatten(-2), self.norm.weight.astype(mx.float32), 1e-5)
-        return self.o_proj(y.reshape(o.shape).swapaxes(1, 2).astype(h.dtype))
+    def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
+        """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
+        y = mx.fast.rms_norm((o * silu(z)).flatten(-2), None, 1e-5)
+        y = y.reshape(o.shape) * self.norm.weight.reshape(o.shape[2:]).astype(mx.float32)
+        return y.astype(dtype).swapaxes(1, 2)
+
+
+@mx.compile
+def _gates(x: mx.array, dt_bias: mx.array) -> mx.array:
+    return nn.softplus(x.astype(mx.float32) + dt_bias[:, None]).astype(x.dtype)

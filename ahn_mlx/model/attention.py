@@ -13,8 +13,9 @@ import mlx.nn as nn
 
 from ..memory import MEMORIES, Router
 from ..memory.forms import scan, step
+from ..memory.layers import Derived, Kept
 from ..ops import window_attention
-from ..ops.ring import Place
+from ..ops.ring import Place, write_slots
 from ..ops.window import attend, attend_to_all
 from .cache import AHNCache, BatchAHNCache, PureCache
 from .config import AHNConfig
@@ -47,7 +48,7 @@ class AHNAttention(nn.Module):
         self.ahn = MEMORIES[config.memory](hidden, self.n_heads, self.head_dim, **options)
         if config.router:
             self.router = Router(self.n_heads)
-        self._lock = RLock()
+        self._lock, self._derived = RLock(), Kept()
 
     def __call__(
         self,
@@ -63,7 +64,8 @@ class AHNAttention(nn.Module):
         with self._lock:
             if isinstance(cache, PureCache):
                 settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-                out, after = self.step(x, cache.place, cache.rows, *settings, plain=True)
+                derived = self.ahn.derive()
+                out, after = self.step(x, cache.place, cache.rows, derived, *settings, plain=True)
                 cache.rows = Rows(*after)
                 return out
             if isinstance(cache, BatchAHNCache):
@@ -78,7 +80,10 @@ class AHNAttention(nn.Module):
         In training mode only by operations that have gradients.
         """
         offset = cache.offset
-        q, k, v, gates, raw = self.project(x)
+        # In training nothing of a trace may stay here.
+        derived = self.ahn.derive() if self.training else self._derive(offset == 0)
+        q, k, v, raw = self.project(x)
+        gates, z = self.gates(x, derived)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         if x.shape[1] == 1:
             return attend(q, *cache.fill(k, v, gates), self.scale)
@@ -87,8 +92,9 @@ class AHNAttention(nn.Module):
         if T := update.evicts:
             if self.config.query_projection:
                 q = self.rope(self.ahn.q_proj(raw), offset=offset)
-            o, cache.memory = scan(self.ahn, q[:, :, -T:], update, cache.memory, self.training)
-            m = self.ahn.output(o, x[:, -T:])
+            q, rates = q[:, :, -T:], derived.rates
+            o, cache.memory = scan(self.ahn, q, update, cache.memory, rates, self.training)
+            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype))
             if self.config.router:
                 last = update.end - cache.capacity
                 # In training the paper counts sinks as part of the window.
@@ -107,7 +113,8 @@ class AHNAttention(nn.Module):
             self._compiled = mx.compile(self.step, inputs=self.state)
         rows, place = cache.turn()
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
-        out, after = self._compiled(x, tuple(place), tuple(rows), *settings)
+        derived = self._derive()
+        out, after = self._compiled(x, tuple(place), tuple(rows), tuple(derived), *settings)
         cache.turned(Rows(*after))
         return out
 
@@ -121,11 +128,12 @@ class AHNAttention(nn.Module):
         if x.shape[1] == 1 and cache.full:
             return self._decode(x, cache)
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
+        derived = self._derive(min(cache.offsets) == 0)
         parts, n = [], min(PIECE, cache.window)
         for start in range(0, x.shape[1], n):
             part = x[:, start : start + n]
             rows, place = cache.turn(part.shape[1])
-            out, after = self.step(part, tuple(place), tuple(rows), *settings)
+            out, after = self.step(part, tuple(place), tuple(rows), tuple(derived), *settings)
             cache.turned(Rows(*after), part.shape[1])
             parts.append(out)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
@@ -135,6 +143,7 @@ class AHNAttention(nn.Module):
         x: mx.array,
         place: tuple[Any, ...],
         rows: tuple[Any, ...],
+        derived: tuple[Any, ...],
         window: int,
         sinks: int,
         bits: int | None,
@@ -144,21 +153,20 @@ class AHNAttention(nn.Module):
         """L <= W tokens of B rows, as a pure function of arrays: nothing in it depends on what
         a row has read, so that windows that fill, that are just full and that wrap are one.
 
-        x: [B, L, C]. place, rows: the fields of Place and Rows, rows without None. plain: only
-        by operations that mx.export_function can write. Returns [B, L, C], and rows.
+        x: [B, L, C]. place, rows, derived: the fields of Place, Rows and Derived, rows without
+        None. plain: only by operations that mx.export_function can write. Returns [B, L, C],
+        and rows.
         """
-        where, before = Place(*place), Rows(*rows)
-        q, k, v, gates, raw = self.project(x)
-        clamped = self.config.sink_positions == "clamped"
-        q_sink = self._near(q, where.near) if clamped else None
-        q, k = self.rope(q, offset=where.at), self.rope(k, offset=where.at)
+        where, before, parameters = Place(*place), Rows(*rows), Derived(*derived)
+        q, k, v, raw = self.project(x)
+        gates, z = self.gates(x, parameters)
+        q, q_sink = self._turn(q, where, sinks)
+        k = self.rope(k, offset=where.at)
         new = pack(k, v, gates, bits, group_size)
         if x.shape[1] == 1 and where.valid is None:
-            left = before.leaving
-            after, keys, values = before.put(new, where)
-            heads = attend_to_all(
-                q, keys, values, self.scale, q_sink, sinks, where.filled, where.seen, plain
-            )
+            left, buffers = before.leaving, write_slots(before.buffers, new, where.slots)
+            heads, leaving = attend_to_all(q, buffers, self.scale, q_sink, sinks, where, plain)
+            after = Rows(buffers, leaving, before.memory)
         else:
             after, keys, values, left = before.put_chunk(new, where)
             heads = attend(q, keys, values, self.scale, where.seen, q_sink, sinks, plain)
@@ -166,38 +174,55 @@ class AHNAttention(nn.Module):
             q = self.rope(self.ahn.q_proj(raw), offset=where.at)
         left = unpack(left, bits, group_size)
         loudness = self.router(where.evicted, window) if self.config.router else None
-        heads, memory = step(self.ahn, q, left, before.memory, heads, x, loudness)
+        heads, memory = step(self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness)
         return self.merge(heads), tuple(after._replace(memory=memory))
 
-    def _near(self, q: mx.array, near: mx.array) -> mx.array:
-        """Queries [B, H, L, D] at positions [B, L] of their own."""
+    def _derive(self, begins: bool = False) -> Derived:
+        """What follows from the memory's parameters. begins: a text does; they may have been
+        changed in place since the last one."""
+        if begins:
+            self._derived.drop()
+        return self._derived.of(self.ahn)
+
+    def _turn(self, q: mx.array, where: Place, sinks: int) -> tuple[mx.array, mx.array | None]:
+        """Queries [B, H, L, D] at their positions, and as the sinks see them, if they do."""
         B, H, L, D = q.shape
+        if sinks == 0 or self.config.sink_positions != "clamped":
+            return self.rope(q, offset=where.at), None
         if L == 1:
-            return self.rope(q, offset=near[:, 0])
+            # Both at once.
+            twice = mx.broadcast_to(q, (2, *q.shape)).reshape(2 * B, H, 1, D)
+            twice = self.rope(twice, offset=where.both)
+            return twice[:B], twice[B:]
         alone = q.swapaxes(1, 2).reshape(B * L, H, 1, D)
-        return self.rope(alone, offset=near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
+        near = self.rope(alone, offset=where.near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
+        return self.rope(q, offset=where.at), near
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither can be copied or pickled; both are made again.
-        made = ("_compiled", "_lock")
+        # What cannot be copied or pickled, or need not; it is made again.
+        made = ("_compiled", "_lock", "_derived")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = RLock()
+        self._lock, self._derived = RLock(), Kept()
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
-        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], gates [B, H, L, G], and
-        the queries before their norm."""
+        """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], and the queries before their
+        norm."""
         B, L, _ = x.shape
         raw = self.q_proj(x).reshape(B, L, self.n_heads, -1)
         k = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1)
         v = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1)
         q = self.q_norm(raw) if "q_norm" in self else raw
         k = self.k_norm(k) if "k_norm" in self else k
-        gates = self.ahn.gates(x).astype(x.dtype)
-        q, k, v, gates, raw = (y.swapaxes(1, 2) for y in (q, k, v, gates, raw))
-        return q, k, v, gates, raw
+        q, k, v, raw = (y.swapaxes(1, 2) for y in (q, k, v, raw))
+        return q, k, v, raw
+
+    def gates(self, x: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
+        """x [B, L, C] -> gates [B, H, L, G] of the memory, and its output gate [B, L, H]."""
+        gates, z = self.ahn.project(x, derived)
+        return gates.swapaxes(1, 2), z
 
     def merge(self, heads: mx.array) -> mx.array:
         """Heads [B, H, L, D] -> [B, L, C]."""

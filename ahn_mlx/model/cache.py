@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from ..errors import AHNError
-from ..ops.ring import Place, Update, place_of, slot_of
-from ..ops.window import Stored
-from .slots import Rows, head_size, pack, read_slots, split, unpack, write_run
+from ..ops.ring import Place, Update, place_of, read_slots, slot_of
+from ..ops.window import Stored, split
+from .slots import Rows, head_size, pack, unpack, write_run
 from .trace import Trace
 
 # Slots added at a time while the window fills.

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import AHNError
-from ..ops.ring import Place
-from ..ops.window import Stored
+from ..ops.ring import Place, read_slots, write_slots
+from ..ops.window import Stored, split
 
 
 class Rows(NamedTuple):
@@ -21,16 +21,6 @@ class Rows(NamedTuple):
     buffers: tuple[mx.array, ...]
     leaving: tuple[mx.array, ...]
     memory: mx.array | None
-
-    def put(self, token: tuple[mx.array, ...], place: Place) -> tuple["Rows", Stored, Stored]:
-        """One token in, in place. Returns what comes of it, and all keys and values."""
-        buffers = write_slots(self.buffers, token, place.slots)
-        # What leaves next is read now, in the same evaluation as attention: a reader
-        # still waiting when its slot is written would force a copy of the window. Gates
-        # are not part of attention; without this their writes would pile up.
-        leaving = read_slots(buffers, place.following)
-        seen = mx.depends(list(buffers[:-1]), [buffers[-1], *leaving])
-        return self._replace(buffers=buffers, leaving=leaving), *split(*seen)
 
     def put_chunk(
         self, tokens: tuple[mx.array, ...], place: Place
@@ -49,37 +39,15 @@ class Rows(NamedTuple):
         return Rows(buffers, leaving, self.memory), *kept, left
 
 
-def read_slots(buffers: tuple[mx.array, ...], slots: mx.array) -> tuple[mx.array, ...]:
-    """Copies of slots [B, n] of each buffer, [B, heads, n, width]."""
-    if slots.size == 1:
-        return tuple(mx.take(buffer, slots[0], axis=2) for buffer in buffers)
-    return tuple(mx.take_along_axis(b, _spread(slots, b), axis=2) for b in buffers)
-
-
-def write_slots(
-    buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slots: mx.array
-) -> tuple[mx.array, ...]:
-    """Put tokens [B, heads, n, width] into slots [B, n]; in place, once nothing else reads
-    the buffer."""
-    pairs = [(b, x.astype(b.dtype)) for b, x in zip(buffers, tokens, strict=True)]
-    if slots.size == 1:
-        return tuple(mx.slice_update(b, x, slots[0], (2,)) for b, x in pairs)
-    return tuple(mx.put_along_axis(b, _spread(slots, b), x, axis=2) for b, x in pairs)
-
-
 def write_run(
     buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slot: int
 ) -> tuple[mx.array, ...]:
-    """Put tokens [B, heads, n, width] from one slot on, in all rows."""
-    start = mx.array([slot])
-    pairs = zip(buffers, tokens, strict=True)
-    return tuple(mx.slice_update(b, x.astype(b.dtype), start, (2,)) for b, x in pairs)
-
-
-def _spread(slots: mx.array, buffer: mx.array) -> mx.array:
-    """slots [B, n] for every head and number of a slot."""
-    B, heads, _, width = buffer.shape
-    return mx.broadcast_to(slots[:, None, :, None], (B, heads, slots.shape[1], width))
+    """Put tokens [B, heads, n, width] from one slot on, in all rows; in place, once nothing
+    else reads the buffer."""
+    written = tuple(buffer[...] for buffer in buffers)  # other arrays than the caller's
+    for buffer, x in zip(written, tokens, strict=True):
+        buffer[:, :, slot : slot + x.shape[2]] = x
+    return written
 
 
 def pack(
@@ -95,11 +63,6 @@ def pack(
         )
     options: dict[str, Any] = {"group_size": group_size, "bits": bits}
     return *mx.quantize(keys, **options), *mx.quantize(values, **options), gates
-
-
-def split(*held: mx.array) -> tuple[Stored, Stored]:
-    """Keys and values, as stored, of two arrays or, if quantized, six."""
-    return held if len(held) == 2 else (held[:3], held[3:])
 
 
 def unpack(held: tuple[mx.array, ...], bits: int | None, group_size: int) -> tuple[mx.array, ...]:

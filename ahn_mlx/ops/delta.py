@@ -12,11 +12,22 @@ one token; the chunked form is the WY representation, many tokens by matrix prod
 """
 
 import math
+from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 from ..platform import on_cpu
-from .chunks import causal, chunk_size, decay_matrix, from_chunks, to_chunks
+from .chunks import (
+    causal,
+    chunk_size,
+    decay_matrix,
+    each,
+    from_chunks,
+    products,
+    stacked,
+    to_chunks,
+)
 
 Result = tuple[mx.array, mx.array]
 
@@ -110,7 +121,8 @@ def step(
     beta: mx.array,
     state: mx.array,
 ) -> Result:
-    """One token (T = 1). Key and query read the old state in one product:
+    """One token (T = 1). Key and query read the old state in one product, and their lengths
+    and k . q are another; what else there is, are few elementwise operations:
 
     d = beta (v - exp(g) M^T kn);  o = exp(g) M^T qn + (kn . qn) d;  M <- exp(g) M + kn d^T
     """
@@ -118,18 +130,20 @@ def step(
     Hkv = k.shape[2]
     heads = (B, Hkv, H // Hkv, 1, D)
     scalars = (*heads[:3], 1, 1)
-    kn = mx.broadcast_to(k.reshape(B, Hkv, 1, 1, D), heads)
-    both = normalize(mx.concatenate([kn, q.reshape(heads)], axis=-2))
-    kn, qn = both[..., :1, :], both[..., 1:, :]
+    both = stacked(k, q)
     M = state.reshape(*heads[:3], D, D)
     read = both @ M
+    kk, kq, qq = products(both)
+    k_scale, q_scale = mx.rsqrt(kk + 1e-6), mx.rsqrt(qq + 1e-6) * D**-0.5
+    recalled, answer = read[..., :1, :], read[..., 1:, :]
     if g is not None:
-        decay = mx.exp(g.astype(mx.float32)).reshape(scalars)
-        read, M = decay * read, decay * M
-    new = v.astype(mx.float32).reshape(B, Hkv, 1, 1, D)
-    d = beta.astype(mx.float32).reshape(scalars) * (new - read[..., :1, :])
-    o = (read[..., 1:, :] + (kn * qn).sum(axis=-1, keepdims=True) * d) * D**-0.5
-    M = mx.addmm(M, kn.swapaxes(-1, -2), d)
+        decay = mx.exp(g.reshape(scalars).astype(mx.float32))
+        recalled, answer, M = decay * recalled, decay * answer, decay * M
+    new = v.reshape(B, Hkv, 1, 1, D).astype(mx.float32)
+    d = beta.reshape(scalars).astype(mx.float32) * (new - k_scale * recalled)
+    change = k_scale * d
+    o = q_scale * (answer + kq * change)
+    M = M + both[..., :1, :].swapaxes(-1, -2) * change
     return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
@@ -159,7 +173,7 @@ def chunked(
     knT = kn.swapaxes(-1, -2)
     read = qn @ knT
     overlap = beta * (kn @ knT)
-    write_keys, read_keys, carry = beta * kn, qn, None
+    write_keys, read_keys, carry = -beta * kn, qn, None  # what is forgotten is added
     if g is None:
         read = mx.where(causal(C), read, 0.0)
         overlap = mx.where(causal(C, -1), overlap, 0.0)
@@ -177,13 +191,13 @@ def chunked(
     values, forgets = X @ (beta * v), X @ write_keys
     leftT = left.swapaxes(-1, -2)
     M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
+    carries = [None] * values.shape[3] if carry is None else each(carry)
+    parts = zip(*map(each, (values, forgets, leftT, read_keys, read)), carries, strict=True)
     outputs = []
-    for n in range(values.shape[3]):
-        U = values[:, :, :, n] - forgets[:, :, :, n] @ M
-        outputs.append(read_keys[:, :, :, n] @ M + read[:, :, :, n] @ U)
-        if carry is not None:
-            M = M * carry[:, :, :, n]
-        M = M + leftT[:, :, :, n] @ U
+    for value, forget, key, query, weights, carried in parts:
+        U = mx.addmm(value, forget, M)
+        outputs.append(mx.addmm(query @ M, weights, U))
+        M = mx.addmm(M if carried is None else M * carried, key, U)
     return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
 
 
@@ -195,7 +209,7 @@ def unit_lower_inverse(A: mx.array) -> mx.array:
     """
     C = A.shape[-1]
     if C <= 8:
-        eye = mx.eye(C, dtype=A.dtype)
+        eye = identity(C)
         inverse, power = eye - A, A
         for _ in range(max(0, int(math.log2(C)) - 1)):
             power = power @ power
@@ -206,6 +220,12 @@ def unit_lower_inverse(A: mx.array) -> mx.array:
     joint = -(high @ (A[..., h:, :h] @ low))
     top = mx.concatenate([low, mx.zeros_like(low)], axis=-1)
     return mx.concatenate([top, mx.concatenate([joint, high], axis=-1)], axis=-2)
+
+
+@cache
+def identity(C: int) -> mx.array:
+    """[C, C], float32."""
+    return mx.array(np.eye(C, dtype=np.float32))
 
 
 def mlx_fast(

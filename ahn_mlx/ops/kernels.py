@@ -332,3 +332,9 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Call
 def ones(shape: tuple[int, ...]) -> mx.array:
     """float32 ones that no step has to make again."""
     return mx.array(np.ones(shape, dtype=np.float32))
+
+
+@cache
+def zeros(count: int) -> mx.array:
+    """int32 zeros, likewise."""
+    return mx.array(np.zeros(count, dtype=np.int32))

@@ -12,7 +12,7 @@ form is state space duality: attention inside a chunk, the state between chunks.
 
 import mlx.core as mx
 
-from .chunks import chunk_size, decay_matrix, from_chunks, to_chunks
+from .chunks import chunk_size, decay_matrix, each, from_chunks, products, stacked, to_chunks
 
 Result = tuple[mx.array, mx.array]
 
@@ -69,14 +69,16 @@ def step(
     B, _, H, D = q.shape
     Hkv = k.shape[2]
     heads = (B, Hkv, H // Hkv)
-    kn = normalize(k).reshape(B, Hkv, 1, 1, D)
-    qn = normalize(q).reshape(*heads, D, 1)
-    dt = dt.astype(mx.float32).reshape(*heads, 1, 1)
-    decay = mx.exp(dt * A.astype(mx.float32).reshape(*heads[1:], 1, 1))
-    write = dt * v.astype(mx.float32).reshape(B, Hkv, 1, D, 1)
+    both = stacked(k, q)
+    kk, kq, qq = products(both)
+    k_scale, q_scale = (mx.rsqrt(x + 1e-24) for x in (kk, qq))
+    dt = dt.reshape(*heads, 1, 1).astype(mx.float32)
+    decay = mx.exp(dt * A.reshape(*heads[1:], 1, 1).astype(mx.float32))
+    write = k_scale * dt * v.reshape(B, Hkv, 1, D, 1).astype(mx.float32)
     M = state.reshape(*heads, D, D)
-    o = decay * (M @ qn) + (kn @ qn) * write
-    M = mx.addmm(decay * M, write, kn)
+    read = M @ both[..., 1:, :].swapaxes(-1, -2)
+    o = q_scale * (decay * read + kq * write)
+    M = decay * M + write * both[..., :1, :]
     return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
@@ -108,8 +110,9 @@ def chunked(
     added = (v * ratio[..., -1, :, None]).swapaxes(-1, -2) @ kn  # [.., N, value, key]
     read_keys, carry = qn * since_start, since_start[..., -1:, :]
     M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
-    outputs = []
-    for n in range(added.shape[3]):
-        outputs.append(read_keys[:, :, :, n] @ M.swapaxes(-1, -2) + inside[:, :, :, n])
-        M = M * carry[:, :, :, n] + added[:, :, :, n]
-    return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
+    states = []
+    for carried, more in zip(each(carry), each(added), strict=True):
+        states.append(M)
+        M = M * carried + more
+    before = mx.stack(states, axis=3).swapaxes(-1, -2)
+    return from_chunks(mx.addmm(inside, read_keys, before), T), M.reshape(B, H, D, D)

@@ -1,9 +1,12 @@
 """Launches of the memories' Metal kernels; each kernel's file says what it does."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from . import kernels
 from .ring import Update
+from .window_kernels import Shares
 
 Result = tuple[mx.array, mx.array]
 
@@ -19,7 +22,7 @@ def delta_step(
     evicted: tuple[mx.array, ...],
     slot: mx.array,
     state: mx.array,
-    local: mx.array,
+    local: Shares,
     z: mx.array,
     norm: mx.array,
     projection: mx.array,
@@ -28,17 +31,18 @@ def delta_step(
     """One token of Gated DeltaNet (two gates) or DeltaNet (one), in one dispatch.
 
     q: [B, H, 1, D]. evicted: keys, values [B, Hkv, slots, D], gates [B, H, slots, G].
-    slot: [B] int32, which of them. state: [B, H, D, D] float32. local: [B, H, 1, D], what
-    the memory's output is added to. z: [B, 1, H], output gate before silu. norm: [D].
-    projection: [H, D, D]. router: [B, H] or None. Returns heads like local, and the state.
+    slot: [B] int32, which of them. state: [B, H, D, D] float32. local: what the memory's output
+    is added to. z: [B, 1, H], output gate before silu. norm: [D]. projection: [H, D, D].
+    router: [B, H] or None. Returns heads [B, H, 1, D] like q, and the state.
     """
     k, v, gates = evicted
     heads, new_state = _launch(
         "memory_step_delta",
         {"q": q, "k": k, "v": v, "gates": gates, "slot": slot, "state": state}
-        | {"local": local, "z": z, "norm": norm, "projection": projection}
-        | {"router": kernels.ones(q.shape[:2]) if router is None else router.astype(mx.float32)},
-        {"heads": (local.shape, local.dtype), "new_state": (state.shape, mx.float32)},
+        | {"local": local.parts, "stats": local.stats, "z": z, "norm": norm}
+        | {"projection": projection, "router": _loudness(router, q)},
+        {"heads": (q.shape, q.dtype), "new_state": (state.shape, mx.float32)},
+        [("SPLITS", local.parts.shape[2])],
     )
     return heads, new_state
 
@@ -48,14 +52,14 @@ def mamba2_step(
     evicted: tuple[mx.array, ...],
     slot: mx.array,
     state: mx.array,
-    local: mx.array,
+    local: Shares,
     z: mx.array,
     norm: mx.array,
     projection: mx.array,
     rates: mx.array,
     router: mx.array | None = None,
 ) -> Result:
-    """One token of Mamba2. As delta_step, with norm [H D] and rates A [H]."""
+    """One token of Mamba2, in two dispatches. As delta_step, with norm [H D] and rates A [H]."""
     k, v, gates = evicted
     B, H, _, D = q.shape
     projected, squares, new_state = _launch(
@@ -68,17 +72,21 @@ def mamba2_step(
             "new_state": (state.shape, mx.float32),
         },
     )
-    if router is not None:
-        projected = projected * router.astype(mx.float32)[..., None, None]
-    return _finish(local, projected, squares), new_state
+    inputs = {"projected": projected, "squares": squares, "router": _loudness(router, q)}
+    inputs |= {"local": local.parts, "stats": local.stats}
+    (heads,) = kernels.kernel("memory_step_mamba2_finish", tuple(inputs), ("heads",))(
+        inputs=list(inputs.values()),
+        template=[("T", q.dtype), ("D", D), ("H", H), ("SPLITS", local.parts.shape[2])],
+        grid=(D, B * H, 1),
+        threadgroup=(D, 1, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    return heads, new_state
 
 
-@mx.compile
-def _finish(local: mx.array, projected: mx.array, squares: mx.array) -> mx.array:
-    """The norm's factor, known only when all heads are done."""
-    width = projected.shape[1] * projected.shape[3]
-    scale = mx.rsqrt(squares.sum(axis=1, keepdims=True) / width + 1e-5)
-    return (local + projected * scale).astype(local.dtype)
+def _loudness(router: mx.array | None, q: mx.array) -> mx.array:
+    return kernels.ones(q.shape[:2]) if router is None else router.astype(mx.float32)
 
 
 def scan(
@@ -137,7 +145,10 @@ def scan(
 
 
 def _launch(
-    name: str, inputs: dict[str, mx.array], outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]]
+    name: str,
+    inputs: dict[str, mx.array],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    more: Sequence[tuple[str, int]] = (),
 ) -> list[mx.array]:
     q, k, gates = inputs["q"], inputs["k"], inputs["gates"]
     B, H, _, D = q.shape
@@ -148,6 +159,7 @@ def _launch(
         ("HKV", k.shape[1]),
         ("G", gates.shape[3]),
         ("SG", SIMDGROUPS),
+        *more,
     ]
     call = kernels.kernel(name, tuple(inputs), tuple(outputs))
     return call(

@@ -77,19 +77,41 @@ def _join(runs: list[mx.array]) -> mx.array:
     return runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=2)
 
 
+def read_slots(buffers: tuple[mx.array, ...], slots: mx.array) -> tuple[mx.array, ...]:
+    """Copies of slots [B, n] of each buffer, [B, heads, n, width]."""
+    return tuple(mx.take_along_axis(b, _spread(slots, b), axis=2) for b in buffers)
+
+
+def write_slots(
+    buffers: tuple[mx.array, ...], tokens: tuple[mx.array, ...], slots: mx.array
+) -> tuple[mx.array, ...]:
+    """Put tokens [B, heads, n, width] into slots [B, n]; in place, once nothing else reads
+    the buffer."""
+    pairs = [(b, x.astype(b.dtype)) for b, x in zip(buffers, tokens, strict=True)]
+    return tuple(mx.put_along_axis(b, _spread(slots, b), x, axis=2) for b, x in pairs)
+
+
+def _spread(slots: mx.array, buffer: mx.array) -> mx.array:
+    """slots [B, n] for every head and number of a slot."""
+    B, heads, _, width = buffer.shape
+    return mx.broadcast_to(slots[:, None, :, None], (B, heads, slots.shape[1], width))
+
+
 class Place(NamedTuple):
     """Where L new tokens of each of B rows belong, as arrays: row b stands at its own position.
 
     at: [B], position of the first one. near: [B, L], positions seen from the sinks, at most
-    W + S. slots: [B, L]. following: [B, 1], slot of the token after them. evicted: [B, L],
-    tokens that have left by then, at least 1. valid: bool [B, L], or None if all are: what is
-    not valid changes nothing. filled: [B], slots in use after one token. seen: bool
-    [B, 1, L, K], which keys a query sees, or None for all: those of the slots after the
-    token was written, if it is one that is valid; else those of the slots before, then the new.
+    W + S. both: [2 B], at, then near of the first ones. slots: [B, L]. following: [B, 1], slot
+    of the token after them. evicted: [B, L], tokens that have left by then, at least 1. valid:
+    bool [B, L], or None if all are: what is not valid changes nothing. filled: [B], slots in use
+    after one token. seen: bool [B, 1, L, K], which keys a query sees, or None for all: those of
+    the slots after the token was written, if it is one that is valid; else those of the slots
+    before, then the new.
     """
 
     at: mx.array
     near: mx.array
+    both: mx.array
     slots: mx.array
     following: mx.array
     evicted: mx.array
@@ -124,9 +146,11 @@ def place(at: Any, count: Any, L: int, held: int, window: int, sinks: int, np: A
         old = there[:, None] & ((slots < sinks)[:, None] | (t[:, :, None] - last[:, None] < window))
         own = np.broadcast_to(new[..., None] >= new[:, None], (*t.shape, L))
         seen = np.concatenate([old, own], axis=2)
+    near = np.minimum(t, capacity)
     return Place(
         at[:, 0],
-        np.minimum(t, capacity),
+        near,
+        np.concatenate([at[:, 0], near[:, 0]]),
         slot_of(t),
         slot_of(end),
         np.maximum(t + 1 - capacity, 1),

@@ -11,15 +11,21 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..platform import on_cpu, tiles
 from . import window_kernels
+from .chunks import pieces
 from .exp import exp
 from .kernels import Check, Sizes, chosen
-from .ring import Update
+from .ring import Place, Update, read_slots, slot_of
+from .window_kernels import Shares
 
 # With fewer queries per key/value head, OpenBLAS is faster at k q^T than at q k^T.
 FEW_ROWS = 16
+
+# Of two, stacked in front of the last two axes.
+FIRST = mx.array([[[True]], [[False]]])
 
 # Keys or values [B, Hkv, K, D]: an array, or (packed, scales, biases) of mx.quantize.
 Stored = Any
@@ -42,13 +48,13 @@ def attend(
     [B, H, L, D].
     """
     if q_sink is None or sinks == 0:
-        if isinstance(k, mx.array) and not on_cpu():
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         q_sink, sinks = q, 0
+    if not on_cpu():
+        return few_launches(q, k, v, scale, mask, q_sink, sinks)
     B, H, L, D = q.shape
     Hkv = _rows(k)[0].shape[1]
     # One product per key/value head: its query heads stand below each other.
-    q, q_sink = ((x * scale).reshape(B, Hkv, -1, D) for x in (q, q_sink))
+    q, q_sink = (_scaled(x, scale).reshape(B, Hkv, -1, D) for x in (q, q_sink))
     s = _scores(q, _rows(k, sinks), plain)
     if sinks:
         s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks), plain), s], axis=-1)
@@ -56,7 +62,7 @@ def attend(
         # Added, not selected: a tenth of the time on the CPU.
         bias = mx.where(mask, 0.0, mx.finfo(s.dtype).min).astype(s.dtype)
         s = (s.reshape(B, H, L, -1) + bias).reshape(s.shape)
-    if s.dtype == mx.float32 and on_cpu() and not plain:
+    if s.dtype == mx.float32 and not plain:
         p = exp(s - mx.stop_gradient(s.max(axis=-1, keepdims=True)))
         o = _mix(p, v, D) / p.sum(axis=-1, keepdims=True)
     else:
@@ -64,50 +70,114 @@ def attend(
     return o.reshape(B, H, L, D)
 
 
-def attend_to_all(
+def _scaled(q: mx.array, scale: float) -> mx.array:
+    return q if scale == 1.0 else q * scale
+
+
+def few_launches(
     q: mx.array,
     k: Stored,
     v: Stored,
     scale: float,
-    q_sink: mx.array | None,
+    mask: mx.array | None,
+    q_sink: mx.array,
     sinks: int,
-    filled: mx.array,
-    seen: mx.array | None,
-    plain: bool = False,
 ) -> mx.array:
-    """One token (L = 1) and the filled[b] slots in use, all of which it sees: seen is bool
-    [B, 1, 1, K], which those are, or None for all. Otherwise as attend."""
-    if not plain and isinstance(k, mx.array):
-        window = max(1, k.shape[2] - sinks)
-        if chosen(DECODE, Sizes.of(q, k, window, sinks, q_sink is not None)):
-            return _attend_to_all_kernel(q, k, v, scale, q_sink, sinks, filled, seen)
-    return attend(q, k, v, scale, seen, q_sink, sinks, plain)
+    """attend, for a GPU; q_sink counts for the first `sinks` keys, if there are any."""
+    if sinks == 0 and isinstance(k, mx.array):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    B, H, L, D = q.shape
+    keys = _rows(k)
+    grouped = (B, keys[0].shape[1], -1, D)
+    if sinks and L == 1:
+        # All keys are scored by both queries: one product and two selections.
+        pair = [x.reshape(grouped)[:, :, None] for x in (q, q_sink)]
+        both = _stack(pair[0], pair[1], scale)
+        scores = _scores(both.flatten(2, 3), keys, True).reshape(*both.shape[:4], -1)
+        s = _select(scores, first(sinks, scores.shape[-1]), mask)
+    else:
+        s = _scores(_scaled(q, scale).reshape(grouped), _rows(k, sinks), True)
+        if sinks:
+            near = _scaled(q_sink, scale).reshape(grouped)
+            s = mx.concatenate([_scores(near, _rows(k, 0, sinks), True), s], axis=-1)
+        s = _masked(s, mask, L)
+    return _mix(mx.softmax(s, axis=-1, precise=True), v, D).reshape(B, H, L, D)
 
 
-def _attend_to_all_kernel(
+@mx.compile
+def _stack(q: mx.array, q_sink: mx.array, scale: float) -> mx.array:
+    """Two of [B, Hkv, 1, G, D] -> [B, Hkv, 2, G, D]."""
+    return mx.where(FIRST, q, q_sink) * scale
+
+
+@mx.compile
+def _select(s: mx.array, are_sinks: mx.array, mask: mx.array | None) -> mx.array:
+    """Scores [B, Hkv, 2, G, K] by both queries; mask [B, 1, 1, K] -> [B, Hkv, G, K]."""
+    s = mx.where(are_sinks, s[:, :, 1], s[:, :, 0])
+    return s if mask is None else mx.where(mask, s, mx.finfo(s.dtype).min)
+
+
+@mx.compile
+def _masked(s: mx.array, mask: mx.array | None, L: int) -> mx.array:
+    """Scores [B, Hkv, G L, K]; mask [L, K] or [B, 1, L, K]."""
+    if mask is None:
+        return s
+    B, Hkv, _, K = s.shape
+    s = s.reshape(B, Hkv, -1, L, K)
+    mask = mask if mask.ndim == 2 else mask[:, :, None]
+    return mx.where(mask, s, mx.finfo(s.dtype).min).reshape(B, Hkv, -1, K)
+
+
+@lru_cache(maxsize=16)
+def first(n: int, of: int) -> mx.array:
+    """Bool [of], of which the first n are true."""
+    return mx.array(np.arange(of) < n)
+
+
+def attend_to_all(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    buffers: tuple[mx.array, ...],
     scale: float,
     q_sink: mx.array | None,
     sinks: int,
-    filled: mx.array,
-    seen: mx.array | None,
-) -> mx.array:
-    return window_kernels.decode(q, k, v, filled, scale, q_sink, sinks)
+    place: Place,
+    plain: bool = False,
+) -> tuple[mx.array | Shares, tuple[mx.array, ...]]:
+    """One token (L = 1), which has been written, and all slots in use.
+
+    buffers: keys and values, as attend takes them, and gates. Otherwise as attend. Returns
+    heads, perhaps still to be merged, and copies of the slots that the next tokens take: read
+    now, since a reader still waiting when its slot is written would force a copy of the window.
+    """
+    where = place.filled, place.following, place.seen
+    if not plain and len(buffers) == 3:
+        k = buffers[0]
+        window = max(1, k.shape[2] - sinks)
+        if chosen(DECODE, Sizes.of(q, k, window, sinks, q_sink is not None)):
+            return window_kernels.decode(q, buffers, *where[:2], scale, q_sink, sinks)
+    return _attend_to_all_ops(q, buffers, scale, q_sink, sinks, *where, plain)
 
 
 def _attend_to_all_ops(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    buffers: tuple[mx.array, ...],
     scale: float,
     q_sink: mx.array | None,
     sinks: int,
     filled: mx.array,
+    following: mx.array,
     seen: mx.array | None,
-) -> mx.array:
-    return attend(q, k, v, scale, seen, q_sink, sinks)
+    plain: bool = False,
+) -> tuple[mx.array, tuple[mx.array, ...]]:
+    leaving = read_slots(buffers, following)
+    # Gates are not part of attention; without this their writes would pile up.
+    k, v = split(*mx.depends(list(buffers[:-1]), [buffers[-1], *leaving]))
+    return attend(q, k, v, scale, seen, q_sink, sinks, plain), leaving
+
+
+def split(*held: mx.array) -> tuple[Stored, Stored]:
+    """Keys and values, as stored, of two arrays or, if quantized, six."""
+    return held if len(held) == 2 else (held[:3], held[3:])
 
 
 def _rows(x: Stored, start: int = 0, stop: int | None = None) -> tuple[mx.array, ...]:
@@ -198,19 +268,24 @@ def tiled(
     S = min(sinks, end)
     first = end - (K - S)  # position of the first key behind the sinks
     outputs, tile = [], tile or tiles().query
-    for t0 in range(offset, end, tile):
+    # Once for all tiles.
+    q, q_sink = _scaled(q, scale), None if q_sink is None else _scaled(q_sink, scale)
+    starts = range(offset, end, tile)
+    queries = pieces(q, tile, 2)
+    near = [None] * len(starts) if q_sink is None else pieces(q_sink, tile, 2)
+    k_sinks, v_sinks = k[..., :S, :], v[..., :S, :]
+    for n, t0 in enumerate(starts):
         t1 = min(t0 + tile, end)
         lo, hi = max(S, t0 - window + 1), max(S, t1)  # keys some query of the tile sees
         a, b = S + lo - first, S + hi - first
         if a == S:
             kt, vt = k[..., :b, :], v[..., :b, :]
         else:
-            kt = mx.concatenate([k[..., :S, :], k[..., a:b, :]], axis=2)
-            vt = mx.concatenate([v[..., :S, :], v[..., a:b, :]], axis=2)
+            kt = mx.concatenate([k_sinks, k[..., a:b, :]], axis=2)
+            vt = mx.concatenate([v_sinks, v[..., a:b, :]], axis=2)
         mask = _tile_mask(t1 - t0, t0 - S, t0 - lo, hi - lo, S, window)
-        rows = slice(t0 - offset, t1 - offset)
-        second = q_sink[:, :, rows] if q_sink is not None and t1 > window + sinks else None
-        outputs.append(attend(q[:, :, rows], kt, vt, scale, mask, second, S))
+        second = near[n] if t1 > window + sinks else None
+        outputs.append(attend(queries[n], kt, vt, 1.0, mask, second, S))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
@@ -272,15 +347,37 @@ def _decode_example(sizes: Sizes, before: int) -> tuple[Any, ...]:
     """Slots of which those of the tokens before and of one more are in use."""
     D, slots = sizes.D, sizes.capacity
     k, v = _random(sizes, 2, 1, sizes.kv_heads, slots, D)
+    gates = _random(sizes, 1, sizes.heads, slots, 2)
     q, q_sink = _random(sizes, 2, 1, sizes.heads, 1, D)
     filled = min(before + 1, slots)
+    following = mx.array([[slot_of(before + 1, sizes.window, sizes.sinks)]])
     seen = None if filled == slots else (mx.arange(slots) < filled)[None, None, None]
     far = q_sink if sizes.clamped else None
-    return q, k, v, D**-0.5, far, sizes.sinks, mx.array([filled]), seen
+    where = mx.array([filled]), following, seen
+    return q, (k, v, gates), D**-0.5, far, sizes.sinks, *where
 
 
 def _random(sizes: Sizes, *shape: int) -> mx.array:
     return mx.random.normal(shape).astype(sizes.dtype)
+
+
+def _decode_kernel(
+    q: mx.array,
+    buffers: tuple[mx.array, ...],
+    scale: float,
+    q_sink: mx.array | None,
+    sinks: int,
+    filled: mx.array,
+    following: mx.array,
+    seen: mx.array | None,
+) -> tuple[mx.array, ...]:
+    shares, leaving = window_kernels.decode(q, buffers, filled, following, scale, q_sink, sinks)
+    return window_kernels.merge(shares, q.dtype), *leaving
+
+
+def _decode_ops(*arguments: Any) -> tuple[mx.array, ...]:
+    heads, leaving = _attend_to_all_ops(*arguments)
+    return heads, *leaving
 
 
 PREFILL = Check(
@@ -297,6 +394,6 @@ DECODE = Check(
     files=("window_decode.metal", "window_decode_merge.metal"),
     dispatches=2,
     example=_decode_example,
-    ours=_attend_to_all_kernel,
-    theirs=_attend_to_all_ops,
+    ours=_decode_kernel,
+    theirs=_decode_ops,
 )

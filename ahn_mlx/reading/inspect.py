@@ -76,7 +76,8 @@ def _length(memory: Memory, cache: AHNCache) -> np.ndarray[Any, Any] | None:
     gates = cache.buffers[-1][0, :, cache.sinks : cache.capacity].astype(mx.float32)
     if isinstance(memory, DeltaNet):
         return None
-    decay = gates[..., 0] * memory.rates[:, None] if isinstance(memory, Mamba2) else gates[..., 1]
+    steps = isinstance(memory, Mamba2)
+    decay = gates[..., 0] * memory.derive().rates[:, None] if steps else gates[..., 1]
     return np.array(1 / mx.maximum(-decay.mean(axis=-1), 1e-9))
 
 
