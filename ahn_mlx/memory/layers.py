@@ -1,4 +1,5 @@
-"""The two linear maps of a memory. Not nn.Linear: nn.quantize leaves them alone."""
+"""The linear maps of a memory, and what is made of them once for many tokens. Not nn.Linear:
+nn.quantize leaves them alone."""
 
 import math
 from operator import is_

@@ -94,7 +94,7 @@ def few_launches(
         pair = [x.reshape(grouped)[:, :, None] for x in (q, q_sink)]
         both = _stack(pair[0], pair[1], scale)
         scores = _scores(both.flatten(2, 3), keys, True).reshape(*both.shape[:4], -1)
-        s = _select(scores, first(sinks, scores.shape[-1]), mask)
+        s = _select(scores, _leading(sinks, scores.shape[-1]), mask)
     else:
         s = _scores(_scaled(q, scale).reshape(grouped), _rows(k, sinks), True)
         if sinks:
@@ -129,7 +129,7 @@ def _masked(s: mx.array, mask: mx.array | None, L: int) -> mx.array:
 
 
 @lru_cache(maxsize=16)
-def first(n: int, of: int) -> mx.array:
+def _leading(n: int, of: int) -> mx.array:
     """Bool [of], of which the first n are true."""
     return mx.array(np.arange(of) < n)
 
