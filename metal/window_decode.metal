@@ -116,7 +116,7 @@ for (int g = 0; g < G; g++) {
 
 // By the time the slot is written again its reader must be done: it is copied now.
 const int leaves = following[n / HKV];
-if (leaves / share == split) {
+if (split == 0) {
   if (tid < D) {
     next_k[n * D + tid] = k[(n * slots + leaves) * D + tid];
     next_v[n * D + tid] = v[(n * slots + leaves) * D + tid];
