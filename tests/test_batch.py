@@ -37,7 +37,11 @@ def tiny(memory="gated_deltanet", positions="clamped", **options):
     mx.random.seed(1)
     args = ModelArgs("llama", 32, 2, 32, 4, rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=2)
     config = AHNConfig(memory=memory, window=5, sinks=2, sink_positions=positions, **options)
-    model = augment(Model(args), config)
+    return loud(augment(Model(args), config))
+
+
+def loud(model):
+    """With a memory that is heard."""
     for _, attention in memory_layers(model):
         weight = attention.ahn.o_proj.weight
         attention.ahn.o_proj.weight = mx.random.normal(weight.shape) * 0.3
@@ -208,7 +212,7 @@ def test_places_are_those_of_a_list_of_tokens(at, window, sinks, data):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_window(bits):
     args = ModelArgs("llama", 128, 2, 32, 2, rms_norm_eps=1e-5, vocab_size=64)
-    model = augment(Model(args), AHNConfig(window=5, sinks=2))
+    model = loud(augment(Model(args), AHNConfig(window=5, sinks=2)))
     rows = [[c.to_quantized(64, bits) for c in model.make_cache()] for _ in range(3)]
     for row, n in enumerate((1, 6, 20)):
         alone(model, row, n, rows[row])
@@ -249,6 +253,37 @@ def test_batch_generate_with_ragged_prompts():
             said.append(token)
             logits = model(mx.array([[token]]), cache=caches)
         assert text == " ".join(map(str, said))
+
+
+def test_rows_leave_in_the_middle_of_their_prompts():
+    model = tiny()
+    rows = {n: model.make_cache() for n in (0, 1, 2)}
+    batch, lengths = merge([model.make_cache() for _ in rows]), [9, 5, 7]
+    tokens = mx.array([ids(n, 0, length) + [63] * (9 - length) for n, length in enumerate(lengths)])
+    for c in batch:
+        c.prepare(lengths=lengths, right_padding=[9 - n for n in lengths])
+    model(tokens[:, :4], cache=batch)
+    for c in batch:
+        c.filter([2, 0])
+    logits = model(tokens[mx.array([2, 0]), 4:], cache=batch)
+    for c in batch:
+        c.finalize()
+    assert batch[0].offsets == [7, 9]
+    for name, found in ((2, logits[0, :3]), (0, logits[1, :5])):
+        close(found, alone(model, name, lengths[name], rows[name])[4:])
+    for name, found in zip((2, 0), forward(model, batch, [2, 0], [1, 1], 1), strict=True):
+        close(found, alone(model, name, 1, rows[name]))
+
+
+@pytest.mark.parametrize("n", [254, 255, 256])
+def test_the_last_slot_before_more_are_made(n):
+    args = ModelArgs("llama", 32, 1, 32, 4, rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=2)
+    model = loud(augment(Model(args), AHNConfig(window=600, sinks=8)))
+    rows = [model.make_cache() for _ in range(2)]
+    batch = merge([model.make_cache() for _ in rows])
+    for lengths, L in (([n, 3], n), ([1, 1], 1), ([1, 1], 1), ([1, 1], 1)):
+        for row, found in enumerate(forward(model, batch, [0, 1], lengths, L)):
+            close(found, alone(model, row, lengths[row], rows[row]))
 
 
 def test_slots_grow_with_the_longest_row_only():

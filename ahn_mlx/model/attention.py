@@ -125,7 +125,7 @@ class AHNAttention(nn.Module):
             kv = mx.zeros((B, self.n_kv_heads, 1, D), dtype=x.dtype)
             gates = mx.zeros((B, H, 1, self.ahn.gate_count), dtype=x.dtype)
             cache.start(pack(kv, kv, gates, cache.bits, cache.group_size))
-        if x.shape[1] == 1 and cache.full:
+        if x.shape[1] == 1:
             return self._decode(x, cache)
         settings = (cache.window, cache.sinks, cache.bits, cache.group_size)
         derived = self._derive(min(cache.offsets) == 0)

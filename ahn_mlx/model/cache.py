@@ -230,11 +230,6 @@ class BatchAHNCache(_BaseCache):
         """Tokens that a row keeps losslessly once its window is full."""
         return self.window + self.sinks
 
-    @property
-    def full(self) -> bool:
-        """Whether a single token is a step of the same shapes: always, but for padding."""
-        return self._left is None
-
     @classmethod
     def of(cls, caches: list[AHNCache]) -> "BatchAHNCache":
         """A batch of copies. Raises AHNError unless all have the same window and bits."""
