@@ -288,6 +288,11 @@ REFUSED = {
     "a rope type of tomorrow": ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "spiral"),
     "a rope type that is no name": ({"rope_scaling": {"rope_type": [1], "factor": 2}}, r"\[1\]"),
     "a factor without a type": ({"rope_scaling": {"factor": 2.0}}, "no rope_type"),
+    "a factor below zero": (
+        {"rope_scaling": {"rope_type": "linear", "factor": -2}},
+        "factor of RoPE.*-2",
+    ),
+    "a factor that is a text": ({"rope_scaling": {**YARN, "factor": "4"}}, "factor of RoPE.*'4'"),
     "yarn without a factor": ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
     "two rope types": ({"rope_scaling": {**YARN, "type": "linear"}}, "'yarn' and 'linear'"),
     "two thetas": ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is stated twice"),

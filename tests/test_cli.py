@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import talking_model
 
 from ahn_mlx import __version__
 from ahn_mlx.cli import COMMANDS
@@ -151,6 +152,16 @@ def test_interrupt_while_generating() -> None:
     assert b"Traceback" not in err
     assert b"| generation " in err
     assert b"generation 0 tokens" not in err
+
+
+def test_streams_may_be_closed(tmp_path: Path) -> None:
+    # Then a file that is opened would get the number of a stream.
+    model = talking_model("qwen2-gdn", tmp_path / "model")
+    ask = f"generate --model {model} --prompt Hi --max-tokens 1"
+    for command in (f"{ask} <&-", f"{ask} >&-", f"chat --model {model} </dev/null >&-"):
+        line = ["sh", "-c", f"exec {sys.executable} -m ahn_mlx {command}"]
+        done = subprocess.run(line, env=ENV, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr.decode()
 
 
 @needs_model

@@ -101,6 +101,7 @@ WORKING = [
     (["bench"], ["--context", 9, "--tokens", 2, "--chip", "m1"]),
     (["estimate"], ["--window", 9, "--kv-bits", "8", "--memory", "mamba2", "--chip", "m1"]),
     (["estimate", "--compare", "full,ahn"], ["--window", 9, "--json"]),
+    (["estimate"], ["--chip", "M4-Pro"]),
 ]
 
 
@@ -118,10 +119,11 @@ def test_defaults_are_not_options_that_were_given():
 @pytest.mark.parametrize(
     "options", [["--steps", 0, "--layerwise", 0], ["--random-window"], ["--ahn", GDN / "ahn_only"]]
 )
-def test_train_takes_what_the_checkpoint_keeps(options, tmp_path):
+def test_train_takes_what_the_checkpoint_keeps(options, tmp_path, monkeypatch):
     """Window and sinks are written down, also where steps draw their own."""
+    monkeypatch.chdir(tmp_path)  # where --out is made
     with pytest.raises(AHNError, match="no-such"):
-        run(*train, "--out", tmp_path / "a", "--window", 9, "--sinks", 2, "--base", "no-such")
+        run(*train, "--window", 9, "--sinks", 2, "--base", "no-such", *options)
 
 
 # --- where a model is now ---

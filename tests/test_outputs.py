@@ -295,6 +295,7 @@ def test_a_digest_replaces_nothing(place):
         *digest(place), place / "new.ahn"
     )
     assert "--append" in refuse(*digest(place), place / "book.ahn")
+    assert "is a directory" in refuse(*digest(place), ".")
     shutil.copy(place / "book.txt", place / "text.ahn")
     assert "is not a memory" in refuse(*digest(place, "--append"), place / "text.ahn")
     assert (place / "new.ahn.partial").read_text() == "precious"

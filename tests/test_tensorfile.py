@@ -147,6 +147,13 @@ def test_header_length(tmp_path, length):
         read_header(write(tmp_path / "a.safetensors", {"a": tensor()}, b"12345678", length))
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(AHNError, match=r"model\.safetensors: is a pointer of git-lfs"):
+        read_header(file)
+
+
 def test_header_is_not_read_when_too_long(tmp_path):
     """A sparse file of 1 TB whose header claims all of it costs nothing."""
     file = write(tmp_path / "model.safetensors", b"", b"", 2**40 - 8)

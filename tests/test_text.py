@@ -51,7 +51,10 @@ def test_line_ends_of_windows_and_old_macs(tmp_path):
         (b"{\\rtf1\\ansi", "RTF"),
         (b"\x1f\x8b\x08\0", "gunzip"),
         (b"\x89PNG\r\n\x1a\n\0\0", r"binary file.*byte 8 is NUL"),
-        (b"caf\xe9", r"not UTF-8 text \(byte 3\).*iconv"),
+        (b"caf\xe9", r"not UTF-8 text \(byte 3\).*from what it is.*iconv"),
+        ("\u4e16 caf\u00e9".encode()[1:], "begins within a character of UTF-8; cut off 2 bytes"),
+        (b"\x93quoted\x94", r"not UTF-8 text \(byte 0\).*iconv"),
+        (b"\x93quoted", r"not UTF-8 text \(byte 0\).*iconv"),
         ("caf\u00e9 \u4e16".encode()[:-1], "cut off within a character"),
         ("h\u00e9".encode("utf-16")[:-1], "not UTF-16 text to its end"),
         (b"\xff\xfe\x00\xd8\x00\x00", r"not UTF-16 text \(byte 2\)"),
@@ -100,6 +103,14 @@ def test_jsonl_is_split_at_line_feeds_only(tmp_path, sign):
 def test_jsonl_of_two_files_with_byte_order_marks(tmp_path):
     line = '\ufeff{"text": "one\\r\\ntwo"}\n'
     assert list(read_texts(file(tmp_path, (line * 2).encode(), "a.JSONL"))) == ["one\ntwo"] * 2
+
+
+def test_json_by_its_other_names_is_not_read_as_a_text(tmp_path):
+    line = b'{"text": "one"}\n'
+    for name in ("a.ndjson", "a.json"):
+        assert list(read_texts(file(tmp_path, line * 2, name))) == ["one", "one"]
+    with pytest.raises(AHNError, match=r"b\.json: line 1 is a list, not an object"):
+        list(read_texts(file(tmp_path, b'["one"]', "b.json")))
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,10 @@ def _rope_of(file: Path, config: dict[str, Any], given: dict[str, Any]) -> dict[
         if any(x != stated[0] for x in stated):
             two = f"{show(stated[0])} and {show(stated[-1])}"
             raise AHNError(f"{file}: {name} is stated twice, as {two}; remove one")
-    if scaling.get("factor") is not None and not kinds:
+    factor: Any = scaling.get("factor")
+    if factor is not None and not (type(factor) in (int, float) and 0 < factor < math.inf):
+        raise AHNError(f"{file}: factor of RoPE must be a positive number, not {show(factor)}")
+    if factor is not None and not kinds:
         raise AHNError(f"{file}: rope_scaling has a factor and no rope_type")
     found: dict[str, Any] = {"rope_scaling": None}
     if thetas:

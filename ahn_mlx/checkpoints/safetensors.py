@@ -79,6 +79,8 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int]:
         start = f.read(8)
         if len(start) < 8:
             raise _broken(file, f"it has {size} bytes")
+        if start == b"version ":
+            raise AHNError(f"{file}: is a pointer of git-lfs; git lfs pull fetches the file")
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
             raise _broken(file, f"its header claims {length} bytes")

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -50,9 +51,29 @@ class Lazy(click.Group):
         )
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, args = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_repeats(command, click.Context(command, ctx, name), args)
+        return name, command, args
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+def _refuse_repeats(command: click.Command, ctx: click.Context, args: list[str]) -> None:
+    """Of an option given twice click takes the last: of two texts one would not be read."""
+    try:
+        _, _, given = command.make_parser(ctx).parse_args(list(args))
+    except click.UsageError:  # which the command is about to say
+        return
+    for parameter in given:
+        once = isinstance(parameter, click.Option) and not (parameter.multiple or parameter.is_flag)
+        if once and given.count(parameter) > 1:
+            raise AHNError(f"{max(parameter.opts, key=len)} is given twice; give it once")
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +91,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command; errors become one line and an exit code."""
+    _open_streams()
     _tolerate()
     try:
         code = cli.main(prog_name="ahn-mlx", standalone_mode=False)
@@ -90,6 +112,15 @@ def main() -> None:
     except OSError as e:
         code = _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e))
     sys.exit(code or 0)
+
+
+def _open_streams() -> None:
+    """Streams that the caller has closed lead nowhere. Else the next file that is opened takes
+    their number: MLX takes 0 for a failure, and what is printed would go into it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115, stays open
+            setattr(sys, name, nowhere)
 
 
 def _tolerate() -> None:

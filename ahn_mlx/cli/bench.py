@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..errors import AHNError
 from ..measure.chips import CHIPS
-from .estimate import config_of, print_table
+from .estimate import CHIP, config_of, print_table
 from .generate import warn_slow
 from .options import check_numbers, load_model, loading_options, needs_memory
 
@@ -18,7 +18,7 @@ from .options import check_numbers, load_model, loading_options, needs_memory
 @loading_options
 @click.option("--context", default=2048, show_default=True, help="Tokens read first.")
 @click.option("--tokens", default=32, show_default=True, help="Tokens decoded.")
-@click.option("--chip", type=click.Choice(list(CHIPS)), help="Also give this one's bounds.")
+@click.option("--chip", type=CHIP, help="Also give this one's bounds.")
 @needs_memory
 def bench(**options: Any) -> None:
     """Read random tokens, decode some, and print what was measured beside what was counted.

@@ -56,7 +56,7 @@ def digest(**options: Any) -> None:
     """
     check_numbers(options)
     out: Path = options["out"]
-    partial = out.with_name(f"{out.name}.partial")
+    partial = out.parent / f"{out.name}.partial"  # "." has no name
     _check_out(out, partial, options["append"])
     text = read_document(options["prompt_file"], has_prompt=False)
     if not text.strip():

@@ -14,6 +14,7 @@ from ..model.config import PUBLISHED_NAMES
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
 from .options import DEFAULT, check_numbers, force_option, no_effect
 
+CHIP = click.Choice(list(CHIPS), case_sensitive=False)
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 64)  # GB
 USABLE = 0.75  # of a Mac's memory that Metal gives to one process by default
@@ -50,7 +51,7 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 @click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Of a quantized window.")
 @click.option("--weight-bits", type=click.Choice(["16", "8", "4"]), default="4", show_default=True)
 @click.option("--compare", default="full,window,ahn", show_default=True, help="Of these three.")
-@click.option("--chip", type=click.Choice(list(CHIPS)), help="Give bounds for this one.")
+@click.option("--chip", type=CHIP, help="Give bounds for this one.")
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
 @click.option("--json", "as_json", is_flag=True, help="Numbers in bytes and FLOPs.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of costs by context.")

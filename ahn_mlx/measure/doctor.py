@@ -129,9 +129,11 @@ def _compile() -> Finding:
     x = mx.arange(8, dtype=mx.float32)
     try:
         mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(x))
-    except RuntimeError:
+    except RuntimeError as e:
         # On the CPU MLX calls g++; one that cannot compile stops every compiled function.
-        return Finding("compile", "fails", "export MLX_DISABLE_COMPILE=1, or mend g++")
+        reason = " ".join(str(e).split())[:200]
+        mend = "export MLX_DISABLE_COMPILE=1, or mend g++ or TMPDIR"
+        return Finding("compile", f"fails ({reason})", mend)
     if default_dtype() is not None and shutil.which("g++") is None:
         return Finding("compile", "without fusion: no g++", _g_plus_plus())
     return Finding("compile", "works")

@@ -144,7 +144,11 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
     """Facts, dtype and shape of each array, and the header's metadata; nothing but the header
     is read."""
     if not file.is_file():
-        raise AHNError(f"{file}: no such file; ahn-mlx digest writes one")
+        what = "is a directory, not a memory" if file.is_dir() else "no such file"
+        raise AHNError(f"{file}: {what}; ahn-mlx digest writes one")
+    with file.open("rb") as f:
+        if f.read(9)[8:] not in (b"{", b""):  # where each header begins
+            raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")
     header, metadata = read_header_and_metadata(file)
     if "ahn" not in metadata:
         raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")

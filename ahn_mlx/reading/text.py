@@ -31,6 +31,8 @@ NO_TEXT = {
     b"{\\rtf": "an RTF document; save it as plain text",
     b"\x1f\x8b": "compressed; gunzip it first",
 }
+# The last is also used of other JSON, which is named rather than trained on as a text.
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 def read_document(file: str | None, has_prompt: bool) -> str:
@@ -59,11 +61,11 @@ def read_file(file: str | Path) -> str:
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """The text of a file, or those of a .jsonl file: an object with "text" in each line.
+    """The text of a file, or those of a file of JSON: an object with "text" in each line.
 
     Raises AHNError, naming the file and the line.
     """
-    if file.suffix.lower() != ".jsonl":
+    if file.suffix.lower() not in JSON_LINES:
         yield read_file(file)
         return
     # At line feeds only: other line ends may stand within a string.
@@ -132,11 +134,24 @@ def decode(data: bytes, name: str) -> str:
             raise AHNError(
                 f"{name}: not {encoding} text to its end, it is cut off within a character"
             ) from None
-        mend = "" if mark else "; convert it: iconv -f latin1 -t utf-8"
+        if not mark and (begin := _begin_of_text(data)):
+            why = f"begins within a character of UTF-8; cut off {begin} bytes"
+            raise AHNError(f"{name}: {why}") from None
+        mend = "" if mark else "; convert it from what it is, as iconv -f WINDOWS-1252 -t utf-8"
         raise AHNError(f"{name}: not {encoding} text (byte {e.start:,}){mend}") from None
     if "\0" in text:
         raise AHNError(f"{name}: is a binary file, not text (character {text.index(chr(0)):,})")
     return text
+
+
+def _begin_of_text(data: bytes) -> int:
+    """How many bytes of a character stand before UTF-8 text, as `tail -c` leaves them."""
+    begin = next((n for n, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
+    try:
+        rest = data[begin:].decode()
+    except UnicodeDecodeError:
+        return 0
+    return begin if not rest.isascii() else 0
 
 
 def _unmarked(data: bytes) -> str:
