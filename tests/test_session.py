@@ -137,7 +137,14 @@ def test_stopping_between_steps_and_inside_of_one(loaded):
     other.read_ids(ids[32:])
     assert same(session, other)
     model = session.model
-    session.model = lambda *_, **__: 1 / 0  # type: ignore[assignment, return-value]
+
+    class Broken:
+        args = model.args
+
+        def __call__(self, *_, **__):
+            return 1 / 0
+
+    session.model = Broken()
     with pytest.raises(ZeroDivisionError):
         session.read_ids(ids)
     session.model = model
@@ -183,6 +190,25 @@ def test_a_conversation_is_what_the_chat_template_says(loaded):
     messages += [{"role": "assistant", "content": "A."}, {"role": "user", "content": "B?"}]
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert whole == expected + "A." + tokenizer.decode(session._question("B?"))
+
+
+def test_what_comes_while_a_session_answers_is_not_lost(loaded):
+    session, other = new(loaded), new(loaded)
+    for one in (session, other):
+        one.read(TEXT)
+    answer = session.ask("Why?", max_tokens=3)
+    next(answer)
+    for act in (lambda: session.read("more"), session.ask("And?").__next__):
+        with pytest.raises(AHNError, match="is answering"):
+            act()
+    assert "".join(session.fork().ask("Why?", max_tokens=3)) == "".join(
+        other.fork().ask("Why?", max_tokens=3)
+    )
+    answer.close()
+    next(other.ask("Why?", max_tokens=3))  # dropped, which closes it
+    for one in (session, other):
+        one.read("more")
+    assert same(session, other)
 
 
 def test_forks_answer_at_once_from_several_threads(directories):

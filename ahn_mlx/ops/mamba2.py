@@ -110,9 +110,10 @@ def chunked(
     added = (v * ratio[..., -1, :, None]).swapaxes(-1, -2) @ kn  # [.., N, value, key]
     read_keys, carry = qn * since_start, since_start[..., -1:, :]
     M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
-    states = []
-    for carried, more in zip(each(carry), each(added), strict=True):
-        states.append(M)
+    outputs = []
+    # Reading all chunks at once would hold every state, and took twice as long on the CPU.
+    parts = zip(*map(each, (read_keys, inside, carry, added)), strict=True)
+    for queries, own, carried, more in parts:
+        outputs.append(mx.addmm(own, queries, M.swapaxes(-1, -2)))
         M = M * carried + more
-    before = mx.stack(states, axis=3).swapaxes(-1, -2)
-    return from_chunks(mx.addmm(inside, read_keys, before), T), M.reshape(B, H, D, D)
+    return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)

@@ -90,6 +90,7 @@ class Session:
         # (the end of the answer has been read too) or "cut" (it has not).
         self.turn = "start"
         self._whole = True  # no layer is ahead of another
+        self._answering = False  # what is read or asked meanwhile would be lost
 
     @property
     def tokens(self) -> int:
@@ -103,6 +104,7 @@ class Session:
 
     def read(self, text: str, progress: Callable[[int], None] = lambda read: None) -> None:
         """Read more of the user's message. progress: called with tokens read of this text."""
+        self._check()
         self.read_ids(self.encode(text), progress)
 
     def opening(self) -> Pieces:
@@ -167,6 +169,7 @@ class Session:
             raise AHNError("nothing to continue; read a text or ask a question first")
         caches = _fork(self.caches)
         finish, said = "", 0
+        self._answering = True
         try:
             for response in stream_generate(
                 self.model,
@@ -182,6 +185,8 @@ class Session:
                 yield response.text
         except GeneratorExit:
             pass
+        finally:
+            self._answering = False
         if said:
             # What is left to compute belongs to this thread; the next question may not.
             mx.eval([c.state for c in caches])
@@ -204,6 +209,7 @@ class Session:
         """Another session with the same past. It costs nothing until one of them goes on."""
         other = copy.copy(self)
         other.caches, other.pending = _fork(self.caches), list(self.pending)
+        other._answering = False
         return other
 
     def save(self, path: str | Path, **facts: Any) -> None:
@@ -250,6 +256,10 @@ class Session:
     def _check(self) -> None:
         if not self._whole:
             raise AHNError("the session was interrupted inside of a step; load or make another")
+        if self._answering:
+            raise AHNError(
+                "the session is answering; take its answer to the end, close it, or fork first"
+            )
 
     def _question(self, question: str) -> list[int]:
         """Token ids from here to where the answer begins."""
