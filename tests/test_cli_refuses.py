@@ -57,6 +57,7 @@ def refused(*args: str, stdin: bytes = b"") -> str:
         (["generate", "--prompt-file", "-"], "the prompt is empty"),
         (["generate", "--prompt-file", "no-such.txt"], "no-such.txt: No such file"),
         (["generate", "--prompt-file", "."], "Is a directory"),
+        (["digest", "--prompt-file", "a", "--prompt-file", "b", "-o", "c"], "given twice"),
         (["generate", "--prompt", "Hi", "--model", "no-such"], "no model directory no-such"),
     ],
 )

@@ -97,8 +97,12 @@ def answer(url, n):
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)["choices"][0]["text"]
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)["choices"][0]["text"]
+        except ConnectionResetError:  # five may wait to be accepted there
+            time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -531,8 +531,9 @@ def test_compare_command(place, tmp_path):
     model = tmp_path / "model"
     convert(GDN / "base", GDN / "ahn_only", model)
     shutil.copytree(place / "tokenizer", model, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "ahn_mlx", "compare", "--model", model, "--text"]
-    command += [place / "held.txt", "--segments", "3", "--seq-len", "128"]
+    whole = [sys.executable, "-m", "ahn_mlx", "compare", "--model", model]
+    whole += ["--text", place / "held.txt"]
+    command = [*whole, "--segments", "3", "--seq-len", "128"]
     done = subprocess.run(
         [*map(str, command), "--json", "--plot", str(tmp_path / "a.png")],
         capture_output=True,
@@ -546,7 +547,7 @@ def test_compare_command(place, tmp_path):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100)
     assert f"KL with memory is {facts['kl_ratio']:.3f}" in done.stdout
     done = subprocess.run(
-        [*map(str, command), "--stream", "1000", "--stream-from", "500"],
+        [*map(str, whole), "--stream", "1000", "--stream-from", "500"],
         capture_output=True,
         text=True,
         timeout=100,

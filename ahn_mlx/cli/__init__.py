@@ -65,14 +65,14 @@ class Lazy(click.Group):
 
 
 def _refuse_repeats(command: click.Command, ctx: click.Context, args: list[str]) -> None:
-    """Of an option given twice click takes the last: of two texts one would not be read."""
+    """Of an option given twice click takes the last, as people expect; but of two texts one
+    would not be read."""
     try:
         _, _, given = command.make_parser(ctx).parse_args(list(args))
     except click.UsageError:  # which the command is about to say
         return
     for parameter in given:
-        once = isinstance(parameter, click.Option) and not (parameter.multiple or parameter.is_flag)
-        if once and given.count(parameter) > 1:
+        if parameter.name in ("prompt_file", "text") and given.count(parameter) > 1:
             raise AHNError(f"{max(parameter.opts, key=len)} is given twice; give it once")
 
 

@@ -88,8 +88,8 @@ def _group(name: str, x: mx.array) -> str:
     if x.ndim < 2:
         return "vectors"
     if ".self_attn.ahn." in name:
-        # The output's gate and projection, and what reads with a query of its own.
-        reads = any(part in name for part in (".g_proj.", ".o_proj.", ".q_proj."))
+        # The output's projection, and what reads with a query of its own.
+        reads = any(part in name for part in (".o_proj.", ".q_proj."))
         return "readout" if reads else "gates"
     if ".self_attn." in name:
         return "projections"
