@@ -79,10 +79,10 @@ def test_a_decoded_token_of_an_8_bit_window():
 def test_prefill(kind, most):
     """2,048 tokens behind a full window; a plain layer takes 27."""
     assert sum(step(kind, "clamped", True, 2048).values()) <= most
-    assert sum(step(kind, "clamped", False, 2048).values()) <= 240
+    assert sum(step(kind, "clamped", False, 2048).values()) <= 260
 
 
-@pytest.mark.parametrize(("kind", "most"), [*zip(KINDS, (1100, 960, 730), strict=True)])
+@pytest.mark.parametrize(("kind", "most"), [*zip(KINDS, (1100, 960, 750), strict=True)])
 def test_training(kind, most):
     """2,048 tokens, forward and backward; in chunks of 32 and tiles of 64 it was 4,000."""
     assert sum(training(kind, "clamped").values()) <= most

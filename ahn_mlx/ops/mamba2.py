@@ -114,6 +114,6 @@ def chunked(
     # Reading all chunks at once would hold every state, and took twice as long on the CPU.
     parts = zip(*map(each, (read_keys, inside, carry, added)), strict=True)
     for queries, own, carried, more in parts:
-        outputs.append(mx.addmm(own, queries, M.swapaxes(-1, -2)))
+        outputs.append(queries @ M.swapaxes(-1, -2) + own)
         M = M * carried + more
     return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
