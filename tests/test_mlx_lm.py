@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -65,9 +67,9 @@ def test_prompts_are_not_cached_for_nothing(loud, tmp_path):
     assert "use ahn-mlx digest, then ahn-mlx ask" in result.stderr.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def server(loud):
-    """The URL of mlx_lm.server, a real process."""
+@contextmanager
+def serving(loud):
+    """The URL of a new mlx_lm.server, a real process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -89,9 +91,12 @@ def server(loud):
 
 
 def answer(url, n):
-    """What the n-th of some prompts of 1 to 90 characters is continued with."""
-    prompt = "The whale swam on and on, past islands of ice and ships of wood. " * 2
-    body = {"prompt": prompt[: 1 + n * 37 % 90], "max_tokens": 8 + n % 5 * 7, "temperature": 0}
+    """What the n-th of some prompts of 1 to 90 characters is continued with. None begins as
+    another does: where a prompt is one that it has kept, mlx-lm's server ends its thread."""
+    text = (
+        chr(ord("a") + n) + "he whale swam on and on, past islands of ice and ships of wood. " * 2
+    )
+    body = {"prompt": text[: 1 + n * 37 % 90], "max_tokens": 8 + n % 5 * 7, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/v1/completions",
         json.dumps(body).encode(),
@@ -101,14 +106,16 @@ def answer(url, n):
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 return json.load(response)["choices"][0]["text"]
+        except urllib.error.HTTPError as e:
+            raise AssertionError(e.read()) from None
         except ConnectionResetError:  # five may wait to be accepted there
             time.sleep(0.1)
 
 
 @pytest.mark.slow
-def test_a_server_answers_many_at_once_as_each_alone(server):
-    alone = [answer(server, n) for n in range(24)]
-    assert len(set(alone)) > 12
-    with ThreadPoolExecutor(24) as pool:
-        together = list(pool.map(lambda n: answer(server, n), range(24)))
-    assert together == alone
+def test_a_server_answers_many_at_once_as_each_alone(loud):
+    with serving(loud) as url, ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(lambda n: answer(url, n), range(24)))
+    with serving(loud) as url:
+        alone = [answer(url, n) for n in range(24)]
+    assert together == alone and len(set(alone)) > 12
