@@ -13,7 +13,7 @@ from checkpoints import talking_model
 
 from ahn_mlx import __version__
 from ahn_mlx.cli import COMMANDS
-from ahn_mlx.cli.digest import stop_between_steps
+from ahn_mlx.cli.terminal import stop_between_steps
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "ahn_mlx" / "demo" / "pride-and-prejudice.txt"

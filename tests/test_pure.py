@@ -4,9 +4,10 @@ model with caches."""
 import mlx.core as mx
 import pytest
 from checkpoints import GOLDEN
+from mlx_lm.models.llama import Model, ModelArgs
 from test_batch import VARIANTS, tiny
 
-from ahn_mlx import AHNError, load_model
+from ahn_mlx import AHNConfig, AHNError, augment, load_model
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.model.pure import initial_state, pure_step
 
@@ -45,10 +46,6 @@ def test_exported_steps_equal_the_model(variant, tmp_path):
 
 def test_sixty_four_tokens_at_once(tmp_path):
     """A window of 80, so that 64 fit; clamped sinks; two rows at different places."""
-    from mlx_lm.models.llama import Model, ModelArgs
-
-    from ahn_mlx import AHNConfig, augment
-
     args = ModelArgs("llama", 32, 2, 32, 4, rms_norm_eps=1e-5, vocab_size=256)
     model = augment(Model(args), AHNConfig(window=80, sinks=3, sink_positions="clamped"))
     step = written(model, 64, initial_state(model), tmp_path / "64.mlxfn")
@@ -64,3 +61,20 @@ def test_sixty_four_tokens_at_once(tmp_path):
 def test_full_attention_has_no_fixed_size():
     with pytest.raises(AHNError, match="layers 0 keep full attention"):
         pure_step(tiny(fa_layer_ids=(0,)))
+
+
+def test_one_token_writes_in_place():
+    """A window of 16 MB: what one more token takes is a small part of it."""
+    args = ModelArgs("llama", 64, 1, 32, 1, rms_norm_eps=1e-5, vocab_size=256)
+    model = augment(Model(args), AHNConfig(window=32768, sinks=8))
+    mx.eval(model.parameters())
+    step, state = pure_step(model), initial_state(model)
+    mx.eval(state)
+    for at in range(6):
+        if at == 3:
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+        token, place = mx.array([[at]]), mx.array([at])
+        logits, *state = step(token, place, mx.array([1]), *state)
+        mx.eval(logits, state)
+    assert mx.get_peak_memory() - before < state[0].nbytes / 2

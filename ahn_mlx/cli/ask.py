@@ -10,9 +10,9 @@ import click
 
 from ..errors import AHNError
 from ..reading.text import typed_line
-from .digest import load_as_read, stop_between_steps
-from .generate import say, warn_slow
+from .digest import load_as_read
 from .options import check_numbers, needs_memory, sampling_options
+from .terminal import say, stop_between_steps, warn_slow
 
 
 @click.command()

@@ -1,17 +1,15 @@
 """ahn-mlx bench: what a model really takes on this machine, beside what was counted."""
 
-import sys
 import time
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from ..errors import AHNError
 from ..measure.chips import CHIPS
 from .estimate import CHIP, config_of, print_table
-from .generate import warn_slow
 from .options import check_numbers, load_model, loading_options, needs_memory
+from .terminal import progress_bar, warn_slow
 
 
 @click.command()
@@ -46,7 +44,7 @@ def bench(**options: Any) -> None:
     cache = model.make_cache()
     mx.reset_peak_memory()
     start = time.perf_counter()
-    with tqdm(total=context, unit=" tokens", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress_bar(context, "reading", "tokens") as bar:
         for at in range(0, context, prefill_step()):
             n = min(prefill_step(), context - at)
             model(mx.random.randint(0, 256, (1, n)), cache=cache)

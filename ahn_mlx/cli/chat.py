@@ -11,8 +11,6 @@ from ..errors import AHNError
 from ..outputs.files import OutFile
 from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
-from .digest import stop_between_steps
-from .generate import say, warn_slow
 from .options import (
     check_numbers,
     is_given,
@@ -23,6 +21,7 @@ from .options import (
     sampling_options,
     window_bits_options,
 )
+from .terminal import say, stop_between_steps, warn_slow
 
 HELP = """/read FILE    read a text as part of the conversation
 /save FILE    write the conversation's memory

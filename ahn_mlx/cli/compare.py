@@ -1,12 +1,10 @@
 """ahn-mlx compare: what a memory is worth on a text."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
@@ -20,6 +18,7 @@ from .options import (
     needs_memory,
     no_effect,
 )
+from .terminal import progress_bar
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison, Stretch
@@ -91,7 +90,7 @@ def compare(**options: Any) -> None:
             f"{options['text']}: {len(ids):,} tokens are less than {count} segments of {L:,};"
             " use fewer or shorter ones"
         )
-    with _bar(count, "segments") as bar:
+    with progress_bar(count, "comparing", "segments") as bar:
         result = measure.compare(
             model,
             measure.segments(ids, begin, L, count),
@@ -108,7 +107,7 @@ def _stream(model: Any, ids: Any, options: dict[str, Any], out: OutFile | None) 
     n, first = options["tokens"], options["stream_from"]
     if ids.size < n or not 0 <= first < n - 1:
         raise AHNError(f"--stream {n} from {first}: the text has {ids.size:,} tokens")
-    with _bar(2 * (n - 1), "tokens") as bar:
+    with progress_bar(2 * (n - 1), "comparing", "tokens") as bar:
         result = stream(model, ids[None, :n], first, bar.update)
     if options["as_json"]:
         click.echo(json.dumps([s._asdict() for s in result], indent=2))
@@ -179,15 +178,3 @@ def _plot(out: OutFile, positions: list[int], curves: dict[str, list[float]], la
     axes.set(xlabel="position", ylabel=f"{label} (nats per token)")
     axes.legend()
     save_picture(figure, out, 120)
-
-
-def _bar(total: int, unit: str) -> Any:
-    return tqdm(
-        total=total,
-        desc="comparing",
-        unit=f" {unit}",
-        unit_scale=unit == "tokens",
-        disable=not sys.stderr.isatty(),
-        leave=False,
-        dynamic_ncols=True,
-    )

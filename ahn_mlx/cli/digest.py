@@ -3,21 +3,16 @@
 import hashlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from ..errors import AHNError
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
 from ..reading.text import read_document
-from .generate import say, warn_slow
 from .options import (
     check_numbers,
     is_given,
@@ -27,6 +22,7 @@ from .options import (
     no_effect,
     template_options,
 )
+from .terminal import progress_bar, say, stop_between_steps, warn_slow
 
 
 @click.command()
@@ -96,7 +92,7 @@ def digest(**options: Any) -> None:
     opening = tuple(facts.get("opening", opening))
     ids, done = session.encode(text, opening), facts.get("done", 0)
     session = resumed or session
-    with stop_between_steps() as check, _bar(len(ids), done) as bar:
+    with stop_between_steps() as check, progress_bar(len(ids), "reading", "tokens", done) as bar:
         try:
             for at in range(done, len(ids), options["checkpoint_every"]):
                 block = ids[at : at + options["checkpoint_every"]]
@@ -177,43 +173,3 @@ def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]
         return None, {}
     say(f"going on after {facts['done']:,} tokens")
     return resumed, facts
-
-
-@contextmanager
-def stop_between_steps() -> Iterator[Any]:
-    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed or the terminal
-    closed, at a moment when it breaks nothing. A second Ctrl-C does not wait."""
-    pressed = False
-
-    def note(*_: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    heard = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup
-    for number in heard:
-        signal.signal(number, note)
-    try:
-        yield check
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-
-
-def _bar(total: int, done: int) -> Any:
-    return tqdm(
-        total=total,
-        initial=done,
-        desc="reading",
-        unit=" tokens",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-        dynamic_ncols=True,
-    )

@@ -5,10 +5,8 @@ import sys
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from ..errors import AHNError
-from ..platform import BLAS, BLAS_COMMANDS, default_dtype
 from ..reading.text import read_document
 from .options import (
     check_numbers,
@@ -19,6 +17,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
+from .terminal import progress_bar, say, warn_slow
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -88,15 +87,7 @@ def _stream(run: Any) -> int:
     """Print the answer as it comes; the exit code."""
     code = 0
     last = ""
-    bar = tqdm(
-        total=len(run.prompt),
-        desc="reading",
-        unit=" tokens",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-        dynamic_ncols=True,
-    )
+    bar = progress_bar(len(run.prompt), "reading", "tokens")
 
     def progress(read: int, cache_bytes: int) -> None:
         bar.set_postfix_str(f"cache {cache_bytes / 1e6:.1f} MB", refresh=False)
@@ -117,12 +108,3 @@ def _stream(run: Any) -> int:
         print(flush=True)
     say(run.summary())
     return code
-
-
-def warn_slow() -> None:
-    if not BLAS.fast and default_dtype() is not None:
-        say(f"note: reading will be slow ({BLAS.name}); {' or '.join(BLAS_COMMANDS)}")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

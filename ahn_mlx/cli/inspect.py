@@ -7,8 +7,8 @@ import click
 from ..outputs.files import OutFile
 from ..reading.text import read_document
 from .ask import load_session
-from .generate import say
 from .options import force_option, needs_memory
+from .terminal import say
 
 
 @click.command()

@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
 from ..platform import enough_memory
-from .digest import stop_between_steps
-from .generate import say
 from .options import no_effect
+from .terminal import progress_bar, say, stop_between_steps
 
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
@@ -124,7 +122,10 @@ def train(**options: Any) -> None:
             output.write_checkpoint(out, model, base, options)
             output.write_curves(out)
 
-    with stop_between_steps() as check, _bar(settings.steps, trainer.step) as bar:
+    with (
+        stop_between_steps() as check,
+        progress_bar(settings.steps, "training", "steps", trainer.step) as bar,
+    ):
         try:
             if trainer.step == 0:
                 save()
@@ -165,14 +166,3 @@ def _check(options: dict[str, Any]) -> None:
         )
     if options["random_window"] and options["seq_len"] < 64:
         raise AHNError(f"--random-window needs --seq-len of at least 64, not {options['seq_len']}")
-
-
-def _bar(total: int, done: int) -> Any:
-    return tqdm(
-        total=total,
-        initial=done,
-        desc="training",
-        unit=" steps",
-        disable=not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    )

@@ -74,7 +74,7 @@ def smollm2_base() -> Loaded:
     file = GGUFile(smollm2_gguf())
     # Its tensors are expanded, so that it is a plain model.
     config, _ = describe(file.file)
-    base = build_base({k: v for k, v in config.items() if not k.startswith("quantization")})
+    base = build_base(config)
     try:
         base.load_weights(list(file.expanded().items()), strict=True)
     except ValueError as e:
