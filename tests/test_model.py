@@ -201,3 +201,20 @@ def test_smollm2_equals_plain_mlx_lm_in_the_window():
     assert ids.size > 400
     assert mx.abs(model(ids[None]) - plain(ids[None])).max() < 1e-3
     assert greedy(model, ids, 32) == greedy(plain, ids, 32)
+
+
+@pytest.mark.parametrize("wrong_from", [0, 1000])
+def test_a_rope_that_needs_numbers_is_refused_wherever_it_differs(wrong_from):
+    """An array of positions must mean what a number does, near and far."""
+
+    class Rope(nn.RoPE):
+        def __call__(self, x, offset=0):
+            if isinstance(offset, mx.array):
+                offset = mx.minimum(offset, wrong_from)
+            return super().__call__(x, offset=offset)
+
+    args = llama.ModelArgs("llama", 32, 1, 32, 4, rms_norm_eps=1e-5, vocab_size=64)
+    model = llama.Model(args)
+    model.layers[0].self_attn.rope = Rope(8)
+    with pytest.raises(AHNError, match="cannot run here, it needs positions as numbers"):
+        augment(model, AHNConfig(window=8, sinks=2))

@@ -9,6 +9,7 @@ from test_cache import update
 
 from ahn_mlx.errors import AHNError
 from ahn_mlx.model.cache import AHNCache
+from ahn_mlx.model.trace import Trace
 from ahn_mlx.ops.window import attend
 
 D = 64
@@ -97,3 +98,14 @@ def test_bytes_of_qwen_3b_at_128k(bits, bound):
     held = [x for x in ours.state if isinstance(x, mx.array)]
     assert sum(x.nbytes for x in held) <= ours.nbytes  # nothing is left out
     assert ours.nbytes <= bound * full.nbytes
+
+
+def test_what_the_memory_did_is_still_known_and_mlx_lm_may_ask_again():
+    cache = AHNCache(8, 2)
+    cache.update(*(mx.random.normal((1, 1, 20, w)) for w in (64, 64, 1)))
+    cache.trace = Trace.start(1)
+    packed = cache.to_quantized(group_size=64, bits=8)
+    assert packed.trace is cache.trace and packed.offset == 20
+    assert packed.to_quantized(group_size=64, bits=8) is packed
+    with pytest.raises(AHNError, match="8 bits in groups of 64 already"):
+        packed.to_quantized(group_size=64, bits=4)
