@@ -231,6 +231,20 @@ print(together == 6 * [ask(n) for n in range(4)], len(set(together)) > 1)
     assert done.returncode == 0 and done.stdout == "True True\n", done.stderr
 
 
+def test_threads_that_answered_leave_a_process_that_can_end(directories):
+    """MLX's own threads outlive those that made them, which ends a process by a signal."""
+    program = f"""
+import ahn_mlx
+from concurrent.futures import ThreadPoolExecutor
+session = ahn_mlx.Session(*ahn_mlx.load({str(directories[VARIANTS[0]])!r}))
+session.read("It is a truth universally acknowledged. " * 20)
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda n: "".join(session.fork().ask("Who?", max_tokens=8)), range(8)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_asynchronous(loaded):
     one, other = new(loaded), new(loaded)
     for s in (one, other):
