@@ -7,18 +7,25 @@ import click
 from ..outputs.files import OutFile
 from ..reading.text import read_document
 from .ask import load_session
-from .options import force_option, needs_memory
+from .command import Command, FilePath, Word
+from .options import (
+    force_option,
+    memory_option,
+    moved_model_option,
+    needs_memory,
+    quiet_option,
+)
 from .terminal import say
 
 
-@click.command()
-@click.option(
-    "--memory", "file", required=True, type=click.Path(path_type=Path), help="From ahn-mlx digest."
-)
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Page to write.")
+@click.command(cls=Command)
+@click.argument("file", cls=Word, needed=True, metavar="FILE")
+@memory_option
+@click.option("-o", "--out", required=True, type=FilePath(), help="Page to write, .html.")
 @click.option("--text", metavar="FILE", help="What was digested first, to quote from it.")
-@click.option("--model", "name", help="Where the model is now. Default: as when digested.")
+@moved_model_option
 @force_option
+@quiet_option
 @needs_memory
 def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bool) -> None:
     """Draw what a memory holds: one HTML page that needs no network.
@@ -27,8 +34,8 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     written, and how much of the output it makes. Over the text: where it wrote most.
 
     \b
-    ahn-mlx inspect --memory book.ahn -o report.html
-    ahn-mlx inspect --memory book.ahn --text book.txt -o report.html
+    ahn-mlx inspect book.ahn -o report.html
+    ahn-mlx inspect book.ahn --text book.txt -o report.html
     """
     from ..reading.inspect import is_page, page
     from ..reading.memoryfile import read_facts
@@ -38,7 +45,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     target = OutFile(out, "a page of inspect", is_page, reads, force)
     target.check()
     quoted = None if text is None else read_document(text, has_prompt=False)
-    session = load_session(file, name, None)
+    session = load_session(file, name)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:
         part.write_text(drawn, encoding="utf-8", errors="replace")

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ NO_TEXT = {
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
+def read_documents(files: Sequence[str], has_prompt: bool) -> str:
+    """The text of files, one after the other; of none, what is piped in."""
+    return "\n\n".join(read_document(f, has_prompt) for f in files or (None,))
+
+
 def read_document(file: str | None, has_prompt: bool) -> str:
     """The text of a file; "-" is standard input, and None what is piped in, if anything.
 
@@ -43,7 +48,7 @@ def read_document(file: str | None, has_prompt: bool) -> str:
     if file is None:
         if sys.stdin is None or sys.stdin.isatty():
             if not has_prompt:
-                raise AHNError("nothing to read; give --prompt-file, --prompt or pipe in a text")
+                raise AHNError("nothing to read; give a document, a question, or pipe in a text")
             return ""
         file = "-"
     if file != "-":
