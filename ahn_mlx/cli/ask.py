@@ -10,7 +10,7 @@ import click
 
 from ..errors import AHNError
 from ..reading.text import typed_line
-from .command import Command, FilePath
+from .command import Command
 from .digest import load_as_read
 from .options import (
     check_numbers,
@@ -24,7 +24,9 @@ from .terminal import say, stop_between_steps, warn_slow
 
 @click.command(cls=Command)
 @click.argument("question", required=False, default="")
-@click.option("--memory", "file", required=True, type=FilePath(), help="From ahn-mlx digest.")
+@click.option(
+    "--memory", "file", required=True, type=click.Path(path_type=Path), help="From ahn-mlx digest."
+)
 @moved_model_option
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options

@@ -11,7 +11,7 @@ from ..errors import AHNError
 from ..outputs.files import OutFile
 from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
-from .command import Command, FilePath
+from .command import Command
 from .options import (
     check_numbers,
     is_given,
@@ -43,7 +43,9 @@ HELP = """/read FILE    read a text as part of the conversation
 @sampling_options
 @window_bits_options
 @click.option("--system-prompt", "system", default="", help="System message, kept in the sinks.")
-@click.option("--memory", type=FilePath(), help="Begin with a digested text or saved chat.")
+@click.option(
+    "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
+)
 @needs_memory
 def chat(**options: Any) -> None:
     """Talk without end: the memory of the conversation does not grow.

@@ -4,7 +4,6 @@ What the last version called differently is refused with its new name, what is n
 answered with what is right, and what an option says can be said without it where that is clear.
 """
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,20 +24,10 @@ RENAMED = {
 }
 # Of two of these one would not be read; of other options the last counts, as people expect.
 ONCE = ("file", "memory", "prompt", "text")
+# What may be empty: a name or a file that is, is a variable of the shell that is not set.
+TEXTS = ("prompt", "stop", "system", "words")
 # What editors and web pages make of a hyphen.
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"
-
-
-class FilePath(click.Path):
-    """A path, of which an empty one is none: a variable of a shell that is not set."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("it is empty.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 class Word(click.Argument):
@@ -63,7 +52,7 @@ class Word(click.Argument):
             ctx.params[self.option] = (*before, *value) if option.multiple else value
             ctx.set_parameter_source(self.option, ParameterSource.COMMANDLINE)
         elif self.needed and not _is_typed(ctx, self.option):
-            hint = f"{self.make_metavar(ctx).strip('[].')} (or {spelling(option)})"
+            hint = f"{_name(self)} (or {spelling(option)})"
             raise click.MissingParameter(None, ctx, self, hint)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -76,6 +65,13 @@ class Word(click.Argument):
 def spelling(parameter: click.Parameter) -> str:
     """The long one."""
     return max(parameter.opts, key=len)
+
+
+def _name(parameter: click.Parameter) -> str:
+    """Of an option its spelling, of an argument what the usage calls it."""
+    if isinstance(parameter, click.Option):
+        return spelling(parameter)
+    return (parameter.metavar or parameter.name or "").strip("[].").upper()
 
 
 def _is_typed(ctx: click.Context, name: str) -> bool:
@@ -115,19 +111,21 @@ def _refuse_dashes(args: list[str], options: dict[str, Any]) -> None:
 
 
 def _refuse_lost(parsed: tuple[Any, list[str], list[Any]], options: dict[str, Any]) -> None:
-    """Raise click.UsageError for texts that would not be read, and for a missing value in whose
-    place the next option was taken."""
+    """Raise click.UsageError for texts that would not be read, for a missing value in whose
+    place the next option was taken, and for names that are empty."""
     values, _, given = parsed
     for parameter in given:
+        value = values.get(parameter.name)
+        taken = value if isinstance(value, list | tuple) else [value]
+        if "" in taken and parameter.name not in TEXTS:
+            raise click.UsageError(f"{_name(parameter)} is empty; give a name or leave it out.")
         if not isinstance(parameter, click.Option):
             continue
         if parameter.name in ONCE and not parameter.multiple and given.count(parameter) > 1:
             raise click.UsageError(f"{spelling(parameter)} is given twice; give it once.")
-        value = values.get(parameter.name)
-        for taken in value if isinstance(value, list) else [value]:
-            if taken in options:
-                name = spelling(parameter)
-                raise click.UsageError(f"Option {name!r} requires an argument, before {taken}.")
+        if after := next((t for t in taken if isinstance(t, str) and t in options), None):
+            name = spelling(parameter)
+            raise click.UsageError(f"Option {name!r} requires an argument, before {after}.")
 
 
 def _no_such(typed: str, args: list[str], options: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import click
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
 from ..reading.text import read_document
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .estimate import print_table
 from .options import (
     check_numbers,
@@ -20,6 +20,7 @@ from .options import (
     needs_memory,
     no_effect,
     quiet_option,
+    text_option,
 )
 from .terminal import progress_bar
 
@@ -42,14 +43,14 @@ if TYPE_CHECKING:
 @no_effect("stream_from", when=lambda options: options["tokens"] is None, why="without --stream")
 @no_effect("force", when=lambda options: not options["plot"], why="without --out")
 @loading_options
-@click.option("--ahn", type=FilePath(), help="Memory from a directory of train.")
-@click.option("--text", metavar="FILE", help="A text it was not trained on.")
+@click.option("--ahn", type=click.Path(path_type=Path), help="Memory from a directory of train.")
+@text_option(help="A text it was not trained on.")
 @click.option("--segments", default=8, show_default=True, help="Parts of the text to measure.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens of each.")
 @click.option("--stream", "tokens", type=int, help="Instead: this many tokens as one text.")
 @click.option("--stream-from", default=0, show_default=True, help="Measured from there on.")
 @json_option
-@click.option("-o", "--out", "plot", type=FilePath(), help="Write a picture too.")
+@click.option("-o", "--out", "plot", type=click.Path(path_type=Path), help="Write a picture too.")
 @force_option
 @quiet_option
 @needs_memory

@@ -1,22 +1,25 @@
 """ahn-mlx convert: a checkpoint of the PyTorch release in, an MLX directory out."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .options import quiet_option
 
 
 @click.command(cls=Command)
 @click.argument("ahn", cls=Word, needed=True, metavar="AHN")
-@click.option("--base", type=FilePath(), help="Base model: a directory or GGUF.")
+@click.option("--base", type=click.Path(path_type=Path), help="Base model: a directory or GGUF.")
 @click.option(
     "--ahn",
-    type=FilePath(),
+    type=click.Path(path_type=Path),
     help="AHN parameters of the PyTorch release, or a merged checkpoint (then without --base).",
 )
-@click.option("-o", "--out", type=FilePath(), required=True, help="Directory to write.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -13,7 +13,7 @@ from ..errors import AHNError
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
 from ..reading.text import read_documents
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .options import (
     check_numbers,
     is_given,
@@ -41,7 +41,10 @@ from .words import memory_name
 @loading_options
 @prompt_file_option
 @click.option(
-    "-o", "--out", type=FilePath(), help="File to write. Default: that of the document, .ahn."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write. Default: that of the document, .ahn.",
 )
 @click.option("--append", is_flag=True, help="Go on reading where OUT stopped.")
 @window_bits_options

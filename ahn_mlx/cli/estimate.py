@@ -12,7 +12,7 @@ from ..errors import AHNError
 from ..measure.chips import CHIPS
 from ..model.config import PUBLISHED_NAMES
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .options import check_numbers, force_option, json_option, model_option, no_effect
 
 CHIP = click.Choice(list(CHIPS), case_sensitive=False)
@@ -67,7 +67,9 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 @click.option("--chip", type=CHIP, metavar="NAME", help=CHIP_HELP)
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
 @json_option
-@click.option("-o", "--out", "plot", type=FilePath(), help="Picture of costs by context.")
+@click.option(
+    "-o", "--out", "plot", type=click.Path(path_type=Path), help="Picture of costs by context."
+)
 @force_option
 def estimate(**options: Any) -> None:
     """Count FLOPs and bytes of a model by its config alone, against full attention.

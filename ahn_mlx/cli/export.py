@@ -4,14 +4,16 @@ from pathlib import Path
 
 import click
 
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .options import plain_model_option, quiet_option
 
 
 @click.command("export-pytorch", cls=Command)
 @click.argument("name", cls=Word, needed=True, metavar="MODEL")
 @plain_model_option
-@click.option("-o", "--out", type=FilePath(), required=True, help="Directory to write.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write."
+)
 @click.option(
     "--layout",
     type=click.Choice(["ahn-only", "merged"]),

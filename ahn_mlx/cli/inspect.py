@@ -7,13 +7,14 @@ import click
 from ..outputs.files import OutFile
 from ..reading.text import read_document
 from .ask import load_session
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .options import (
     force_option,
     memory_option,
     moved_model_option,
     needs_memory,
     quiet_option,
+    text_option,
 )
 from .terminal import say
 
@@ -21,8 +22,10 @@ from .terminal import say
 @click.command(cls=Command)
 @click.argument("file", cls=Word, needed=True, metavar="FILE")
 @memory_option
-@click.option("-o", "--out", required=True, type=FilePath(), help="Page to write, .html.")
-@click.option("--text", metavar="FILE", help="What was digested first, to quote from it.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Page to write, .html."
+)
+@text_option(help="What was digested first, to quote from it.")
 @moved_model_option
 @force_option
 @quiet_option
@@ -42,7 +45,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
 
     model = Path(name or read_facts(file)["model"]["name"])
     reads = (file, model, *([Path(text)] if text else []))
-    target = OutFile(out, "a page of inspect", is_page, reads, force)
+    target = OutFile(out, "a page of inspect", is_page, reads, force, (".html", ".htm"))
     target.check()
     quoted = None if text is None else read_document(text, has_prompt=False)
     session = load_session(file, name)

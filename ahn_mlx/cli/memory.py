@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..errors import AHNError
-from .command import FilePath, Group
+from .command import Group
 
 
 @click.group(cls=Group)
@@ -20,7 +20,7 @@ def memory() -> None:
 
 
 @memory.command()
-@click.argument("file", type=FilePath())
+@click.argument("file", type=click.Path(path_type=Path))
 def info(file: Path) -> None:
     """Print size by part, tokens, model and the beginning of the text."""
     from ..checkpoints.safetensors import read_header
@@ -49,7 +49,7 @@ def info(file: Path) -> None:
 
 
 @memory.command()
-@click.argument("files", nargs=-1, required=True, type=FilePath())
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 def verify(files: tuple[Path, ...]) -> None:
     """Check FILES as far as that goes without their model; exit code 2 if one is damaged."""
     from ..reading.memoryfile import verify as check

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
 from ..platform import enough_memory
 from ..reading.sampling import Sampling, complaint
-from .command import FilePath, spelling
+from .command import spelling
 from .terminal import hush
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -48,9 +49,11 @@ def no_effect(*names: str, when: Callable[[dict[str, Any]], Any], why: str) -> D
     return add
 
 
-def complete_file(*_: Any) -> list[CompletionItem]:
+def complete_file(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """For the shell: names of files."""
-    return [CompletionItem("", type="file")]
+    return [CompletionItem(incomplete, type="file")]
 
 
 def complete_model(
@@ -71,7 +74,12 @@ def _model(**attributes: Any) -> Decorator:
 model_option = _model(default=DEFAULT, show_default=True)
 plain_model_option = _model()
 moved_model_option = _model(help="Where the model is now. Default: as when digested.")
-memory_option = click.option("--memory", "file", type=FilePath(), help="From ahn-mlx digest.")
+text_option = functools.partial(
+    click.option, "--text", metavar="FILE", shell_complete=complete_file
+)
+memory_option = click.option(
+    "--memory", "file", type=click.Path(path_type=Path), help="From ahn-mlx digest."
+)
 prompt_file_option = click.option(
     "-f",
     "--prompt-file",

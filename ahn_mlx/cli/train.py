@@ -11,7 +11,7 @@ from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
 from ..platform import enough_memory
-from .command import Command, FilePath, Word
+from .command import Command, Word
 from .options import complete_file, complete_model, no_effect, quiet_option
 from .terminal import progress_bar, say, stop_between_steps
 
@@ -54,7 +54,13 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
     shell_complete=complete_file,
     help="Text or JSONL. Repeatable.",
 )
-@click.option("-o", "--out", required=True, type=FilePath(), help="Directory of the checkpoint.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory of the checkpoint.",
+)
 @click.option("--window", default=1024, show_default=True, help="Tokens kept losslessly.")
 @click.option("--sinks", default=64, show_default=True, help="First tokens kept for ever.")
 @click.option(
@@ -75,7 +81,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 )
 @click.option(
     "--ahn",
-    type=FilePath(),
+    type=click.Path(path_type=Path),
     help="Start from this trained memory, without a layer-wise fit.",
 )
 @click.option("--steps", default=500, show_default=True, help="Of end-to-end training; 0: none.")

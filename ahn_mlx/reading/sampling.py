@@ -38,7 +38,7 @@ def _range(low: int, high: float) -> str:
 def _texts(value: Any) -> str:
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
         return "a text or a list of texts"
-    return "" if all(value) else "a text that is not empty"
+    return "" if all(value) else "texts that are not empty"
 
 
 # What a value must be, or "" if it is. Below 0.001 logits divided by it may be infinite.
