@@ -99,7 +99,7 @@ def _is_base(value: Any) -> bool:
         isinstance(value, dict)
         and value.keys() >= {"dtype", "bits"}
         and value["dtype"] in list(DTYPES)
-        and (value["bits"] is None or type(value["bits"]) is int and value["bits"] in KV_BITS)
+        and (value["bits"] is None or (type(value["bits"]) is int and value["bits"] in KV_BITS))
     )
 
 

@@ -34,6 +34,9 @@ from .template import Pieces, Template
 from .text import readable
 from .tokens import Encoder, check_ids
 
+# How a model was got.
+ORIGIN = ("name", "dtype", "q_bits")
+
 
 class _End:
     """Of a thread that computed: without this MLX's own threads outlive it, and the process
@@ -52,7 +55,7 @@ class Session:
     """A conversation whose memory has a fixed size.
 
     origin: how the model was got, for whoever loads a file: its "name", and arguments of
-    zoo.load. system: system message, kept in the sinks.
+    ahn_mlx.load, whose models know it by themselves. system: system message, kept in the sinks.
     step: tokens read at a time. kv_bits, kv_group_size: as in AHNCache. chat: speak through
     the tokenizer's chat template; otherwise texts are continued as they are.
 
@@ -73,7 +76,8 @@ class Session:
         chat: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.origin = {**(origin or {}), "name": _absolute((origin or {}).get("name", ""))}
+        known: Mapping[str, Any] = origin or _origin_of(model) or {"name": ""}
+        self.origin = {**known, "name": _absolute(known["name"])}
         if system and not chat:
             raise AHNError("--system needs the chat template; drop --no-chat-template")
         self.template = Template(tokenizer, system) if chat else None
@@ -121,10 +125,14 @@ class Session:
 
     def note_text(self, name: str, tokens: int) -> None:
         """List a text that has been read by `encode` and `read_ids`."""
-        shown = "".join(c if c.isprintable() else " " for c in readable(name))[:NAME]
-        texts = [*self.texts, {"name": shown, "read": int(time.time()), "tokens": tokens}]
+        text = {"name": _listed(name), "read": int(time.time()), "tokens": tokens}
+        texts = [*self.texts, text]
         self.earlier += max(0, len(texts) - MAX_TEXTS)
         self.texts = texts[-MAX_TEXTS:]
+
+    def last_read(self, name: str) -> dict[str, Any] | None:
+        """What is listed of the last text of this name, or None."""
+        return next((t for t in reversed(self.texts) if t["name"] == _listed(name)), None)
 
     def opening(self) -> Pieces:
         """What the template puts before more text of the user, as pieces for the encoder.
@@ -286,7 +294,7 @@ class Session:
         session = cls(
             model,
             tokenizer,
-            origin={k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")},
+            origin=_origin_of(model) or {k: v for k, v in facts["model"].items() if k in ORIGIN},
             system=facts["system"],
             step=facts["step"],
             chat=facts["chat"],
@@ -320,6 +328,15 @@ class Session:
     def _begin(self) -> list[int]:
         """What the tokenizer puts before a text; a chat template says it by itself."""
         return self.encoder.begin if self.turn == "start" and not self.template else []
+
+
+def _origin_of(model: nn.Module) -> dict[str, Any]:
+    return {k: getattr(model.origin, k) for k in ORIGIN} if hasattr(model, "origin") else {}
+
+
+def _listed(name: str) -> str:
+    """A file's name need not be text, and a file may come from anyone."""
+    return "".join(c if c.isprintable() else " " for c in readable(name))[:NAME]
 
 
 def _absolute(name: str) -> str:
