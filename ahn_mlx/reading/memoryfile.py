@@ -157,11 +157,11 @@ def load(
         layout.check_arrays(found, facts, layout.of_model(model, facts))
     arrays = _arrays(file, facts, metadata, model.args.vocab_size)
     caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
-    found: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
-    tail = Tail(tuple(found))
-    if tail.ids and facts["version"] > 1:
-        tail = tail._replace(before=tuple(before(cache, len(found)) for cache in caches))
-        caches = [_after(i, cache, len(found), arrays) for i, cache in enumerate(caches)]
+    ids: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
+    tail = Tail(tuple(ids))
+    if ids and facts["version"] > 1:
+        tail = tail._replace(before=tuple(before(cache, len(ids)) for cache in caches))
+        caches = [_after(i, cache, len(ids), arrays) for i, cache in enumerate(caches)]
     return caches, tail, facts
 
 
