@@ -35,6 +35,7 @@ _CLOSED = re.compile(
     r"([a-z][\w:.-]*)((?:\s[^<>]*)?)/>",
     re.IGNORECASE,
 )
+_PRE = re.compile(r"(</?pre\b[^<>]*>)", re.IGNORECASE)
 _XHTML = re.compile(r"<\?xml\b|<html\b[^>]*\bxmlns=", re.IGNORECASE)
 _PASSWORD = 4  # FPDF_ERR_PASSWORD
 _NO_ERROR = 0
@@ -97,7 +98,7 @@ def _pdf(stream: BinaryIO, name: str) -> Iterator[Part]:
     if unread == total:
         raise AHNError(f"{name}: is a damaged PDF, none of its pages can be read")
     if without == total:
-        pages = "its only page has" if total == 1 else f"none of its {total:,} pages has"
+        pages = "its only page has no" if total == 1 else f"none of its {total:,} pages has"
         raise AHNError(f"{name}: {pages} text, only pictures; ocrmypdf adds what they say")
     if unread:
         _note(f"{name}: {unread:,} of {total:,} pages are damaged and were left out")
@@ -119,6 +120,7 @@ def _text_of_page(page: str, name: str) -> str:
     """What a browser would show of HTML, without scripts, styles and pictures."""
     import html_to_markdown
 
+    page = _on_one_line(page)
     with foreign(lambda reason: f"{name}: its HTML cannot be read ({reason})"):
         options = html_to_markdown.ConversionOptions(
             output_format="plain", extract_metadata=False, skip_images=True
@@ -127,7 +129,18 @@ def _text_of_page(page: str, name: str) -> str:
     # Parts that are nested too deeply are left out, and named there.
     for warning in found.warnings:
         _note(f"{name}: {show(warning.message)}")
-    return found.content or ""
+    text = (found.content or "").strip()
+    return f"{text}\n\n" if text else ""
+
+
+def _on_one_line(page: str) -> str:
+    """A line end is a space in HTML, but for what is preformatted; the library keeps it."""
+    pieces, preformatted = [], False
+    for piece in _PRE.split(page):
+        if _PRE.fullmatch(piece):
+            preformatted = piece[1] != "/"
+        pieces.append(piece if preformatted else re.sub("[ \t\n\r\f]+", " ", piece))
+    return "".join(pieces)
 
 
 class _Archive:

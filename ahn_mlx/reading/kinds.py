@@ -85,7 +85,7 @@ _DAMAGED_ZIP = Kind(
 _OLE = b"\xd0\xcf\x11\xe0"
 # A declaration and comments may stand before the page.
 _PAGE = re.compile(
-    rb"\s*(<\?xml[^>]*>\s*)?(<!--.{0,2000}?-->\s*)*<(!doctype\s+html|html)\b",
+    rb"\s*(<\?xml[^>]*>\s*)?(<!--((?!-->).)*-->\s*)*<(!doctype\s+html|html)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _FICTION_BOOK = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<FictionBook\b")

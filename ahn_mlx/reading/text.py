@@ -170,7 +170,10 @@ def _text(stream: BinaryIO, name: str, suffix: str, progress: Progress | None) -
         texts.append(newlines(part.text))
         if progress is not None:
             progress(len(texts), part.total)
-    return readable("".join(texts))
+    text = "".join(texts).rstrip()
+    if not text:
+        raise AHNError(f"{name}: is {kind.what} without text")
+    return readable(text) + "\n"
 
 
 @contextmanager
