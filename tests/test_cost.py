@@ -154,7 +154,7 @@ def test_estimate(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nix"], "is not a name"),
+        (["--model", "nix"], "no model directory nix"),
         (["--context", "0"], "--context must be at least 1"),
         (["--window", "0"], "--window must be at least 1"),
         (["--compare", "full,all"], "--compare takes full, window, ahn"),

@@ -70,6 +70,9 @@ def memory_and_question(words: Sequence[str]) -> tuple[Path | None, str | None]:
 
 def read_typed(files: Sequence[str], has_prompt: bool) -> str:
     """The text of documents, as read_documents has it, with a bar for those of many pages."""
+    for file in files:
+        if file.lower().endswith(".ahn") and os.path.isfile(file):
+            raise AHNError(f"{file}: is a memory, not a document; ahn-mlx ask reads it")
     with progress_bar(0, "opening", "pages") as bar:
 
         def progress(read: int, total: int) -> None:

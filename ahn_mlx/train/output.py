@@ -22,6 +22,7 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import AHNError
 from ..hub import download as hub
 from ..hub import zoo
+from ..hub.published import MODELS, no_such_model
 from ..model.augment import augment, memory_layers
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import published_name, rename_published
@@ -82,6 +83,11 @@ def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, 
     else:
         path = Path(name)
         if not path.is_dir() and not is_gguf(path):
+            if name in MODELS:
+                repo = MODELS[name].base.repo
+                raise AHNError(f"{name}: has a memory already; train one for its base, {repo}")
+            if "/" not in name:
+                raise AHNError(no_such_model(name))
             path = hub.download(name)
         model, facts = load_plain(path)
         tokenizer, source = load_tokenizer(path, facts), origin("base", path)
