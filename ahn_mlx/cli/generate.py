@@ -17,7 +17,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .terminal import progress_bar, say, warn_slow
+from .terminal import printable, progress_bar, say, warn_slow
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -98,7 +98,7 @@ def _stream(run: Any) -> int:
     run.progress = progress
     try:
         for text in run:
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
             last = text or last
     except KeyboardInterrupt:
         code = 130
