@@ -46,7 +46,7 @@ def ask(
         raise AHNError(f"no question; give one: {EXAMPLE}")
     from .talk import Talk, print_answer, sampling_of
 
-    session = load_session(file, name, options["seed"])
+    session = load_session(file, name)
     code = 0
     if question is not None:
         try:
@@ -72,7 +72,7 @@ def _words(words: tuple[str, ...], file: Path | None) -> tuple[Path, str | None]
     if len(words) > 1:
         whole = " ".join(words)
         if os.path.exists(words[0]):
-            raise AHNError(f"two files, {file} and {words[0]}; a question is of one")
+            raise AHNError(f"{words[0]} is a second file; a question is of one memory, {file}")
         raise AHNError(
             f"the question is {len(words)} words; put it in quotes:"
             f" ahn-mlx ask {shlex.quote(str(file))} {shlex.quote(whole)}"
@@ -96,15 +96,13 @@ def _piped() -> str | None:
     return None if sys.stdin.isatty() else readable(typed_line(sys.stdin.read()))
 
 
-def load_session(file: Path, name: str | None, number: int | None) -> Any:
-    """The session of a memory file, with its model; number: the seed."""
+def load_session(file: Path, name: str | None) -> Any:
+    """The session of a memory file, with its model."""
     with waiting(f"loading {file}"):
         from ..reading import memoryfile
         from ..reading.session import Session
-        from .talk import seed
 
         facts = memoryfile.read_facts(file)
         warn_slow()
         model, tokenizer = load_as_read(facts, name)
-        seed(number)
         return Session.load(file, model, tokenizer)

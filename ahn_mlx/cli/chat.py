@@ -63,13 +63,11 @@ def _session(options: dict[str, Any]) -> Any:
     """The one to begin with: of a file, or new."""
     if options["memory"]:
         name = options["name"] if is_given("name") else None
-        return load_session(options["memory"], name, options["seed"])
+        return load_session(options["memory"], name)
     warn_slow()
     model, tokenizer = load_model(options)
     from ..reading.session import Session
-    from .talk import seed
 
-    seed(options["seed"])
     session = Session(
         model,
         tokenizer,

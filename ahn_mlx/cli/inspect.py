@@ -38,7 +38,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     target = OutFile(out, "a page of inspect", is_page, reads, force)
     target.check()
     quoted = None if text is None else read_document(text, has_prompt=False)
-    session = load_session(file, name, None)
+    session = load_session(file, name)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:
         part.write_text(drawn, encoding="utf-8", errors="replace")

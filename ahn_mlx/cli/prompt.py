@@ -13,6 +13,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.utils import is_dumb_terminal
 
 from ..reading.text import readable
 from .terminal import Left, say
@@ -23,16 +24,18 @@ LONGEST = 10_000  # characters of a line that is worth keeping
 class Prompt:
     """Lines of whoever types, or of what is piped in.
 
-    words: what completes a first word, and what may follow it; PATHS for paths.
+    words: what completes a first word, and what may follow it; PATHS for paths. typed: whether
+    someone types; seen: and sees what this program says; editor: and can edit.
     """
 
     PATHS = ("paths",)
 
     def __init__(self, words: dict[str, tuple[str, ...]]):
-        self.typed = sys.stdin.isatty()
         shown = next((s for s in (sys.stdout, sys.stderr) if s.isatty()), None)
+        self.typed = sys.stdin.isatty()
+        self.seen = self.typed and shown is not None
         self.editor: PromptSession[str] | None = None
-        if self.typed and shown is not None:
+        if self.seen and not is_dumb_terminal():
             self.editor = PromptSession(
                 "> ",
                 output=create_output(stdout=shown),
@@ -43,12 +46,12 @@ class Prompt:
                 enable_suspend=True,  # Ctrl-Z
             )
 
-    def line(self, default: str = "") -> str:
+    def line(self, default: str = "", pressed: bool = False) -> str:
         """The next line, or several that were pasted. default: what stands there to be edited.
+        pressed: whether Ctrl-C has just been pressed.
 
-        Ctrl-C clears it. Raises Left when it is pressed twice in a row, and EOFError.
+        Ctrl-C clears the line. Raises Left when it is pressed twice in a row, and EOFError.
         """
-        pressed = False
         while True:
             try:
                 return self._read(default)

@@ -31,6 +31,7 @@ COMMANDS = {
     "/exit": ("", "or /quit, or Ctrl-D; Ctrl-C stops an answer", False),
 }
 HIDDEN = {"/quit": "/exit"}
+TWICE = 1.0  # seconds after one Ctrl-C in which another is the second
 
 
 # What /set can change: the sampling options of the command line.
@@ -41,14 +42,6 @@ SETTINGS = {str(p.name): p for p in _SETTER.params if not getattr(p, "is_flag", 
 def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
     """Those of a command's options that say how answers are drawn."""
     return {name: options[name] for name in SETTINGS}
-
-
-def seed(number: int | None) -> None:
-    """Make what is drawn from here on repeatable."""
-    if number is not None:
-        import mlx.core as mx
-
-        mx.random.seed(number)
 
 
 class Talk:
@@ -65,6 +58,7 @@ class Talk:
         self.last: tuple[Any, str, dict[str, Any]] | None = None  # before, question, sampling
         self.finished = True  # the last answer came to its own end, or max_tokens
         self.unsaved = 0  # tokens of /read
+        self.stopped = -TWICE  # when Ctrl-C stopped something
         self.edited, self.default = False, ""  # whether, and with what, a prompt can begin
 
     def run(self) -> int:
@@ -73,16 +67,15 @@ class Talk:
         follow = {"/read": paths, "/save": paths, "/load": paths, "/set": names}
         prompt = Prompt({name: follow.get(name, ()) for name in self.commands})
         self.edited = prompt.editor is not None
-        if self.edited:
+        if prompt.seen:
             self._banner()
         hinted = False
         while True:
             try:
                 default, self.default = self.default, ""
-                line = typed_line(prompt.line(default))
-                if line and self._take(line):
-                    continue
-                if not line:
+                just_stopped = time.monotonic() - self.stopped < TWICE
+                line = typed_line(prompt.line(default, just_stopped))
+                if not line or self._take(line):
                     continue
             except EOFError:
                 pass
@@ -109,6 +102,7 @@ class Talk:
         except Left:
             raise
         except KeyboardInterrupt:
+            self.stopped = time.monotonic()
             say("stopped; the conversation is as it was")
         except AHNError as e:
             say(f"error: {e}")
@@ -170,6 +164,8 @@ class Talk:
         self.last, self.finished = None, False
         code = print_answer(after, question, self.sampling)
         self.last, self.finished = (before, question, dict(self.sampling)), code == 0
+        if code:
+            self.stopped = time.monotonic()
         if self.keeps:
             self.session = after
 
@@ -227,8 +223,11 @@ class Talk:
         if self.last is None:
             raise AHNError("there is no answer to give once more; ask something")
         before, question, sampling = self.last
-        if self.finished and self.sampling["temp"] == 0 and sampling == self.sampling:
-            raise AHNError("at temp 0 the answer would be the same; /set temp 0.7 first")
+        if self.finished and sampling == self.sampling:
+            if sampling["temp"] == 0:
+                raise AHNError("at temp 0 the answer would be the same; /set temp 0.7 first")
+            if sampling["seed"] is not None:
+                raise AHNError("with this seed the answer would be the same; /set seed none first")
         self._answer(before, question)
 
     def _set(self, argument: str) -> None:
@@ -249,8 +248,6 @@ class Talk:
             except AHNError as e:
                 raise AHNError(str(e).removeprefix("--")) from None
             self.sampling = changed
-            if key == "seed":
-                seed(changed[key])
         say(f"{_shown(key)} {_value(self.sampling[key])}")
 
     def _stats(self) -> None:
@@ -284,6 +281,10 @@ def print_answer(session: Any, question: str, sampling: dict[str, Any]) -> int:
     """
     start, first, count, code, last = time.perf_counter(), 0.0, 0, 0, ""
     drawn = {name: value for name, value in sampling.items() if name != "seed"}
+    if sampling["seed"] is not None:
+        import mlx.core as mx
+
+        mx.random.seed(sampling["seed"])
     bar = None
 
     def progress(read: int, total: int) -> None:
