@@ -27,7 +27,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .terminal import progress_bar, say, warn_slow
+from .terminal import printable, progress_bar, say, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
@@ -157,4 +157,4 @@ def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text), end="", flush=True)

@@ -219,9 +219,9 @@ def _option(name: str) -> str:
 
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of the loading options."""
-    from ..hub import zoo
-
     with waiting(f"loading {options['name']}"):
+        from ..hub import zoo
+
         return zoo.load(
             options["name"],
             window=options["window"],
