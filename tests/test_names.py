@@ -185,6 +185,7 @@ def test_help_as_a_word() -> None:
         ("train a.txt b.txt -o c", "train --data a.txt --data b.txt --out c"),
         ("estimate a/b", "estimate --model a/b"),
         ("bench a/b", "bench --model a/b"),
+        ("chat a.ahn", "chat --memory a.ahn"),
         ("generate -m 5 -p Hi", "generate --max-tokens 5 --prompt Hi"),
     ],
 )
@@ -249,6 +250,8 @@ def test_a_memory_and_a_question_in_either_order(place: Path) -> None:
     for words in (["book.ahn", "Who?"], ["Who?", "book.ahn"]):
         assert memory_and_question(words) == (Path("book.ahn"), "Who?")
     assert memory_and_question(["Who?"]) == (None, "Who?")
+    with pytest.raises(AHNError, match="no such file; ahn-mlx digest writes one"):
+        memory_and_question(["absent.ahn", "Who?"])
     with pytest.raises(AHNError, match="one memory file"):
         memory_and_question(["book.ahn", "book.txt", "Who?"])
 
