@@ -2,6 +2,7 @@
 out. What a file must hold is worked out here, by the rules of docs/memory-format.md."""
 
 import functools
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -95,7 +96,7 @@ def run(model, cuts: list[int]):
     for cache in caches:
         if isinstance(cache, AHNCache):
             cache.trace = Trace.start(2)
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         if last > first:
             model(mx.array([ids_of(last)[first:]]), cache=caches)
     return caches
