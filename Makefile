@@ -11,8 +11,8 @@ QUESTION := Question: Which book did Mr. Collins choose to read? Answer in a few
 .PHONY: demo test test-slow clean
 
 demo: .venv/.demo
-	$(BIN)/ahn-mlx generate --prompt-file ahn_mlx/demo/pride-and-prejudice.txt \
-	  --prompt "$(QUESTION)" --max-tokens 60
+	$(BIN)/ahn-mlx generate ahn_mlx/demo/pride-and-prejudice.txt \
+	  "$(QUESTION)" --max-tokens 60
 
 test: .venv/.test
 	$(BIN)/ruff check .

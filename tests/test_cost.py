@@ -167,7 +167,7 @@ def test_what_cannot_be_estimated(arguments, message):
 
 def test_a_plot(tmp_path):
     file = tmp_path / "cost.png"
-    assert run(estimate, "--plot", file).exit_code == 0
+    assert run(estimate, "--out", file).exit_code == 0
     assert file.read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,9 +12,11 @@ from ..errors import AHNError
 from ..measure.chips import CHIPS
 from ..model.config import PUBLISHED_NAMES
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from .options import DEFAULT, check_numbers, force_option, no_effect
+from .command import Command, Word
+from .options import check_numbers, force_option, json_option, model_option, no_effect
 
 CHIP = click.Choice(list(CHIPS), case_sensitive=False)
+CHIP_HELP = f"Give bounds for it: {', '.join(CHIPS)}."
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 64)  # GB
 USABLE = 0.75  # of a Mac's memory that Metal gives to one process by default
@@ -22,7 +24,8 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub, of which config.json 
 CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("name", cls=Word, metavar="MODEL")
 @no_effect(
     *("name", "context", "window", "sinks", "memory", "kv_bits", "weight_bits", "compare"),
     *("chip", "as_json", "plot", "force"),
@@ -40,28 +43,40 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
     when=lambda options: "ahn" not in options["compare"].split(","),
     why="without ahn in --compare",
 )
-@no_effect("force", when=lambda options: not options["plot"], why="without --plot")
-@click.option(
-    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
-)
+@no_effect("force", when=lambda options: not options["plot"], why="without --out")
+@model_option
 @click.option("--context", default=128_000, show_default=True, help="Tokens read.")
 @click.option("--window", type=int, help="Default: the model's.")
 @click.option("--sinks", type=int, help="Default: the model's.")
-@click.option("--memory", type=click.Choice(sorted(PUBLISHED_NAMES.values())), help="Its kind.")
+@click.option(
+    "--kind",
+    "memory",
+    type=click.Choice(sorted(PUBLISHED_NAMES.values())),
+    help="Of memory. Default: the model's.",
+)
 @click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Of a quantized window.")
-@click.option("--weight-bits", type=click.Choice(["16", "8", "4"]), default="4", show_default=True)
+@click.option(
+    "--q-bits",
+    "weight_bits",
+    type=click.Choice(["0", "4", "8"]),
+    default="4",
+    show_default=True,
+    help="Of all weights; 0: 16 bits.",
+)
 @click.option("--compare", default="full,window,ahn", show_default=True, help="Of these three.")
-@click.option("--chip", type=CHIP, help="Give bounds for this one.")
+@click.option("--chip", type=CHIP, metavar="NAME", help=CHIP_HELP)
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
-@click.option("--json", "as_json", is_flag=True, help="Numbers in bytes and FLOPs.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture of costs by context.")
+@json_option
+@click.option(
+    "-o", "--out", "plot", type=click.Path(path_type=Path), help="Picture of costs by context."
+)
 @force_option
 def estimate(**options: Any) -> None:
     """Count FLOPs and bytes of a model by its config alone, against full attention.
 
     \b
-    ahn-mlx estimate --model ahn-gdn-3b
-    ahn-mlx estimate --model ahn-gdn-7b --context 500000 --window 16384 --chip m4-pro
+    ahn-mlx estimate ahn-gdn-3b
+    ahn-mlx estimate ahn-gdn-7b --context 500000 --window 16384 --chip m4-pro
     ahn-mlx estimate --paper
     """
     check_numbers(options)
@@ -93,7 +108,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
     from ..checkpoints.formats import describe_config, is_gguf
     from ..hub.download import config_dir
-    from ..hub.published import MODELS
+    from ..hub.published import MODELS, no_such_model
     from ..model.config import AHNConfig
 
     name = options["name"]
@@ -107,8 +122,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
         has_memory = "ahn" in config or "_ahn_implementation" in config
         ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
     else:
-        kinds = "a name (ahn-mlx models lists them), ORG/NAME or a directory"
-        raise AHNError(f"{name!r} is not {kinds}")
+        raise AHNError(no_such_model(name))
     chosen = {k: options[k] for k in ("window", "sinks", "memory") if options[k] is not None}
     return {**config, "ahn": {**ahn, **chosen}}
 
@@ -134,7 +148,7 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
 
 def _bits(options: dict[str, Any]) -> float:
     """Per weight, with a 16-bit scale and bias for each group of 64."""
-    bits = int(options["weight_bits"])
+    bits = int(options["weight_bits"]) or 16
     return bits if bits == 16 else bits + 32 / 64
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from .command import Group
 from .terminal import day, in_bytes
 
 
-@click.group()
+@click.group(cls=Group)
 def memory() -> None:
     """Look into the files that ahn-mlx digest writes.
 

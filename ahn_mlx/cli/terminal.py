@@ -1,13 +1,15 @@
 """What someone who waits at a terminal sees, and how they stop it."""
 
+import io
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+import click
 from tqdm import tqdm
 
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
@@ -15,6 +17,12 @@ from ..platform import BLAS, BLAS_COMMANDS, default_dtype
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def hush(ctx: click.Context) -> None:
+    """Until the command ends nothing goes to stderr: notes, bars, and those of libraries. What
+    ends it is an error, and said after that."""
+    ctx.with_resource(redirect_stderr(io.StringIO()))
 
 
 def warn_slow() -> None:

@@ -30,16 +30,11 @@ from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
 from ..outputs.files import part_of, parts_of
-from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
+from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published, models_dir, no_such_model
 
 # What a checkpoint is made of; code is not.
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
 PICKLES = ["*.bin"]
-
-
-def models_dir() -> Path:
-    """Where converted models are: ~/.cache/ahn-mlx/models, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn-mlx" / "models"
 
 
 def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
@@ -52,8 +47,7 @@ def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
         validate_repo_id(name)
         owner, repo = name.split("/")
     except ValueError:
-        names = ", ".join(MODELS)
-        raise AHNError(f"no model directory {name}; names: {names}; or give ORG/NAME") from None
+        raise AHNError(no_such_model(name)) from None
     return models_dir() / f"{owner}--{repo}"
 
 

@@ -19,7 +19,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import KVCache
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
@@ -29,6 +28,7 @@ from ..model.trace import Trace
 from . import memoryfile
 from .generate import prefill_step
 from .layout import MAX_SPACE, MAX_STEP, MAX_TEXTS, NAME, PREVIEW, Cache, make_caches
+from .sampling import Cutter, Sampling
 from .tail import Tail, before, undo
 from .template import Pieces, Template
 from .text import readable
@@ -84,7 +84,7 @@ class Session:
         known: Mapping[str, Any] = origin or _origin_of(model) or {"name": ""}
         self.origin = {**known, "name": _absolute(known["name"])}
         if system and not chat:
-            raise AHNError("--system needs the chat template; drop --no-chat-template")
+            raise AHNError("--system-prompt needs the chat template; drop --ignore-chat-template")
         self.template = Template(tokenizer, system) if chat else None
         self.encoder = Encoder(tokenizer)
         self.step = prefill_step() if step is None else step
@@ -105,6 +105,7 @@ class Session:
         # Where the conversation stands: "start", "read" (a message is open), "answered"
         # (the end of the answer has been read too) or "cut" (it has not).
         self.turn = "start"
+        self.finish_reason = ""  # of the last answer: "stop", "length", or "" if it was closed
         self._whole = True  # no layer is ahead of another
         self._answering = False  # what is read or asked meanwhile would be lost
 
@@ -207,13 +208,12 @@ class Session:
         self,
         question: str,
         *,
-        max_tokens: int = 256,
-        temp: float = 0.0,
-        top_p: float = 1.0,
         progress: Callable[[int, int], None] = lambda read, total: None,
+        **sampling: Any,
     ) -> Iterator[str]:
         """Ask, and read the answer as it comes; question and answer become part of the memory.
 
+        sampling: what Sampling takes. Each piece is a token's, and may be empty.
         Closing the iterator ends the answer there. Any other exception before or in it
         leaves the session as it was. Without a chat template an empty question lets the text
         go on from its tail. Raises AHNError if there is nothing to answer.
@@ -221,6 +221,7 @@ class Session:
         >>> answer = "".join(session.ask("Who speaks?", max_tokens=4))
         """
         self._check()
+        settings = Sampling(**sampling)
         if not hasattr(_thread, "end"):
             _thread.end = _End()
         ids, caches = self._question(question), _fork(self.caches)
@@ -230,25 +231,27 @@ class Session:
         check_ids(ids, self.model)
         if not ids:
             raise AHNError("nothing to continue from; ask something, or read a text first")
-        finish, said = "", 0
+        finish, said, cutter = "", 0, Cutter(settings.stop)
         self._answering = True
         try:
             for response in stream_generate(
                 self.model,
                 self.tokenizer,
                 ids,
-                max_tokens=max_tokens,
-                sampler=make_sampler(temp=temp, top_p=top_p),
                 prompt_cache=caches,
                 prefill_step_size=self.step,
                 prompt_progress_callback=progress,
+                **settings.begin(self.model.args.vocab_size),
             ):
                 finish, said = response.finish_reason or "", said + 1
-                yield response.text
+                yield cutter.add(response.text) + (cutter.rest() if finish else "")
+                if cutter.found:
+                    break
         except GeneratorExit:
             pass
         finally:
             self._answering = False
+        self.finish_reason = "stop" if cutter.found else finish
         if said:
             # What is left to compute belongs to this thread; the next question may not.
             mx.eval([c.state for c in caches])
