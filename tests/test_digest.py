@@ -44,7 +44,7 @@ def book(directory, tmp_path, monkeypatch) -> Path:
 def test_the_last_line_has_a_unit_that_fits(directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.txt").write_text("Hi")
-    options = ("--model", directory, "--no-chat-template", "-o", "tiny.ahn")
+    options = ("--model", directory, "--ignore-chat-template", "-o", "tiny.ahn")
     line = run(digest, "--prompt-file", "tiny.txt", *options).stderr.splitlines()[-1]
     size = Path("tiny.ahn").stat().st_size
     assert line == f"tiny.ahn: 2 tokens in {size / 1000:.1f} KB" and size < 10**6
@@ -152,6 +152,9 @@ def test_verify_looks_at_the_tail_too(book):
 def test_a_model_that_has_moved_is_asked_for(directory, tmp_path):
     facts = {"model": {"name": str(tmp_path / "gone")}, "window": 12, "sinks": 4}
     with pytest.raises(AHNError, match=r"gone', is not there; --model says where it is now"):
+        load_as_read(facts, None)
+    facts["model"]["name"] = "no-such-model"
+    with pytest.raises(AHNError, match=r"no-such-model.*--model says where"):
         load_as_read(facts, None)
     assert load_as_read(facts, str(directory))[0].ahn.window == 12
 
