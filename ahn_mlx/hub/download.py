@@ -19,6 +19,7 @@ from huggingface_hub import (
     errors,
     get_cached_repo_tree,
     hf_hub_download,
+    is_offline_mode,
     snapshot_download,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -30,11 +31,13 @@ from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
 from ..outputs.files import part_of, parts_of
+from .fetch import explain, fetch_weights, listening, persist
 from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
 
 # What a checkpoint is made of; code is not.
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
-PICKLES = ["*.bin"]
+SMALL = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
+WEIGHTS = "*.safetensors"
+PICKLES = "*.bin"
 
 
 def models_dir() -> Path:
@@ -134,9 +137,9 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
                 f"--private has no effect on {repo}: it is there already; see its settings on"
                 " its page, and drop --private"
             ) from None
-        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e)}") from None
     except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e)}") from None
     return str(page)
 
 
@@ -230,50 +233,35 @@ def config_dir(repo: str) -> Path:
 
     Raises AHNError, saying what to do, if it cannot be had.
     """
-    try:
-        return Path(hf_hub_download(repo, "config.json")).parent
-    except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+    with _explained(repo), listening() as line:
+        return Path(persist(line, lambda: hf_hub_download(repo, "config.json"))).parent
 
 
 def download(repo: str, revision: str | None = None) -> Path:
     """A repository's snapshot in huggingface-hub's cache, checked against its checksums."""
-    try:
-        options: dict[str, Any] = {"revision": revision}
-        path = Path(snapshot_download(repo, allow_patterns=FILES, **options))
-        if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(repo, allow_patterns=FILES + PICKLES, **options))
-    except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {_explain(e, revision)}") from None
+
+    def fetch(patterns: list[str], commit: str | None = revision) -> Path:
+        options: dict[str, Any] = {"revision": commit, "allow_patterns": patterns}
+        return Path(persist(line, lambda: snapshot_download(repo, **options)))
+
+    with _explained(repo, revision), listening() as line:
+        path = fetch(SMALL)
+        for weights in ([WEIGHTS], [WEIGHTS, PICKLES]):
+            if not is_offline_mode():
+                fetch_weights(line, repo, path, weights)
+            fetch([*SMALL, *weights], path.name)
+            if any(path.glob(WEIGHTS)):
+                break
     _verify(repo, path)
     return path
 
 
-def _explain(error: Exception, revision: str | None) -> str:
-    """What a user can do about a failed download."""
-    match error:
-        case errors.GatedRepoError():
-            return "needs your consent on its page and a token; then run hf auth login"
-        case errors.RepositoryNotFoundError():
-            return "no such repository, or it is private; check the name, or run hf auth login"
-        case errors.RevisionNotFoundError():
-            return f"has no revision {revision}; give a branch, a tag or a commit"
-        case errors.LocalEntryNotFoundError() if _is_offline(error):
-            return "is not in the cache and HF_HUB_OFFLINE is set; unset it to download"
-        case errors.LocalEntryNotFoundError():
-            return "is not in the cache and the hub cannot be reached; check the network"
-        case errors.HfHubHTTPError():
-            return f"the hub answers {error.response.status_code}; try again later"
-        case errors.HTTPError():
-            return f"the connection broke ({error}); run it again, it continues from there"
-        case OSError(strerror=str() as reason):
-            return f"cannot be stored: {reason}"
-        case _:
-            return " ".join(str(error).split())[:300]
-
-
-def _is_offline(error: BaseException) -> bool:
-    return isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+@contextmanager
+def _explained(repo: str, revision: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {explain(e, revision)}") from None
 
 
 def _verify(repo: str, path: Path) -> None:
