@@ -6,6 +6,7 @@ A directory is complete or not there. Whoever makes one holds its lock.
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from filelock import FileLock, Timeout
 from huggingface_hub import (
     HfApi,
     errors,
-    get_cached_repo_tree,
     hf_hub_download,
     is_offline_mode,
     snapshot_download,
@@ -265,26 +265,23 @@ def _explained(repo: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _verify(repo: str, path: Path) -> None:
-    """Compare every file with the checksum that the hub lists, and delete what differs:
-    huggingface-hub compares sizes alone."""
-    try:
-        listed = get_cached_repo_tree(repo, revision=path.name)
-    except errors.CachedRepoTreeNotFoundError:
-        return
-    for entry in listed:
-        file = path / entry.path
-        if not file.is_file():
-            continue
+    """Compare every file with its checksum, and delete what differs: huggingface-hub compares
+    sizes alone. It names what it stores by the checksum that the hub gave."""
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.is_symlink()):
+        stored = file.parent / file.readlink()
+        expected = stored.name
         with file.open("rb") as f:
-            if entry.lfs:
-                expected, actual = entry.lfs.sha256, hashlib.file_digest(f, "sha256").hexdigest()
-            else:  # as git does
-                data = f.read()
-                expected, actual = entry.blob_id, _git_sha1(data)
+            if re.fullmatch("[0-9a-f]{64}", expected):
+                actual = hashlib.file_digest(f, "sha256").hexdigest()
+            elif re.fullmatch("[0-9a-f]{40}", expected):  # as git does
+                actual = _git_sha1(f.read())
+            else:
+                continue
         if actual != expected:
-            file.resolve().unlink()
-            file.unlink(missing_ok=True)
-            raise AHNError(f"{repo}: {entry.path} arrived damaged and was deleted; run it again")
+            for damaged in (file.resolve(), stored, file):
+                damaged.unlink(missing_ok=True)
+            name = file.relative_to(path)
+            raise AHNError(f"{repo}: {name} arrived damaged and was deleted; run it again")
 
 
 def _git_sha1(data: bytes) -> str:

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import httpx2
 from filelock import FileLock
-from huggingface_hub import constants, errors, get_cached_repo_tree, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_url
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,
     disable_progress_bars,
@@ -220,7 +221,7 @@ def fetch_weights(line: Line, repo: str, snapshot: Path, patterns: list[str]) ->
     Raises AHNError if the disk has no room for them or the network ends for good.
     """
     cache = snapshot.parent.parent
-    blobs = _missing(repo, snapshot, patterns)
+    blobs = _missing(line, repo, snapshot, patterns)
     if not blobs:
         return
     (cache / "blobs").mkdir(exist_ok=True)
@@ -246,17 +247,19 @@ def fetch_weights(line: Line, repo: str, snapshot: Path, patterns: list[str]) ->
                     parts[sha].replace(cache / "blobs" / sha)
 
 
-def _missing(repo: str, snapshot: Path, patterns: list[str]) -> dict[str, tuple[str, int]]:
+def _missing(
+    line: Line, repo: str, snapshot: Path, patterns: list[str]
+) -> dict[str, tuple[str, int]]:
     """Path and size of each large file that has not come, by its checksum."""
-    try:
-        listed = get_cached_repo_tree(repo, revision=snapshot.name)
-    except errors.CachedRepoTreeNotFoundError:
-        return {}
-    blobs = snapshot.parent.parent / "blobs"
+    api, blobs = HfApi(), snapshot.parent.parent / "blobs"
+    found = persist(
+        line, lambda: list(api.list_repo_tree(repo, revision=snapshot.name, recursive=True))
+    )
     return {
         e.lfs.sha256: (e.path, e.lfs.size)
-        for e in listed
-        if e.lfs
+        for e in found
+        if isinstance(e, RepoFile)
+        and e.lfs
         and e.lfs.size > 0
         and re.fullmatch("[0-9a-f]{64}", e.lfs.sha256)  # it becomes a name
         and any(fnmatch(e.path, p) for p in patterns)
