@@ -23,14 +23,9 @@ from .kinds import Kind
 UNPACKED = 200 * 10**6
 LARGEST = 30 * 10**6
 
-# What programs of typesetting make of letters, and what PDFium puts for a hyphen at a line's
-# end. Control characters come from fonts that do not say what their glyphs are.
-_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl"} | {
-    0xFB05: "st",
-    0xFB06: "st",
-}
-_CONTROLS: dict[int, str | None] = {n: None for n in range(32) if chr(n) not in "\t\n\r\f"}
-_PDF_SIGNS = _CONTROLS | _LIGATURES | {0xFFFE: None, 0x0C: "\n"}
+# PDFium takes ligatures apart, and puts U+0002 for a hyphen that divides a word at a line's
+# end; other controls come from fonts that do not say what their glyphs are.
+_PDF_SIGNS = {n: None for n in range(32) if chr(n) not in "\t\n\r"}
 # In XHTML an element may be closed where it begins, which HTML has for these alone.
 _CLOSED = re.compile(
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr)\b)"
