@@ -8,7 +8,7 @@ import click
 
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from ..reading.text import read_document
+from ..reading.text import read_documents
 from .estimate import print_table
 from .options import (
     check_numbers,
@@ -67,7 +67,7 @@ def compare(**options: Any) -> None:
     if options["plot"]:
         reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
         out = picture(options["plot"], tuple(filter(None, reads)), options["force"])
-    text = read_document(options["text"], has_prompt=False)
+    text = read_documents([options["text"]], has_prompt=False)
     import mlx.core as mx
 
     from ..measure import compare as measure

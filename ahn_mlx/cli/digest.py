@@ -12,7 +12,7 @@ import click
 from ..errors import AHNError
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
-from ..reading.text import read_document
+from ..reading.text import read_documents
 from .options import (
     check_numbers,
     is_given,
@@ -54,7 +54,8 @@ def digest(**options: Any) -> None:
     out: Path = options["out"]
     partial = out.parent / f"{out.name}.partial"  # "." has no name
     _check_out(out, partial, options["append"])
-    text = read_document(options["prompt_file"], has_prompt=False)
+    files = [options["prompt_file"]] if options["prompt_file"] else []
+    text = read_documents(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
     from ..reading import memoryfile

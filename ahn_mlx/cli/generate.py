@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import AHNError
-from ..reading.text import read_document
+from ..reading.text import read_documents
 from .options import (
     check_numbers,
     load_model,
@@ -47,7 +47,8 @@ def generate(**options: Any) -> None:
     ahn-mlx generate --prompt-file book.txt --prompt "Who dies?" --window 16384 --kv-bits 8
     """
     check_numbers(options)
-    document = read_document(options["prompt_file"], bool(options["prompt"]))
+    files = [options["prompt_file"]] if options["prompt_file"] else []
+    document = read_documents(files, bool(options["prompt"]))
     if not (document.strip() or options["prompt"].strip()):
         raise AHNError("the prompt is empty; give a text to read or --prompt")
     # MLX and transformers take a second to import: after the checks.

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..outputs.files import OutFile
-from ..reading.text import read_document
+from ..reading.text import read_documents
 from .ask import load_session
 from .options import force_option, needs_memory
 from .terminal import say
@@ -37,7 +37,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     reads = (file, model, *([Path(text)] if text else []))
     target = OutFile(out, "a page of inspect", is_page, reads, force)
     target.check()
-    quoted = None if text is None else read_document(text, has_prompt=False)
+    quoted = None if text is None else read_documents([text], has_prompt=False)
     session = load_session(file, name, None)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:
