@@ -16,10 +16,10 @@ demo: .venv/.demo
 	@echo "Chapters 11 to 14 of Pride and Prejudice go through a window of 1,024 + 64 tokens."
 	@echo "$(QUESTION)"; echo
 	@$(TEXT) | $(BIN)/ahn-mlx generate --prompt "$(QUESTION)" --max-tokens 60
-	@echo; echo "Next, for example:"; \
-	  echo "  $(BIN)/ahn-mlx chat"; \
-	  echo "  $(BIN)/ahn-mlx generate --prompt-file README.md --prompt 'What is this about?'"; \
-	  echo "  $(BIN)/ahn-mlx models"
+	@echo; echo "Three commands to try next:"; \
+	  echo "  $(BIN)/ahn-mlx chat                # talk to the same small model"; \
+	  echo "  $(BIN)/ahn-mlx models              # larger ones, and which fit this machine"; \
+	  echo "  $(BIN)/ahn-mlx generate README.md 'What is this text about?'"
 
 test: .venv/.test
 	$(BIN)/ruff check .

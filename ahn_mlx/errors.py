@@ -1,6 +1,8 @@
-"""The one exception for mistakes a user can mend, and how its message quotes a file."""
+"""The one exception for mistakes a user can mend, and how its message quotes a file or names
+what was probably meant."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +21,13 @@ def show(text: Any) -> str:
     """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
     quoted = ascii(text)
     return quoted if len(quoted) <= 120 else quoted[:117] + "..."
+
+
+def nearest(typed: str, names: Iterable[str]) -> str:
+    """The name that was probably meant, or "". Case and _ for - make no difference."""
+    plain = {name.lower().replace("_", "-"): name for name in names}
+    close = difflib.get_close_matches(typed.lower().replace("_", "-"), plain, 1, 0.7)
+    return plain[close[0]] if close else ""
 
 
 @contextmanager

@@ -79,7 +79,14 @@ def test_document_from_a_pipe(file: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @needs_model
 def test_plain_continuation_is_repeatable() -> None:
-    args = ["generate", "--no-chat-template", "--prompt", "Once upon a time", "--max-tokens", "8"]
+    args = [
+        "generate",
+        "--ignore-chat-template",
+        "--prompt",
+        "Once upon a time",
+        "--max-tokens",
+        "8",
+    ]
     args += ["--temp", "0.9", "--top-p", "0.9", "--seed", "3", "--window", "4", "--sinks", "0"]
     first, second = run(*args), run(*args)
     assert first.returncode == 0

@@ -55,10 +55,12 @@ def test_the_papers_table(name):
 def test_what_is_written_down_of_a_name_is_what_its_model_has(name):
     entry = MODELS[name]
     config = {**entry.base.config, "ahn": entry.settings.to_dict()}
-    assert cost.shape_by_name(name, entry.settings) == cost.shape_of(config)
+    shape = cost.shape_by_name(name, entry.settings)
+    assert shape == cost.shape_of(config)
     sizes = {k: x.size for k, x in tree_flatten(build(config).parameters())}
     memory = sum(size for key, size in sizes.items() if ".ahn." in key)
     assert parameters(name) == (sum(sizes.values()) - memory, memory)
+    assert shape.memory_parameters == memory
     assert cost.GATES[entry.memory] == MEMORIES[entry.memory].gate_count
 
 
@@ -229,7 +231,7 @@ def test_contexts_that_are_none(typed):
 
 def test_a_plot(tmp_path):
     file = tmp_path / "cost.png"
-    done = run(estimate, "--plot", file)
+    done = run(estimate, "--out", file)
     assert done.exit_code == 0 and f"wrote {file}" in done.output
     assert file.read_bytes().startswith(b"\x89PNG")
 

@@ -231,11 +231,11 @@ def test_each_command_advises_what_it_has(speaking, tmp_path, source):
     path = speaking(source)
     for command in (["generate", "--prompt", "Hi"], ["digest", "-o", tmp_path / "a.ahn"]):
         said = refusal(*command, "--model", path, stdin="A text.")
-        assert said.endswith("use --no-chat-template")
+        assert said.endswith("use --ignore-chat-template")
     said = refusal("chat", "--model", path, stdin="Hi\n")
-    assert "--no-chat-template" not in said and "ahn-mlx digest and ask" in said
+    assert "--ignore-chat-template" not in said and "ahn-mlx digest and ask" in said
     done = run(
-        *("digest", "--model", path, "--no-chat-template", "-o", tmp_path / "a.ahn"),
+        *("digest", "--model", path, "--ignore-chat-template", "-o", tmp_path / "a.ahn"),
         stdin="A text.",
     )
     assert done.exit_code == 0, done.output

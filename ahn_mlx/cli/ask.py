@@ -10,17 +10,24 @@ import click
 
 from ..errors import AHNError
 from ..reading.text import typed_line
+from .command import Command
 from .digest import load_as_read
-from .options import check_numbers, needs_memory, sampling_options
+from .options import (
+    check_numbers,
+    moved_model_option,
+    needs_memory,
+    sampling_of,
+    sampling_options,
+)
 from .terminal import say, stop_between_steps, warn_slow
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("question", required=False, default="")
 @click.option(
     "--memory", "file", required=True, type=click.Path(path_type=Path), help="From ahn-mlx digest."
 )
-@click.option("--model", "name", help="Where the model is now. Default: as when digested.")
+@moved_model_option
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options
 @needs_memory
@@ -34,8 +41,8 @@ def ask(question: str, file: Path, name: str | None, interactive: bool, **option
     check_numbers(options)
     if not question.strip() and not interactive:
         raise AHNError("no question; give one, or --interactive")
-    session = load_session(file, name, options["seed"])
-    sampling = {k: options[k] for k in ("max_tokens", "temp", "top_p")}
+    session = load_session(file, name)
+    sampling = sampling_of(options)
     code = 0
     if question.strip():
         code = print_answer(session.fork(), question, sampling)
@@ -59,7 +66,7 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def load_session(file: Path, name: str | None, seed: int | None) -> Any:
+def load_session(file: Path, name: str | None) -> Any:
     """The session of a memory file, with its model."""
     from ..reading import memoryfile
     from ..reading.session import Session
@@ -67,10 +74,6 @@ def load_session(file: Path, name: str | None, seed: int | None) -> Any:
     facts = memoryfile.read_facts(file)
     warn_slow()
     model, tokenizer = load_as_read(facts, name)
-    if seed is not None:
-        import mlx.core as mx
-
-        mx.random.seed(seed)
     return Session.load(file, model, tokenizer)
 
 

@@ -11,6 +11,7 @@ from ..errors import AHNError
 from ..outputs.files import OutFile
 from ..reading.text import read_file, typed_line, typed_path
 from .ask import load_session, print_answer
+from .command import Command
 from .options import (
     check_numbers,
     is_given,
@@ -18,6 +19,7 @@ from .options import (
     loading_options,
     needs_memory,
     no_effect,
+    sampling_of,
     sampling_options,
     window_bits_options,
 )
@@ -31,7 +33,7 @@ HELP = """/read FILE    read a text as part of the conversation
 /help, /quit  (Ctrl-C stops an answer, Ctrl-D quits)"""
 
 
-@click.command()
+@click.command(cls=Command)
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
     when=lambda options: options["memory"],
@@ -40,7 +42,7 @@ HELP = """/read FILE    read a text as part of the conversation
 @loading_options
 @sampling_options
 @window_bits_options
-@click.option("--system", default="", help="System message, kept in the sinks.")
+@click.option("--system-prompt", "system", default="", help="System message, kept in the sinks.")
 @click.option(
     "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
 )
@@ -53,7 +55,7 @@ def chat(**options: Any) -> None:
     \b
     ahn-mlx chat
     ahn-mlx chat --memory book.ahn
-    ahn-mlx chat --model ahn-gdn-3b --system "You are a patient teacher."
+    ahn-mlx chat --model ahn-gdn-3b --system-prompt "You are a patient teacher."
     """
     check_numbers(options)
     from ..reading.template import TemplateError
@@ -71,15 +73,11 @@ def _session(options: dict[str, Any]) -> Any:
     """The one to begin with: of a file, or new."""
     if options["memory"]:
         name = options["name"] if is_given("name") else None
-        return load_session(options["memory"], name, options["seed"])
+        return load_session(options["memory"], name)
     from ..reading.session import Session
 
     warn_slow()
     model, tokenizer = load_model(options)
-    if options["seed"] is not None:
-        import mlx.core as mx
-
-        mx.random.seed(options["seed"])
     session = Session(
         model,
         tokenizer,
@@ -97,7 +95,7 @@ def _session(options: dict[str, Any]) -> Any:
 
 def _talk(origin: Any, options: dict[str, Any]) -> None:
     """Read lines and answer them; /reset goes back to `origin`."""
-    sampling = {k: options[k] for k in ("max_tokens", "temp", "top_p")}
+    sampling = sampling_of(options)
     session = origin.fork()
     ask_user = _reader()
     while True:

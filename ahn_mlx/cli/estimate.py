@@ -13,10 +13,12 @@ from ..errors import AHNError
 from ..measure.chips import CHIPS, USABLE, this_chip
 from ..model.config import PUBLISHED_NAMES
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from .options import DEFAULT, check_numbers, force_option, no_effect
+from .command import Command, Word
+from .options import check_numbers, force_option, json_option, model_option, no_effect
 from .terminal import say
 
 CHIP = click.Choice(list(CHIPS), case_sensitive=False)
+CHIP_HELP = f"Give bounds for it: {', '.join(CHIPS)}."
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 256, 512)  # GB
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub, of which config.json is enough
@@ -44,7 +46,8 @@ class Tokens(click.ParamType):
         return round(tokens)
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("name", cls=Word, metavar="MODEL")
 @no_effect(
     *("name", "context", "window", "sinks", "memory", "kv_bits", "weight_bits", "compare"),
     *("chip", "as_json", "plot", "force"),
@@ -62,10 +65,8 @@ class Tokens(click.ParamType):
     when=lambda options: "ahn" not in options["compare"].split(","),
     why="without ahn in --compare",
 )
-@no_effect("force", when=lambda options: not options["plot"], why="without --plot")
-@click.option(
-    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
-)
+@no_effect("force", when=lambda options: not options["plot"], why="without --out")
+@model_option
 @click.option(
     "--context",
     type=Tokens(),
@@ -75,22 +76,36 @@ class Tokens(click.ParamType):
 )
 @click.option("--window", type=int, help="Default: the model's.")
 @click.option("--sinks", type=int, help="Default: the model's.")
-@click.option("--memory", type=click.Choice(sorted(PUBLISHED_NAMES.values())), help="Its kind.")
+@click.option(
+    "--kind",
+    "memory",
+    type=click.Choice(sorted(PUBLISHED_NAMES.values())),
+    help="Of memory. Default: the model's.",
+)
 @click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Of a quantized window.")
-@click.option("--weight-bits", type=click.Choice(["16", "8", "4"]), default="4", show_default=True)
+@click.option(
+    "--q-bits",
+    "weight_bits",
+    type=click.Choice(["0", "4", "8"]),
+    default="4",
+    show_default=True,
+    help="Of all weights; 0: 16 bits.",
+)
 @click.option("--compare", default="full,window,ahn", show_default=True, help="Of these three.")
-@click.option("--chip", type=CHIP, help="Give bounds for this one. Default: this Mac's.")
+@click.option("--chip", type=CHIP, metavar="NAME", help=f"{CHIP_HELP} Default: this Mac's.")
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
-@click.option("--json", "as_json", is_flag=True, help="Numbers in bytes and FLOPs.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture of costs by context.")
+@json_option
+@click.option(
+    "-o", "--out", "plot", type=click.Path(path_type=Path), help="Picture of costs by context."
+)
 @force_option
 def estimate(**options: Any) -> None:
     """Count FLOPs and bytes of a model by its config alone, against full attention.
 
     \b
-    ahn-mlx estimate --model ahn-gdn-3b
-    ahn-mlx estimate --model ahn-gdn-3b --context 500p
-    ahn-mlx estimate --model ahn-gdn-7b --context 1M --window 16384 --chip m4-pro
+    ahn-mlx estimate ahn-gdn-3b
+    ahn-mlx estimate ahn-gdn-3b --context 500p
+    ahn-mlx estimate ahn-gdn-7b --context 1M --window 16384 --chip m4-pro
     ahn-mlx estimate --paper
     """
     check_numbers(options)
@@ -135,7 +150,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
     from ..checkpoints.formats import describe_config, is_gguf
     from ..hub.disk import variants
-    from ..hub.published import MODELS
+    from ..hub.published import MODELS, no_such_model
     from ..model.config import AHNConfig
 
     name = options["name"]
@@ -152,8 +167,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
 
             config = describe_config(config_dir(name))
     else:
-        kinds = "a name (ahn-mlx models lists them), ORG/NAME or a directory"
-        raise AHNError(f"{name!r} is not {kinds}")
+        raise AHNError(no_such_model(name))
     has_memory = "ahn" in config or "_ahn_implementation" in config
     ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
     return {**config, "ahn": {**ahn, **_chosen(options)}}
@@ -167,7 +181,7 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
     cache = cost.cache_bytes(shape, kind, tokens, kv_bits=bits)
     weights = cost.weight_bytes(shape, _bits(options))
     if kind != "ahn":
-        weights -= 2 * (shape.gates + shape.readout)
+        weights -= 2 * shape.memory_parameters
     return {
         "prefill_flops": cost.flops(shape, kind, tokens),
         "decode_flops": cost.flops(shape, kind, 1, before=tokens),
@@ -180,7 +194,7 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
 
 def _bits(options: dict[str, Any]) -> float:
     """Per weight, with a 16-bit scale and bias for each group of 64."""
-    bits = int(options["weight_bits"])
+    bits = int(options["weight_bits"]) or 16
     return bits if bits == 16 else bits + 32 / 64
 
 

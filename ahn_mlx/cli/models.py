@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from .command import Command
+from .options import complete_model, json_option, quiet_option
 
 STEP = 2048  # tokens read at once
 Q_BITS = 4 + 32 / 64  # of a base: 4, and 16 of a scale and of a bias for each group of 64
@@ -15,15 +17,16 @@ Q_BITS = 4 + 32 / 64  # of a base: 4, and 16 of a scale and of a bias for each g
 NUMBER = 2 if sys.platform == "darwin" else 4
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="In bytes, for programs.")
+@click.command(cls=Command)
+@json_option
 def models(as_json: bool) -> None:
     """List the models that have a name, what they take, and what is on this machine.
 
     \b
     ahn-mlx models
+    ahn-mlx models --json
     """
-    from ..hub.disk import models_dir
+    from ..hub.published import models_dir
     from ..measure.chips import USABLE, machine_memory
 
     rows = _rows()
@@ -31,8 +34,8 @@ def models(as_json: bool) -> None:
     for row in rows:
         row["fits"] = row["memory_bytes"] and row["memory_bytes"] <= USABLE * has
     if as_json:
-        found = {"machine_bytes": has, "converted": str(models_dir()), "models": rows}
-        click.echo(json.dumps(found, indent=1))
+        found = {"models": rows, "directory": str(models_dir()), "machine_bytes": has}
+        click.echo(json.dumps(found))
         return
     cells = [("name", "weights", "download", "disk", "memory", "fits", "here"), *map(_cells, rows)]
     widths = [max(len(cell[i]) for cell in cells) for i in range(1, 7)]
@@ -67,13 +70,14 @@ def _rows() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "base": entry.base.repo,
-                "memory": entry.memory,
-                "parameters": sum(parameters(name)),
+                "kind": entry.memory,
+                "base_parameters": parameters(name)[0],
+                "memory_parameters": parameters(name)[1],
                 # Two bytes each, as published.
                 "download_bytes": 2 * sum(parameters(name)) if entry.repo else None,
                 "disk_bytes": weights if entry.repo else sum(map(_size, found)) or None,
                 "memory_bytes": _needs(shape, entry.base.config, weights),
-                "here": [_place(path) for path in found],
+                "on_this_machine": [_place(path) for path in found],
             }
         )
     return rows + [_own(path) for path in others]
@@ -83,9 +87,10 @@ def _own(path: Path) -> dict[str, Any]:
     """A model that was fetched or converted by another name."""
     row: dict[str, Any] = {
         "name": path.name.replace("--", "/", 1),
-        **dict.fromkeys(("base", "memory", "parameters", "download_bytes", "memory_bytes")),
+        **dict.fromkeys(("base", "kind", "base_parameters", "memory_parameters")),
+        **dict.fromkeys(("download_bytes", "memory_bytes")),
         "disk_bytes": _size(path),
-        "here": [_place(path)],
+        "on_this_machine": [_place(path)],
     }
     from ..checkpoints.formats import describe_config
     from ..measure.cost import shape_of
@@ -98,8 +103,9 @@ def _own(path: Path) -> dict[str, Any]:
     needs = _needs(shape, config, row["disk_bytes"])
     return {
         **row,
-        "memory": shape.ahn.memory,
-        "parameters": shape.parameters,
+        "kind": shape.ahn.memory,
+        "base_parameters": shape.parameters - shape.memory_parameters,
+        "memory_parameters": shape.memory_parameters,
         "memory_bytes": needs,
     }
 
@@ -117,12 +123,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def size(key: str) -> str:
         return f"{row[key] / 1e9:.1f} GB" if row[key] else "-"
 
-    count = row["parameters"]
-    weights = (
-        "?" if count is None else f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
-    )
+    if row["base_parameters"] is None:
+        weights = "?"
+    else:
+        count = row["base_parameters"] + row["memory_parameters"]
+        weights = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
     fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
-    here = ", ".join(f"{p['bits']}bit" if p["bits"] else "yes" for p in row["here"])
+    here = ", ".join(f"{p['bits']}bit" if p["bits"] else "yes" for p in row["on_this_machine"])
     sizes = map(size, ("download_bytes", "disk_bytes", "memory_bytes"))
     return (row["name"], weights, *sizes, fits, here or "-")
 
@@ -151,13 +158,14 @@ def _size(path: Path) -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-@click.command()
-@click.argument("name")
+@click.command(cls=Command)
+@click.argument("name", shell_complete=complete_model)
 @click.option(
     "--q-bits", type=click.Choice(["0", "4", "8"]), help="Base of a published name. [default: 4]"
 )
 @click.option("--revision", help="Branch, tag or commit of the AHN parameters or of ORG/NAME.")
 @click.option("--base-revision", help="The same of the base.")
+@quiet_option
 def pull(name: str, q_bits: str | None, revision: str | None, base_revision: str | None) -> None:
     """Download and convert a model, or bring it up to date.
 
@@ -172,8 +180,8 @@ def pull(name: str, q_bits: str | None, revision: str | None, base_revision: str
     click.echo(hub.pull(name, bits, revision, base_revision))
 
 
-@click.command()
-@click.argument("name")
+@click.command(cls=Command)
+@click.argument("name", shell_complete=complete_model)
 def rm(name: str) -> None:
     """Delete a converted model from this machine. What huggingface-hub has downloaded
     stays in its own cache: see `hf cache --help`.

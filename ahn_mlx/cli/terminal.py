@@ -1,11 +1,15 @@
 """What someone who waits at a terminal sees, and how they stop it."""
 
+import io
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+import click
 from tqdm import tqdm
 
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
@@ -15,9 +19,44 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def hush(ctx: click.Context) -> None:
+    """Until the command ends nothing goes to stderr: notes, bars, and those of libraries. What
+    ends it is an error, and said after that."""
+    ctx.with_resource(redirect_stderr(io.StringIO()))
+
+
 def warn_slow() -> None:
     if not BLAS.fast and default_dtype() is not None:
         say(f"note: reading will be slow ({BLAS.name}); {' or '.join(BLAS_COMMANDS)}")
+
+
+def in_bytes(n: int) -> str:
+    """A size in the unit that fits it, by thousands."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"
+
+
+def day(seconds: int) -> str:
+    """The date of a moment since 1970, here; a file may say any number."""
+    try:
+        return time.strftime("%Y-%m-%d", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "in no year that there is"
+
+
+@contextmanager
+def waiting(line: str) -> Iterator[None]:
+    """Say what is done, on a terminal, if that takes more than a second."""
+    timer = threading.Timer(1.0, say, [line])
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:

@@ -1,19 +1,13 @@
 """What is on this machine already: converted models, and the default one's package. Nothing is
 asked of the hub here, and nothing large is imported."""
 
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import AHNError
 from ..platform import pip_install
-from .published import DEFAULT, DEFAULT_Q_BITS, MODELS
-
-
-def models_dir() -> Path:
-    """Where converted models are: ~/.cache/ahn-mlx/models, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn-mlx" / "models"
+from .published import DEFAULT, DEFAULT_Q_BITS, MODELS, models_dir, no_such_model
 
 
 def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
@@ -28,8 +22,7 @@ def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
         validate_repo_id(name)
         owner, repo = name.split("/")
     except ValueError:
-        names = ", ".join(MODELS)
-        raise AHNError(f"no model directory {name}; names: {names}; or give ORG/NAME") from None
+        raise AHNError(no_such_model(name)) from None
     return models_dir() / f"{owner}--{repo}"
 
 

@@ -1,10 +1,12 @@
 """Names of models and what is known of them without a download: repositories, shapes,
 sizes. The published ones are Qwen2.5-Instruct with each of the three memories."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import nearest, show
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 
 DEFAULT = "ahn-gdn-smollm2-135m"
@@ -165,6 +167,26 @@ MODELS = {
         for short, long in SHORT.items()
     },
 }
+
+
+def models_dir() -> Path:
+    """Where converted models are: ~/.cache/ahn-mlx/models, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn-mlx" / "models"
+
+
+def model_names() -> list[str]:
+    """The names above, and repositories on this machine, as they are typed."""
+    place = models_dir()
+    found = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
+    return [*MODELS, *(n.replace("--", "/", 1) for n in found if "--" in n and n[0] != ".")]
+
+
+def no_such_model(name: str) -> str:
+    """What is said of a name that is none: the one that is near, or else all of them."""
+    if meant := nearest(name, MODELS):
+        return f"no model {show(name)}; did you mean {meant}?"
+    return f"no model directory {name}; names: {', '.join(MODELS)}; or give ORG/NAME"
+
 
 # Of all other models.
 CONVERTED = "it is converted already and has the bits it has"

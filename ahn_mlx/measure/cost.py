@@ -46,6 +46,7 @@ class Shape:
     gates: int
     readout: int
     vectors: int
+    memory_vectors: int
     embedding: int
     tied: bool
 
@@ -57,8 +58,12 @@ class Shape:
     def parameters(self) -> int:
         """Of base and memory."""
         head = 0 if self.tied else self.embedding
-        matrices = self.projections + self.mlp + self.gates + self.readout
-        return matrices + self.vectors + self.embedding + head
+        base = self.projections + self.mlp + self.vectors + self.embedding + head
+        return base + self.memory_parameters
+
+    @property
+    def memory_parameters(self) -> int:
+        return self.gates + self.readout + self.memory_vectors
 
 
 def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
@@ -80,7 +85,8 @@ def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
         mlp=found.mlp,
         gates=found.gates,
         readout=found.readout,
-        vectors=found.vectors + found.memory_vectors,
+        vectors=found.vectors,
+        memory_vectors=found.memory_vectors,
         embedding=found.embedding if tied else found.embedding // 2,
         tied=tied,
     )
@@ -93,7 +99,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
     from ..model.augment import build
 
     model = build(config)
-    found = dict.fromkeys(("projections", "mlp", "gates", "readout", "vectors", "embedding"), 0)
+    groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "embedding")
+    found = dict.fromkeys(groups, 0)
     parameters: Any = tree_flatten(model.parameters())
     for name, x in parameters:
         found[_group(name, x)] += x.size
@@ -113,9 +120,10 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 def _group(name: str, x: "mx.array") -> str:
+    ours = ".self_attn.ahn." in name
     if x.ndim < 2:
-        return "vectors"
-    if ".self_attn.ahn." in name:
+        return "memory_vectors" if ours else "vectors"
+    if ours:
         # The output's projection, and what reads with a query of its own.
         reads = any(part in name for part in (".o_proj.", ".q_proj."))
         return "readout" if reads else "gates"
@@ -209,7 +217,7 @@ def weight_bytes(shape: Shape, bits: float, memory_bytes: int = 2) -> int:
     """Bytes of all weights: matrices of the base at `bits` per element, the rest 16 bits."""
     head = 0 if shape.tied else shape.embedding
     base = shape.projections + shape.mlp + shape.embedding + head
-    rest = memory_bytes * (shape.gates + shape.readout) + 2 * shape.vectors
+    rest = memory_bytes * shape.memory_parameters + 2 * shape.vectors
     return int(base * bits / 8) + rest
 
 

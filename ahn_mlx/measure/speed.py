@@ -3,9 +3,10 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ..errors import AHNError
-from ..hub.disk import models_dir
+from ..hub.published import models_dir
 from ..outputs.files import replacing
 
 
@@ -13,7 +14,7 @@ def _file() -> Path:
     return models_dir().parent / "bench.json"
 
 
-def _known() -> dict[str, float]:
+def _known() -> dict[str, Any]:
     """FLOP/s by name; nothing of a file that is not there or not ours."""
     try:
         found = json.loads(_file().read_text(encoding="utf-8"))

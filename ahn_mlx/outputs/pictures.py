@@ -23,11 +23,9 @@ LARGEST = 1 << 26  # bytes of a file that may be a picture
 
 def picture(path: Path, reads: tuple[Path, ...] = (), force: bool | None = None) -> OutFile:
     """A picture that can be written. Raises AHNError if it cannot, or without matplotlib."""
-    if path.suffix.lower() not in MARKS:
-        raise AHNError(f"{path}: give a name that ends in {', '.join(MARKS)}")
-    new_figure(1, 1)
-    out = OutFile(path, "a picture of ours", is_picture, reads, force)
+    out = OutFile(path, "a picture of ours", is_picture, reads, force, tuple(MARKS))
     out.check()
+    new_figure(1, 1)
     return out
 
 

@@ -41,7 +41,7 @@ def read_documents(files: Sequence[str], has_prompt: bool, progress: Progress | 
     if not files:
         if sys.stdin is None or sys.stdin.isatty():
             if not has_prompt:
-                raise AHNError("nothing to read; give --prompt-file, --prompt or pipe in a text")
+                raise AHNError("nothing to read; give a document, a question, or pipe in a text")
             return ""
         files = ("-",)
     found = find(files)
