@@ -35,7 +35,7 @@ def record(name: str, flops: float) -> None:
 
 def recall(name: str) -> float | None:
     """FLOP/s at which this machine read that model, if that was ever measured."""
-    found = _known().get(name)
+    found: Any = _known().get(name)
     if type(found) in (int, float) and math.isfinite(found) and found > 0:
         return float(found)
     return None
