@@ -31,6 +31,7 @@ EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
 @click.command(cls=Command)
 @click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1, shell_complete=complete_file)
 @click.option("--memory", "file", type=click.Path(path_type=Path), help="The same as FILE.")
+@click.option("-p", "--prompt", help="The same as QUESTION.")
 @moved_model_option
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options
@@ -57,7 +58,7 @@ def ask(
     ahn-mlx ask book.ahn "Who is the captain?" --json
     """
     check_numbers(options)
-    file, question = _words(words, file)
+    file, question = _words(words, file, options["prompt"])
     if question is None and not interactive:
         question = _piped()
         interactive = question is None and not options["as_json"]
@@ -81,9 +82,14 @@ def ask(
     sys.exit(code)
 
 
-def _words(words: tuple[str, ...], file: Path | None) -> tuple[Path, str | None]:
-    """Which of the words is the file, and which the question."""
+def _words(
+    words: tuple[str, ...], file: Path | None, prompt: str | None
+) -> tuple[Path, str | None]:
+    """The file and the question, given as words or by their options."""
     found, question = memory_and_question(words)
+    if question is not None and prompt is not None:
+        raise AHNError(f"{show(question)} and --prompt: one question at a time")
+    question = question if prompt is None else prompt
     if found is not None and file is not None:
         raise AHNError(f"{show(str(found))} is a second file; a question is of one memory, {file}")
     memory = found or file

@@ -179,7 +179,12 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
     if name is None and os.path.isabs(options["name"]) and not os.path.isdir(options["name"]):
         gone = show(options["name"])
         raise AHNError(f"the memory's model, {gone}, is not there; --model says where it is now")
-    return load_model(options)
+    try:
+        return load_model(options)
+    except AHNError as e:
+        if name is not None or os.path.isdir(options["name"]):
+            raise
+        raise AHNError(f"{e}; --model says where the memory's model is now") from None
 
 
 def _job(session: Any, text: str, options: dict[str, Any]) -> str:
