@@ -10,7 +10,7 @@ from test_training import SETTINGS, base_model, place, sequences  # noqa: F401
 
 from ahn_mlx import AHNError
 from ahn_mlx.train import loop
-from ahn_mlx.train.output import write_curves
+from ahn_mlx.train.curves import write_curves
 
 SHORT = dataclasses.replace(SETTINGS, steps=3, seq_len=64, window=8, sinks=2)
 
@@ -89,7 +89,7 @@ DAMAGE = {
         lambda state, facts: facts.update(
             settings=json.dumps({**json.loads(facts["settings"]), "loss": "\x1b[2J"})
         ),
-        r"trained with --loss '\x1b[2J', not kl",
+        r"not a training state (",
     ),
 }
 
@@ -170,7 +170,7 @@ def test_metrics_whose_first_lines_are_gone_go_on_at_their_step(tmp_path):
 def test_other_damage_to_metrics_is_named_and_nothing_is_lost(tmp_path, line):
     file = metrics(tmp_path / loop.METRICS, LINE, line, {**LINE, "step": 2})
     before = file.read_bytes()
-    for act in (lambda: loop.Metrics(file, 3), lambda: write_curves(tmp_path)):
+    for act in (lambda: loop.Metrics(file, 3), lambda: write_curves(tmp_path, "kl")):
         with pytest.raises(AHNError, match=r"metrics\.jsonl: line 2 says no step and loss"):
             act()
     assert file.read_bytes() == before and not (tmp_path / "curves.png").exists()

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import phi3, qwen3
 from mlx_lm.models.cache import KVCache
 
+import ahn_mlx
 from ahn_mlx import AHNError, load_model
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.measure.compare import compare, silenced, stream
@@ -30,7 +31,7 @@ from ahn_mlx.model.augment import memory_layers
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.train import layerwise, loop
 from ahn_mlx.train.data import Sequences
-from ahn_mlx.train.output import load_base, load_trained
+from ahn_mlx.train.output import load_base
 from ahn_mlx.train.streams import install, trainable
 
 BOOK = Path(__file__).parent.parent / "ahn_mlx/demo/pride-and-prejudice.txt"
@@ -301,7 +302,7 @@ def test_output_is_the_published_layout_and_converts(place, tmp_path):
     convert(place / "base", tmp_path / "out", tmp_path / "model")
     converted, _ = load_model(tmp_path / "model", dtype="float32")
     assert converted.ahn.sink_positions == "clamped"
-    trained, _ = load_trained(tmp_path / "out", {"name": str(place / "base"), "dtype": "float32"})
+    trained, _ = ahn_mlx.load(place / "base", ahn=tmp_path / "out", dtype="float32")
     tokens = mx.arange(100)[None] * 7 % 256
     assert mx.allclose(converted(tokens), trained(tokens), atol=1e-5)
     with silenced(trained):

@@ -21,10 +21,13 @@ from .terminal import say, stop_between_steps, warn_slow
     "--memory", "file", required=True, type=click.Path(path_type=Path), help="From ahn-mlx digest."
 )
 @click.option("--model", "name", help="Where the model is now. Default: as when digested.")
+@click.option("--ahn", type=click.Path(path_type=Path), help="Where its trained memory is now.")
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options
 @needs_memory
-def ask(question: str, file: Path, name: str | None, interactive: bool, **options: Any) -> None:
+def ask(
+    question: str, file: Path, name: str | None, ahn: Path | None, interactive: bool, **options: Any
+) -> None:
     """Ask about a document that ahn-mlx digest has read. The memory is not changed.
 
     \b
@@ -34,7 +37,7 @@ def ask(question: str, file: Path, name: str | None, interactive: bool, **option
     check_numbers(options)
     if not question.strip() and not interactive:
         raise AHNError("no question; give one, or --interactive")
-    session = load_session(file, name, options["seed"])
+    session = load_session(file, name, options["seed"], ahn)
     sampling = {k: options[k] for k in ("max_tokens", "temp", "top_p")}
     code = 0
     if question.strip():
@@ -59,14 +62,14 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def load_session(file: Path, name: str | None, seed: int | None) -> Any:
+def load_session(file: Path, name: str | None, seed: int | None, ahn: Path | None = None) -> Any:
     """The session of a memory file, with its model."""
     from ..reading import memoryfile
     from ..reading.session import Session
 
     facts = memoryfile.read_facts(file)
     warn_slow()
-    model, tokenizer = load_as_read(facts, name)
+    model, tokenizer = load_as_read(facts, name, ahn)
     if seed is not None:
         import mlx.core as mx
 

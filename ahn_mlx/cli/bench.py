@@ -7,7 +7,7 @@ import click
 
 from ..errors import AHNError
 from ..measure.chips import CHIPS
-from .estimate import CHIP, config_of, print_table
+from .estimate import CHIP, print_table
 from .options import check_numbers, load_model, loading_options, needs_memory
 from .terminal import progress_bar, warn_slow
 
@@ -37,8 +37,7 @@ def bench(**options: Any) -> None:
 
     warn_slow()
     model, _ = load_model(options)
-    memory = {"window": model.ahn.window, "sinks": model.ahn.sinks, "memory": None}
-    shape = cost.shape_of(config_of({**options, **memory}))
+    shape = cost.shape_of({**vars(model.args), "ahn": model.ahn.to_dict()})
     context, tokens = options["context"], options["tokens"]
     dtype = model.layers[0].input_layernorm.weight.dtype
     cache = model.make_cache()

@@ -18,6 +18,7 @@ from .options import (
     loading_options,
     needs_memory,
     no_effect,
+    origin_of,
     sampling_options,
     window_bits_options,
 )
@@ -71,7 +72,7 @@ def _session(options: dict[str, Any]) -> Any:
     """The one to begin with: of a file, or new."""
     if options["memory"]:
         name = options["name"] if is_given("name") else None
-        return load_session(options["memory"], name, options["seed"])
+        return load_session(options["memory"], name, options["seed"], options["ahn"])
     from ..reading.session import Session
 
     warn_slow()
@@ -83,7 +84,7 @@ def _session(options: dict[str, Any]) -> Any:
     session = Session(
         model,
         tokenizer,
-        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+        origin=origin_of(options),
         system=options["system"],
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),

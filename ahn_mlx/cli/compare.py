@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
 @click.command()
 @no_effect(
-    "q_bits",
-    when=lambda options: options["ahn"],
-    why="with --ahn, whose base is as it is",
-)
-@no_effect(
     *("segments", "seq_len"),
     when=lambda options: options["tokens"] is not None,
     why="with --stream, which reads one text",
@@ -38,7 +33,6 @@ if TYPE_CHECKING:
 @no_effect("stream_from", when=lambda options: options["tokens"] is None, why="without --stream")
 @no_effect("force", when=lambda options: not options["plot"], why="without --plot")
 @loading_options
-@click.option("--ahn", type=click.Path(path_type=Path), help="Memory from a directory of train.")
 @click.option("--text", required=True, metavar="FILE", help="A text it was not trained on.")
 @click.option("--segments", default=8, show_default=True, help="Parts of the text to measure.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens of each.")
@@ -73,12 +67,7 @@ def compare(**options: Any) -> None:
     from ..measure import compare as measure
     from ..reading.tokens import Encoder
 
-    if options["ahn"]:
-        from ..train.output import load_trained
-
-        model, tokenizer = load_trained(options["ahn"], options)
-    else:
-        model, tokenizer = load_model(options)
+    model, tokenizer = load_model(options)
     encoder = Encoder(tokenizer)
     ids, begin = encoder("", text), encoder.begin
     if options["tokens"]:

@@ -7,7 +7,7 @@ import click
 
 
 @click.command()
-@click.option("--base", type=click.Path(path_type=Path), help="Base model: a directory or GGUF.")
+@click.option("--base", help="Base model: a directory, a GGUF file, ORG/NAME or a name of ours.")
 @click.option(
     "--ahn",
     type=click.Path(path_type=Path),
@@ -28,16 +28,19 @@ import click
 )
 @click.option("--yarn", type=float, metavar="FACTOR", help="Stretch the base's positions by YaRN.")
 @click.option("--force", is_flag=True, help="Replace a model that is at --out.")
-def convert(q_bits: str, **options: Any) -> None:
+def convert(base: str | None, q_bits: str, **options: Any) -> None:
     """Convert a checkpoint of the PyTorch release of AHN to MLX.
 
     \b
     Base and AHN parameters in the published layout:
       convert --base Qwen2.5-3B-Instruct --ahn AHN-GDN-for-Qwen-2.5-Instruct-3B --out ahn-gdn-3b
+    A memory of ahn-mlx train, on the base that it was trained for:
+      convert --base Qwen/Qwen2.5-3B-Instruct --ahn my-memory --out my-model
     A merged checkpoint, in half the space:
       convert --ahn merged --out ahn-gdn-3b --dtype bfloat16
     """
     from ..checkpoints.convert import convert
+    from ..hub.bases import find_base
 
-    convert(q_bits=int(q_bits), **options)
+    convert(find_base(base) if base else None, q_bits=int(q_bits), **options)
     click.echo(f"wrote {options['out']}")

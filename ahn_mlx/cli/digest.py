@@ -20,6 +20,7 @@ from .options import (
     loading_options,
     needs_memory,
     no_effect,
+    origin_of,
     template_options,
 )
 from .terminal import progress_bar, say, stop_between_steps, warn_slow
@@ -67,7 +68,9 @@ def digest(**options: Any) -> None:
     warn_slow()
     if options["append"]:
         facts = memoryfile.read_facts(out)
-        model, tokenizer = load_as_read(facts, options["name"] if is_given("name") else None)
+        model, tokenizer = load_as_read(
+            facts, options["name"] if is_given("name") else None, options["ahn"]
+        )
         session = Session.load(out, model, tokenizer)
     else:
         model, tokenizer = load_model(options)
@@ -75,7 +78,7 @@ def digest(**options: Any) -> None:
             session = Session(
                 model,
                 tokenizer,
-                origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+                origin=origin_of(options),
                 system=options["system"],
                 kv_bits=int(options["bits"]) if options["bits"] else None,
                 chat=not options["no_chat_template"],
@@ -129,9 +132,12 @@ def _check_out(out: Path, partial: Path, append: bool) -> None:
         OutFile(file, "a memory", is_memory).check()
 
 
-def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer that fit a memory. name: where they are now, if not as it says."""
-    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")}
+def load_as_read(
+    facts: dict[str, Any], name: str | None, ahn: Path | None = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer that fit a memory. name, ahn: where they are now, if not as it says."""
+    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits", "ahn")}
+    options["ahn"] = ahn or options["ahn"]
     options |= {"window": facts["window"], "sinks": facts["sinks"]}
     if name is not None:
         options["name"] = name

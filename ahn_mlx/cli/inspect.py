@@ -18,9 +18,12 @@ from .terminal import say
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Page to write.")
 @click.option("--text", metavar="FILE", help="What was digested first, to quote from it.")
 @click.option("--model", "name", help="Where the model is now. Default: as when digested.")
+@click.option("--ahn", type=click.Path(path_type=Path), help="Where its trained memory is now.")
 @force_option
 @needs_memory
-def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bool) -> None:
+def inspect(
+    file: Path, out: Path, text: str | None, name: str | None, ahn: Path | None, force: bool
+) -> None:
     """Draw what a memory holds: one HTML page that needs no network.
 
     By layer and head: the state's norm, how many tokens it lasts, how strongly tokens were
@@ -38,7 +41,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     target = OutFile(out, "a page of inspect", is_page, reads, force)
     target.check()
     quoted = None if text is None else read_document(text, has_prompt=False)
-    session = load_session(file, name, None)
+    session = load_session(file, name, None, ahn)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:
         part.write_text(drawn, encoding="utf-8", errors="replace")

@@ -37,10 +37,10 @@ def models() -> None:
 def _embedded() -> list[Path]:
     """The default model's file, if its package is installed."""
     from ..errors import AHNError
-    from ..hub import zoo
+    from ..hub import bases
 
     try:
-        return [zoo.smollm2_gguf()]
+        return [bases.smollm2_gguf()]
     except AHNError:
         return []
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,12 +45,31 @@ def no_effect(*names: str, when: Callable[[dict[str, Any]], Any], why: str) -> D
     return add
 
 
+def _on_its_base(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A trained memory knows the base that it belongs to."""
+
+    @functools.wraps(command)
+    def named(**options: Any) -> Any:
+        if options["ahn"] and not is_given("name"):
+            from ..hub.bases import base_of
+
+            options["name"] = base_of(options["ahn"])
+        return command(**options)
+
+    return named
+
+
 model_option = click.option(
     "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
 )
 
 _LOADING = (
     model_option,
+    click.option(
+        "--ahn",
+        type=click.Path(path_type=Path),
+        help="Memory from ahn-mlx train, put on --model; by default on the base it was trained on.",
+    ),
     click.option("--window", type=int, help="Tokens kept losslessly. Default: the model's."),
     click.option("--sinks", type=int, help="First tokens kept for ever. Default: the model's."),
     click.option(
@@ -62,11 +82,13 @@ _LOADING = (
         type=click.Choice(["0", "4", "8"]),
         help="Base of a published name. [default: 4]",
     ),
+    no_effect("q_bits", when=lambda options: options["ahn"], why="with --ahn: a base is as it is"),
     no_effect(
         "q_bits",
         when=lambda options: not has_bits_to_choose(options["name"]),
         why=f"on {{name}}: {CONVERTED}",
     ),
+    _on_its_base,
 )
 _SAMPLING = (
     click.option("--max-tokens", default=256, show_default=True, help="Longest answer."),
@@ -149,4 +171,12 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
         sinks=options["sinks"],
         dtype=options["dtype"],
         q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
+        ahn=options["ahn"],
     )
+
+
+def origin_of(options: dict[str, Any]) -> dict[str, Any]:
+    """How the model of the loading options was got, for a memory file to say."""
+    ahn = options["ahn"]
+    origin = {k: options[k] for k in ("name", "dtype", "q_bits")}
+    return {**origin, **({"ahn": str(ahn.absolute())} if ahn else {})}

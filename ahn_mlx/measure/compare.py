@@ -7,7 +7,6 @@ counted: there all three are equal.
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ import mlx.nn as nn
 
 from ..errors import AHNError
 from ..train.losses import ROWS, divergence
-from ..train.streams import head, install, study, teach, trainable
+from ..train.streams import head, silenced, study, teach
 
 KINDS = ("full", "window", "memory")
 
@@ -115,18 +114,6 @@ def _measure(model: nn.Module, tokens: mx.array, window: int, sinks: int) -> mx.
         blocks.append(mx.stack([*nlls, *kls]))
         mx.eval(blocks)
     return mx.concatenate(blocks, axis=1)
-
-
-@contextmanager
-def silenced(model: nn.Module) -> Iterator[None]:
-    """The memory adds nothing in here: a window alone."""
-    parameters = trainable(model)
-    zeros = {n: mx.zeros_like(x) for n, x in parameters.items() if n.endswith("o_proj.weight")}
-    install(model, zeros)
-    try:
-        yield
-    finally:
-        install(model, parameters)
 
 
 class Stretch(NamedTuple):

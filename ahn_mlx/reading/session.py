@@ -244,7 +244,7 @@ class Session:
         session = cls(
             model,
             tokenizer,
-            origin={k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")},
+            origin={k: facts["model"].get(k) for k in ("name", "dtype", "q_bits", "ahn")},
             system=facts["system"],
             step=facts["step"],
             chat=facts["chat"],
