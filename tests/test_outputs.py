@@ -404,7 +404,8 @@ def test_a_training_replaces_nothing_that_it_reads(place):
     (out / ".training.safetensors.0123abcd.part").touch()
     run("train", *options, "--out", out)
     files = {"training.safetensors", "metrics.jsonl", "model.safetensors", "config.json"}
-    assert {f.name for f in out.iterdir()} == files | {"README.md", "curves.png"}
+    files |= {"README.md", "curves.png"}  # of so little text nothing is held out
+    assert {f.name for f in out.iterdir()} == files
     before, weights = contents(out), mx.load(str(out / "model.safetensors"))
     mx.eval(weights)
     assert "has a training already" in refuse("train", *options, "--out", out)

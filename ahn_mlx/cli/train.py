@@ -98,11 +98,11 @@ def train(**options: Any) -> None:
     if options["resume"]:
         _as_before(options)
     _check(options)
-    if options["ahn"] and not is_given("base"):
-        options["base"] = bases.base_of(options["ahn"])
     output.check_out(out, options)
     if options["ahn"]:
         _take_memory(options, options["ahn"])
+        if not is_given("base"):
+            options["base"] = bases.base_of(options["ahn"], "--base")
     drawable = _can_draw(out)
     base = output.load_base(options)
     if options["ahn"]:
@@ -195,7 +195,7 @@ def _as_before(options: dict[str, Any]) -> None:
     if not options["ahn"]:
         _take_memory(options, out)
     if not is_given("base"):
-        before["base"] = base_of(out)
+        before["base"] = base_of(out, "--base")
     options |= {k: v for k, v in before.items() if not is_given(k)}
 
 

@@ -80,16 +80,19 @@ def whole_name(name: str) -> str:
     return name if name in MODELS or not os.path.exists(name) else os.path.abspath(name)
 
 
-def base_of(directory: Path) -> str:
+def base_of(directory: Path, option: str = "--model") -> str:
     """The base that a memory was trained for, by the name that its config.json or its card has.
+    option: the one to name it with otherwise.
 
     Raises AHNError if neither says one, or it is not where it was.
     """
     name = read_config(directory).get(BASE) or base_model(directory)
     if not isinstance(name, str) or not name:
-        raise AHNError(f"{directory}: does not say which base it was trained on; give --model BASE")
+        raise AHNError(
+            f"{directory}: does not say which base it was trained on; give {option} BASE"
+        )
     if os.path.isabs(name) and not os.path.exists(name):
-        raise AHNError(f"{directory}: its base {show(name)} is not there; give --model BASE")
+        raise AHNError(f"{directory}: its base {show(name)} is not there; give {option} BASE")
     return name
 
 

@@ -22,6 +22,7 @@ from ..platform import default_dtype
 from . import download as hub
 from .bases import load_base, put_memory, smollm2_base, smollm2_gguf
 from .published import CONVERTED, MODELS, has_bits_to_choose
+from .published import DEFAULT as DEFAULT
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent.parent / "weights"
