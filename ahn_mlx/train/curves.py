@@ -73,6 +73,6 @@ def _held_out(axes: "Axes", lines: Lines) -> None:
     steps, kl = [line["step"] for line in lines], [line["kl"] for line in lines]
     alone = lines[-1]["window_kl"]
     axes.plot(steps, kl, marker="o", color="C1", label=f"held out, with memory: {kl[-1]:.4f}")
-    axes.axhline(alone, color="C3", ls="--", label=f"held out, window alone: {alone:.4f}")
+    axes.axhline(alone, color="C7", ls="--", label=f"held out, window alone: {alone:.4f}")
     axes.set_ylabel(KL)
     axes.set_ylim(bottom=0)
