@@ -216,7 +216,7 @@ def draw_buckets(figure: "Figure", result: "Comparison", name: str) -> None:
     axes.set(
         xlabel="position in the text, tokens", ylabel="KL from full attention (nats per token)"
     )
-    axes.set_title(f"{name}\nthe lower, the nearer to full attention; × is memory over window")
+    axes.set_title(f"{name}\nthe lower, the nearer to full attention; numbers: memory / window")
     axes.legend(loc="upper left")
 
 
