@@ -150,6 +150,12 @@ def test_a_memory_that_does_not_fit(place, damage, said):
     assert str(place / "ahn") in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_whole_model_is_no_memory(place):
+    convert(place / "base", place / "ahn", place / "out")
+    with pytest.raises(AHNError, match="holds a whole model, not a memory; give it as --model"):
+        run("generate", "--ahn", place / "out", "--prompt", "Why?")
+
+
 def test_another_base_is_refused(place):
     edit_config(place / "ahn", rope_theta=5.0)
     with pytest.raises(AHNError, match="was trained for another base"):

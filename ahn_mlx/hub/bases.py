@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.baseconfig import check_same_base, read_config
 from ..checkpoints.card import Origin, base_model, origin
+from ..checkpoints.directory import Source
 from ..checkpoints.formats import Reader, describe, is_gguf
 from ..checkpoints.ggufile import GGUFile
 from ..checkpoints.load import load_plain
@@ -88,6 +89,7 @@ def base_of(directory: Path, option: str = "--model") -> str:
     """
     name = read_config(directory).get(BASE) or base_model(directory)
     if not isinstance(name, str) or not name:
+        _memory_in(directory)  # which says of a whole model that it is one
         raise AHNError(
             f"{directory}: does not say which base it was trained on; give {option} BASE"
         )
@@ -96,12 +98,18 @@ def base_of(directory: Path, option: str = "--model") -> str:
     return name
 
 
-def put_memory(base: Base, directory: Path) -> None:
-    """Give a model, which has been augmented, the memory of an AHN-only checkpoint. Raises
-    AHNError if it does not fit, or was trained for another base."""
+def _memory_in(directory: Path) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Config and tensors of an AHN-only checkpoint. Raises AHNError if it is another."""
     config, sources = describe(directory)
     if any(not is_memory(name) for name in sources):
         raise AHNError(f"{directory}: holds a whole model, not a memory; give it as --model")
+    return config, sources
+
+
+def put_memory(base: Base, directory: Path) -> None:
+    """Give a model, which has been augmented, the memory of an AHN-only checkpoint. Raises
+    AHNError if it does not fit, or was trained for another base."""
+    config, sources = _memory_in(directory)
     check_same_base(Path(base.origin.repo), base.config, directory, config)
     model: Any = base.model
     parameters: Any = tree_flatten(model.parameters())
