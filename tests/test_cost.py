@@ -198,7 +198,7 @@ def test_estimate(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nix"], "is not a name"),
+        (["--model", "nix"], "no model directory nix"),
         (["--window", "0"], "--window must be at least 1"),
         (["--compare", "full,all"], "--compare takes full, window, ahn"),
     ],
