@@ -73,7 +73,10 @@ IDLE = [
     (["estimate", "--compare", "full"], ["--kv-bits", "8"], "on full attention"),
     (["estimate", "--compare", "full,window"], ["--kind", "mamba2"], "without ahn"),
     *((a, ["--force"], "without --out") for a in (["estimate"], compare)),
-    ([*compare, "--ahn", "a"], ["--q-bits", "8"], "with --ahn"),
+    *(
+        ([*a, "--ahn", "a"], ["--q-bits", "8"], "with --ahn")
+        for a in (compare, generate, ["bench"])
+    ),
     ([*compare, "--ahn", "a", "--model", "ahn-gdn-3b"], ["--q-bits", "8"], "with --ahn"),
     ([*compare, "--stream", 99], ["--segments", 2], "with --stream"),
     ([*compare, "--stream", 99], ["--seq-len", 64], "with --stream"),

@@ -66,7 +66,7 @@ def _session(options: dict[str, Any]) -> Any:
     """The one to begin with: of a file, or new."""
     if options["memory"]:
         name = options["name"] if is_given("name") else None
-        return load_session(options["memory"], name)
+        return load_session(options["memory"], name, options["ahn"])
     warn_slow()
     model, tokenizer = load_model(options)
     from ..reading.session import Session
@@ -74,7 +74,6 @@ def _session(options: dict[str, Any]) -> Any:
     session = Session(
         model,
         tokenizer,
-        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
         system=options["system"],
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),
