@@ -61,6 +61,11 @@ class Session:
 
     Raises AHNError if there is no chat template that can be taken apart, and with `system`
     but without `chat`.
+
+    >>> session = ahn_mlx.Session(model, tokenizer, system="Be brief.")
+    >>> session.read("Call me Ishmael.")
+    >>> session.turn
+    'read'
     """
 
     def __init__(
@@ -104,6 +109,10 @@ class Session:
         self._whole = True  # no layer is ahead of another
         self._answering = False  # what is read or asked meanwhile would be lost
 
+    def __repr__(self) -> str:
+        name = self.origin["name"] or "a model without a name"
+        return f"<Session of {name}: {self.tokens:,} tokens, turn {self.turn!r}>"
+
     @property
     def tokens(self) -> int:
         """Tokens read and generated so far."""
@@ -118,7 +127,12 @@ class Session:
         self, text: str, progress: Callable[[int], None] = lambda read: None, *, name: str = ""
     ) -> None:
         """Read more of the user's message. progress: called with tokens read of this text.
-        name: of the text, which a file lists."""
+        name: of the text, which a file lists.
+
+        >>> session.read("It was the best of times.", name="book.txt")
+        >>> session.texts[-1]["name"]
+        'book.txt'
+        """
         self._check()
         ids = self.encode(text)
         self.read_ids(ids, progress)
@@ -201,7 +215,10 @@ class Session:
 
         sampling: what Sampling takes. Each piece is a token's, and may be empty.
         Closing the iterator ends the answer there. Any other exception before or in it
-        leaves the session as it was. Raises AHNError if there is nothing to answer.
+        leaves the session as it was. Without a chat template an empty question lets the text
+        go on from its tail. Raises AHNError if there is nothing to answer.
+
+        >>> answer = "".join(session.ask("Who speaks?", max_tokens=4))
         """
         self._check()
         settings = Sampling(**sampling)
@@ -242,7 +259,11 @@ class Session:
             self.turn = "answered" if finish == "stop" else "cut"
 
     async def stream(self, question: str, **options: Any) -> AsyncIterator[str]:
-        """As ask, for asynchronous code: the event loop stays free."""
+        """As ask, for asynchronous code: the event loop stays free.
+
+        >>> async def answer(question):
+        ...     return "".join([text async for text in session.stream(question, max_tokens=4)])
+        """
         loop = asyncio.get_running_loop()
         answer = self.ask(question, **options)
         with ThreadPoolExecutor(max_workers=1) as worker:
@@ -254,14 +275,22 @@ class Session:
                 await loop.run_in_executor(worker, mx.clear_streams)
 
     def fork(self) -> "Session":
-        """Another session with the same past. It costs nothing until one of them goes on."""
+        """Another session with the same past. It costs nothing until one of them goes on.
+
+        >>> fork = session.fork()
+        >>> fork.read("It was the worst of times.")
+        >>> fork.tokens > session.tokens
+        True
+        """
         other = copy.copy(self)
         other.caches = _fork(self.caches)
         other._answering = False
         return other
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Write all of it to one file, by a temporary name.
+        """Write all of it to one file, by a temporary name. facts: more to write down, as JSON.
+
+        >>> session.save("book.ahn")
 
         Raises AHNError if that cannot be, would replace what is no memory, or could not be
         loaded again, which holds for numbers that are not finite.
@@ -292,7 +321,13 @@ class Session:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper) -> "Session":
         """Go on where a saved session was. Raises AHNError if the file is damaged or of
-        another model, tokenizer, window or version."""
+        another model, tokenizer, window or version.
+
+        >>> session.save("book.ahn")
+        >>> again = ahn_mlx.Session.load("book.ahn", model, tokenizer)
+        >>> again.tokens == session.tokens
+        True
+        """
         caches, tail, facts = memoryfile.load(Path(path), model, tokenizer)
         session = cls(
             model,
