@@ -46,7 +46,7 @@ def bench(**options: Any) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from ..measure import cost
+    from ..measure import cost, speed
     from ..reading.generate import prefill_step
 
     warn_slow()
@@ -75,10 +75,11 @@ def bench(**options: Any) -> None:
     decoded = (time.perf_counter() - start) / tokens
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(x.nbytes for _, x in parameters)
-    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype).values())
+    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype.size).values())
     moved = weights + counted_cache
     prefill = sum(cost.flops(shape, "ahn", context).values())
     step = sum(cost.flops(shape, "ahn", 1, before=context).values())
+    speed.record(options["name"], prefill / read)
     if options["as_json"]:
         facts = {
             "model": options["name"],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AHNError
+from ..platform import pip_install
 from .files import OutFile
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _drawing(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise AHNError(f"{what} needs matplotlib: pip install 'ahn-mlx[plot]'") from None
+        raise AHNError(f"{what} needs matplotlib: {pip_install('matplotlib')}") from None
     except OSError:  # the file's
         raise
     except Exception as e:  # whatever fonts, backends and settings make of it
