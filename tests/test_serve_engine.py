@@ -65,9 +65,9 @@ def finish(told, n=1):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Piece) and event.token:
-            tokens[event.index].append((event.token.id, event.token.logprob))
+            tokens[event.choice].append((event.token.id, event.token.logprob))
         if isinstance(event, Done):
-            done[event.index] = event
+            done[event.choice] = event
     return tokens, done
 
 

@@ -156,10 +156,10 @@ class AHNAttention(nn.Module):
         for n, row in enumerate(cache.caches):
             own = slice(n, n + 1)
             mine = (q[own], None if q_sink is None else q_sink[own], asks[own], z[own])
+            settings = (row.window, row.sinks, row.bits, row.group_size)
+            new, place = (k[own], v[own], gates[own]), tuple(cache.each[n])
             said, after = self._compiled_row(
-                *(mine, (k[own], v[own], gates[own]), tuple(cache.each[n])),
-                *(tuple(cache.rows(n)), tuple(derived)),
-                *(row.window, row.sinks, row.bits, row.group_size),
+                mine, new, place, tuple(cache.rows(n)), tuple(derived), *settings
             )
             row.turned(Rows(*after))
             heads.append(said)

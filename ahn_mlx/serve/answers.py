@@ -2,21 +2,38 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.together import give_back
 from ..reading.session import Session
 from ..reading.tokens import check_ids
+from .metrics import Metrics
 from .parameters import APIError
 from .sampling import Chosen, Cutter, Sampler, Sampling
 
-if TYPE_CHECKING:
-    from .engine import Engine
+
+class Host(Protocol):
+    """What an answer needs of the engine."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    metrics: Metrics
+
+    def release(self, n: int = 1) -> None:
+        """Give rows back."""
+
+    def answer(self, answers: "Sequence[Answer]") -> None:
+        """Take these into the next step."""
+
+    def take(self, answers: "Sequence[Answer]", logits: mx.array) -> None:
+        """Choose and deliver a token of each; logits [n, V]."""
 
 
 class Read(NamedTuple):
@@ -37,7 +54,7 @@ class Token(NamedTuple):
 class Piece(NamedTuple):
     """More text of an answer, perhaps none yet, and the token that brought it."""
 
-    index: int
+    choice: int
     text: str
     token: Token | None
 
@@ -46,7 +63,7 @@ class Done(NamedTuple):
     """An answer ended. reason: "stop", "length" or "cancelled". stop: the string that ended it.
     session: where it stands; ended: text of the token that ended it."""
 
-    index: int
+    choice: int
     reason: str
     tokens: int
     session: Session
@@ -91,7 +108,7 @@ class Request:
 class Reading:
     """A prompt that is being read. Raises AHNError for tokens that there are not."""
 
-    def __init__(self, request: Request, engine: "Engine"):
+    def __init__(self, request: Request, engine: Host):
         self.request, self.engine = request, engine
         self.session = request.session.fork()
         self._waiting = [*self.session.pending, *request.ids]
@@ -153,7 +170,7 @@ class Answer:
     def __init__(
         self,
         request: Request,
-        engine: "Engine",
+        engine: Host,
         session: Session,
         index: int,
         last: int,
@@ -173,7 +190,7 @@ class Answer:
 
     def take(self, chosen: Chosen) -> None:
         """A token has come."""
-        token = self.next = int(chosen.token.item())
+        token = self.next = int(chosen.token.item())  # type: ignore[arg-type]
         self._said += 1
         self.sampler.took(token)
         self.engine.metrics.count("tokens_generated_total")
@@ -233,4 +250,4 @@ def _facts(token: int, chosen: Chosen) -> Token:
     if chosen.top is not None and chosen.top_logprobs is not None:
         ids: Any = chosen.top.tolist()
         top = tuple(zip(ids, chosen.top_logprobs.tolist(), strict=True))  # type: ignore[arg-type]
-    return Token(token, float(chosen.logprob.item()), top)
+    return Token(token, float(chosen.logprob.item()), top)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from ..reading.session import Session
 from .answers import Answer, Reading, Request
 from .metrics import Metrics
 from .parameters import APIError
+from .sampling import Chosen
 
 log = logging.getLogger("ahn_mlx.serve")
 
@@ -32,7 +33,9 @@ STUCK = 120.0  # seconds without a turn before /health says so
 class Reader(Protocol):
     """What reads something chunk by chunk."""
 
-    cancelled: bool
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more."""
 
     def advance(self) -> bool:
         """One chunk; whether it was the last."""
@@ -97,7 +100,9 @@ class Engine:
             if n > self._free:
                 raise APIError(
                     f"all {self.rows} rows are busy; try again later",
-                    **{"status": 429, "code": "rate_limit_exceeded", "after": 1},
+                    status=429,
+                    code="rate_limit_exceeded",
+                    after=1,
                 )
             self._free -= n
 
@@ -256,7 +261,7 @@ class Engine:
     def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
         """Choose and deliver a token of each. logits: [n, V]."""
         likely = mx.argmax(logits, axis=-1)
-        chosen = []
+        chosen: list[Chosen | None] = []
         for i, answer in enumerate(answers):
             try:
                 chosen.append(answer.choose(likely[i], logits[i]))
@@ -273,7 +278,13 @@ class Engine:
                 self._guarded(partial(answer.fail, e))
 
 
-def fresh(engine: Engine, origin: dict[str, Any], kv_bits: int | None, group_size: int) -> Session:
+def fresh(
+    engine: Engine,
+    origin: dict[str, Any],
+    kv_bits: int | None,
+    group_size: int,
+    step: int | None = None,
+) -> Session:
     """A session that has read nothing. Raises AHNError for a model whose rows would grow."""
     if engine.model.ahn.fa_layer_ids:
         layers = ", ".join(map(str, engine.model.ahn.fa_layer_ids))
@@ -285,6 +296,7 @@ def fresh(engine: Engine, origin: dict[str, Any], kv_bits: int | None, group_siz
         engine.model,
         engine.tokenizer,
         origin=origin,
+        step=step,
         kv_bits=kv_bits,
         kv_group_size=group_size,
         chat=False,

@@ -66,12 +66,12 @@ class Metrics:
             lines.append(f"ahn_{name}{{{labels}}} {n:g}" if labels else f"ahn_{name} {n:g}")
         for name, found in times:
             lines += _head(name, "histogram")
-            for bound, n in zip(BUCKETS, found, strict=False):
-                lines.append(f'ahn_{name}_bucket{{le="{bound:g}"}} {n:g}')
+            for bound, below in zip(BUCKETS, found, strict=False):
+                lines.append(f'ahn_{name}_bucket{{le="{bound:g}"}} {below:g}')
             lines.append(f'ahn_{name}_bucket{{le="+Inf"}} {found[-2]:g}')
             lines += [f"ahn_{name}_sum {found[-1]:.6g}", f"ahn_{name}_count {found[-2]:g}"]
-        for name, n in gauges.items():
-            lines += [*_head(name, "gauge"), f"ahn_{name} {n:.10g}"]
+        for name, value in gauges.items():
+            lines += [*_head(name, "gauge"), f"ahn_{name} {value:.10g}"]
         return "\n".join(lines) + "\n"
 
 

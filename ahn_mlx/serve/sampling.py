@@ -57,13 +57,13 @@ class Sampler:
         s, logits = self.sampling, logits.astype(mx.float32)
         offsets = dict(s.bias)
         if s.presence or s.frequency:
-            for token, n in self.counts.items():
-                offsets[token] = offsets.get(token, 0.0) - s.presence - n * s.frequency
+            for known, n in self.counts.items():
+                offsets[known] = offsets.get(known, 0.0) - s.presence - n * s.frequency
         if offsets:
             logits = logits.at[mx.array(list(offsets))].add(mx.array(list(offsets.values())))
         logprobs = logits - mx.logsumexp(logits)
         if self._key is None:
-            token = mx.argmax(logprobs)
+            token: mx.array = mx.argmax(logprobs)
         else:
             self._key, now = mx.random.split(self._key)
             kept = _filtered(logprobs, s)

@@ -48,9 +48,10 @@ class Shelf:
             while self._bytes() > self.limit:
                 self._kept.popitem(last=False)
 
-    def drop(self, key: str) -> None:
+    def clear(self) -> None:
+        """Forget all."""
         with self._lock:
-            self._kept.pop(key, None)
+            self._kept.clear()
 
     @property
     def nbytes(self) -> int:
