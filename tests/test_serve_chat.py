@@ -10,6 +10,7 @@ from serving import CHATML, CONTROL, Site, serving, wait_until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi"}]
+ENDLESS = {"max_tokens": 1_000_000, "logit_bias": {"258": -100}}
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_what_is_no_call_is_text(site: Site):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_row(site: Site, stream):
-    body = {"model": "tiny", "messages": HI, "max_tokens": 1_000_000, "stream": stream}
+    body = {"model": "tiny", "messages": HI, "stream": stream, **ENDLESS}
     with httpx.Client(base_url=site.url, timeout=60, trust_env=False) as client:
         if stream:
             with client.stream("POST", CHAT, json=body) as response:
@@ -266,7 +267,7 @@ def test_ending_lets_answers_end(monkeypatch):
     monkeypatch.setattr("ahn_mlx.serve.app.GRACE", 0.5)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with serving(rows=1) as site:
-            future = pool.submit(site.chat, "Hi", max_tokens=1_000_000)
+            future = pool.submit(site.chat, "Hi", **ENDLESS)
             wait_until(lambda: site.service.metrics.value("tokens_generated_total") > 3)
             # The server is asked to end while the client still listens.
             site.server.should_exit = True

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from . import anthropic, openai, responses
 from .digests import Digests
-from .guard import LOOPBACK, MAX_HEADERS, Guard, Protocol, error_body
+from .guard import LOOPBACK, MAX_HEADERS, Guard, Protocol, error_body, error_headers
 from .openapi import DIGEST, SAVE, document
 from .parameters import APIError, parse, parse_json
 from .service import Service, told
@@ -84,7 +84,9 @@ class App:
             try:
                 response = await handle(request)
             except Exception as e:
-                if not isinstance(e, APIError | HTTPException):
+                if isinstance(e, HTTPException):
+                    e = APIError(e.detail, status=e.status_code)
+                elif not isinstance(e, APIError):
                     logging.getLogger("ahn_mlx.serve").error("%s in %s", type(e).__name__, path)
                 response = error_response(told(e), request.url.path)
             status = str(response.status_code)
@@ -237,8 +239,7 @@ class App:
 
 def error_response(error: APIError, path: str) -> JSONResponse:
     """In the format of the API that the path belongs to."""
-    headers = {} if error.after is None else {"Retry-After": str(error.after)}
-    return JSONResponse(error_body(error, path), error.status, headers)
+    return JSONResponse(error_body(error, path), error.status, error_headers(error))
 
 
 async def _http_error(request: Request, e: Exception) -> Response:

@@ -152,12 +152,9 @@ class _Answer:
 
     async def error(self, error: APIError, path: str) -> None:
         body = json.dumps(error_body(error, path)).encode()
-        headers = [(b"content-type", b"application/json")]
-        headers.append((b"content-length", str(len(body)).encode()))
-        if error.after is not None:
-            headers.append((b"retry-after", str(error.after).encode()))
-        if error.status in (408, 413):  # the rest of the body is still to come
-            headers.append((b"connection", b"close"))
+        known = {"content-type": "application/json", "content-length": str(len(body))}
+        known |= error_headers(error)
+        headers = [(k.encode(), v.encode()) for k, v in known.items()]
         start = {"type": "http.response.start", "status": error.status, "headers": headers}
         await self.send(start)
         await self.send({"type": "http.response.body", "body": body})
@@ -175,6 +172,14 @@ class _Answer:
 def error_body(error: APIError, path: str) -> dict[str, Any]:
     """In the format of the API that a path belongs to."""
     return anthropic_error(error) if path.startswith("/v1/messages") else openai_error(error)
+
+
+def error_headers(error: APIError) -> dict[str, str]:
+    """Those that say more of an error."""
+    found = {} if error.after is None else {"retry-after": str(error.after)}
+    if error.status in (408, 413):  # the rest of the body may still come
+        found["connection"] = "close"
+    return found
 
 
 def _name(host: str) -> str:
