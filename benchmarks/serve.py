@@ -42,9 +42,7 @@ def ours(rows: int, memories: Path, model: Any, tokenizer: Any) -> Iterator[http
     from ahn_mlx.serve.app import Server, end, make_app
     from ahn_mlx.serve.build import build
 
-    service, digests, _ = build(
-        model, tokenizer, origin={"name": zoo.DEFAULT}, rows=rows, memories=memories
-    )
+    service, digests, _ = build(model, tokenizer, name=zoo.DEFAULT, rows=rows, memories=memories)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     server = Server(make_app(service, digests), service, "127.0.0.1", port)

@@ -113,7 +113,7 @@ def serving(
     service, digests, _ = build(
         model(**options),
         tokenizer(template),
-        origin={"name": "tiny"},
+        name="tiny",
         rows=rows,
         memories=memories,
         step=16,

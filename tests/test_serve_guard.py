@@ -9,6 +9,8 @@ import httpx
 import pytest
 from serving import CONTROL, Site, serving, wait_until
 
+from ahn_mlx.serve.chat import Conversation
+
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
 BODY = {"model": "tiny", "messages": HI, "max_tokens": 2}
@@ -314,3 +316,20 @@ def test_what_breaks_in_the_engine_says_nothing_of_the_request(site: Site, monke
         assert "ValueError" in response.text and "secret" not in response.text
     monkeypatch.undo()
     assert "secret" not in caplog.text
+
+
+def test_a_slow_upload_ends(site: Site, monkeypatch):
+    monkeypatch.setattr("ahn_mlx.serve.guard.BODY_SECONDS", 0.5)
+    head = b"PUT /v1/memories/slow HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    assert raw(site, head, b"x").split()[1] == b"408"
+    assert site.client.get("/v1/memories/slow").status_code == 404
+
+
+def test_long_conversations_are_found_in_one_pass(site: Site):
+    """Hashing every beginning anew would be a hundred million messages."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "x" * 9} for i in range(9_999)]
+    begun = time.monotonic()
+    keys = Conversation("tiny", messages, []).keys()
+    assert len(set(keys)) == len(keys) == 9_999
+    assert time.monotonic() - begun < 20
+    assert Conversation("tiny", messages[:7], []).keys() == keys[:7]

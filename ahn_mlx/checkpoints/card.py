@@ -35,7 +35,7 @@ An [Artificial Hippocampus Network](https://arxiv.org/abs/2510.07318) for
 {rows}
 
     pip install ahn-mlx
-    ahn-mlx generate --model {title} --prompt-file book.txt --prompt "How does it end?"
+    ahn-mlx generate book.txt "How does it end?" --model {title}
 
 With that package installed, mlx-lm runs this directory or repository too, with
 `--trust-remote-code`.
@@ -76,6 +76,13 @@ def read_origins(directory: Path) -> list[Origin]:
     if not all(isinstance(field, str) for origin in found for field in origin):
         return []
     return [Origin(*map(_line, origin)) for origin in found]
+
+
+def base_model(directory: Path) -> str:
+    """The first repository that a card names as the base, or ""."""
+    named = _front_matter(directory).get("base_model")
+    first = named[0] if isinstance(named, list) and named else named
+    return _line(first) if isinstance(first, str) else ""
 
 
 def write_card(directory: Path, title: str, origins: list[Origin]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
-from ..reading.text import read_document
+from .command import Command, Word
 from .options import (
     check_numbers,
     is_given,
@@ -20,24 +20,36 @@ from .options import (
     loading_options,
     needs_memory,
     no_effect,
+    prompt_file_option,
+    quiet_option,
     template_options,
+    window_bits_options,
 )
-from .terminal import progress_bar, say, stop_between_steps, warn_slow
+from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
+from .words import memory_name, read_typed
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("prompt_file", cls=Word, nargs=-1, metavar="FILE...")
 @no_effect(
-    *("window", "sinks", "dtype", "q_bits", "bits", "system", "no_chat_template"),
+    *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
+    "no_chat_template",
     when=lambda options: options["append"],
     why="with --append: {out} goes on as it began",
 )
 @loading_options
-@click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@prompt_file_option
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write. Default: that of the document, .ahn.",
+)
 @click.option("--append", is_flag=True, help="Go on reading where OUT stopped.")
-@click.option("--bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window.")
+@window_bits_options
 @template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
+@quiet_option
 @needs_memory
 def digest(**options: Any) -> None:
     """Read a document once; ask about it any number of times with ahn-mlx ask.
@@ -46,77 +58,103 @@ def digest(**options: Any) -> None:
     goes on from there.
 
     \b
-    ahn-mlx digest --prompt-file book.txt -o book.ahn
-    ahn-mlx digest --prompt-file volume2.txt -o book.ahn --append
-    ahn-mlx digest --model ahn-gdn-3b --prompt-file book.txt -o book.ahn --bits 8
+    ahn-mlx digest book.txt                            # writes book.ahn
+    ahn-mlx digest volume2.txt -o book.ahn --append
+    ahn-mlx digest book.txt --model ahn-gdn-3b -o book.ahn --kv-bits 8
     """
     check_numbers(options)
-    out: Path = options["out"]
+    files = list(options["prompt_file"])
+    out = options["out"] = options["out"] or memory_name(files)
     partial = out.parent / f"{out.name}.partial"  # "." has no name
     _check_out(out, partial, options["append"])
-    text = read_document(options["prompt_file"], has_prompt=False)
+    text = read_typed(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
-    from ..reading import memoryfile
-    from ..reading.session import Session
-    from ..reading.template import TemplateError
-
     for file in (out, partial):
         for left in parts_of(real_path(file)):
             left.unlink(missing_ok=True)
     warn_slow()
+    session = _begun(out, options)
+    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
+    if before := session.last_read(name):
+        say(f"note: {before['name']} was read before, {day(before['read'])}; it is read again")
+    session, done = _read(session, text, partial, options)
+    finished = session.fork()
+    finished.note_text(name, done["done"])
+    try:
+        _check_out(out, partial, options["append"])
+        finished.save(out)
+    except AHNError as e:
+        session.save(partial, **done)
+        raise AHNError(f"{e}; what was read is kept in {partial}") from None
+    partial.unlink(missing_ok=True)
+    say(f"{out}: {session.tokens:,} tokens in {in_bytes(out.stat().st_size)}")
+
+
+def _begun(out: Path, options: dict[str, Any]) -> Any:
+    """The session that reads the text: a new one, or where OUT stopped."""
+    from ..reading import memoryfile
+    from ..reading.session import Session
+    from ..reading.template import TemplateError
+
     if options["append"]:
         facts = memoryfile.read_facts(out)
-        model, tokenizer = load_as_read(facts, options["name"] if is_given("name") else None)
-        session = Session.load(out, model, tokenizer)
-    else:
-        model, tokenizer = load_model(options)
-        try:
-            session = Session(
-                model,
-                tokenizer,
-                origin={k: options[k] for k in ("name", "dtype", "q_bits")},
-                system=options["system"],
-                kv_bits=int(options["bits"]) if options["bits"] else None,
-                chat=not options["no_chat_template"],
-            )
-        except TemplateError as e:
-            raise AHNError(f"{e}; use --no-chat-template") from None
+        name = options["name"] if is_given("name") else None
+        model, tokenizer = load_as_read(facts, name, options["ahn"])
+        return Session.load(out, model, tokenizer)
+    model, tokenizer = load_model(options)
+    try:
+        return Session(
+            model,
+            tokenizer,
+            system=options["system"],
+            kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+            kv_group_size=int(options["kv_group_size"]),
+            chat=not options["no_chat_template"],
+        )
+    except TemplateError as e:
+        raise AHNError(f"{e}; use --ignore-chat-template") from None
+
+
+def _read(
+    session: Any, text: str, partial: Path, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The session after the text, or after the rest of it where an earlier run was stopped,
+    and what its partial file says of that. It is saved on the way; Ctrl-C saves and exits."""
+    from ..reading.template import TemplateError
+
     try:
         opening = session.opening()
     except TemplateError as e:
-        raise AHNError(f"{out}: {e}; digest into another file, without --append") from None
+        advice = "digest into another file, without --append"
+        raise AHNError(f"{options['out']}: {e}; {advice}") from None
     start, job = session.tokens, _job(session, text, options)
     resumed, facts = _resume(partial, session, job)
     # A template may print the time: what was begun keeps the time of its begin.
     opening = tuple(facts.get("opening", opening))
     ids, done = session.encode(text, opening), facts.get("done", 0)
     session = resumed or session
+    # Saved after full steps: a tail would be read twice.
+    every = -(-options["checkpoint_every"] // session.step) * session.step
     with stop_between_steps() as check, progress_bar(len(ids), "reading", "tokens", done) as bar:
         try:
-            for at in range(done, len(ids), options["checkpoint_every"]):
-                block = ids[at : at + options["checkpoint_every"]]
+            while done < len(ids):
+                block = ids[done : done + every - len(session.tail.ids)]
 
-                def progress(read: int, at: int = at) -> None:
-                    bar.update(at + read - bar.n)
+                def progress(read: int, done: int = done) -> None:
+                    bar.update(done + read - bar.n)
                     check()
 
                 session.read_ids(block, progress)
-                if at + len(block) < len(ids):
-                    session.save(partial, job=job, done=at + len(block), opening=opening)
+                done += len(block)
+                if done < len(ids):
+                    session.save(partial, job=job, done=done, opening=opening)
         except KeyboardInterrupt:
             read = session.tokens - start
             session.save(partial, job=job, done=read, opening=opening)
             say(f"stopped after {read:,} of {len(ids):,} tokens; the same command goes on")
             sys.exit(130)
-    try:
-        _check_out(out, partial, options["append"])
-        session.save(out)
-    except AHNError as e:
-        session.save(partial, job=job, done=len(ids), opening=opening)
-        raise AHNError(f"{e}; what was read is kept in {partial}") from None
-    partial.unlink(missing_ok=True)
-    say(f"{out}: {session.tokens:,} tokens in {out.stat().st_size / 1e6:.1f} MB")
+    return session, {"job": job, "done": len(ids), "opening": opening}
 
 
 def _check_out(out: Path, partial: Path, append: bool) -> None:
@@ -129,9 +167,12 @@ def _check_out(out: Path, partial: Path, append: bool) -> None:
         OutFile(file, "a memory", is_memory).check()
 
 
-def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer that fit a memory. name: where they are now, if not as it says."""
-    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")}
+def load_as_read(
+    facts: dict[str, Any], name: str | None, ahn: Path | None = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer that fit a memory. name, ahn: where they are now, if not as it says."""
+    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits", "ahn")}
+    options["ahn"] = ahn or options["ahn"]
     options |= {"window": facts["window"], "sinks": facts["sinks"]}
     if name is not None:
         options["name"] = name
@@ -139,14 +180,22 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
             options["q_bits"] = None
     if not options["name"]:
         raise AHNError("the memory does not say which model it is of; give --model")
-    return load_model(options)
+    if name is None and os.path.isabs(options["name"]) and not os.path.exists(options["name"]):
+        gone = show(options["name"])
+        raise AHNError(f"the memory's model, {gone}, is not there; --model says where it is now")
+    try:
+        return load_model(options)
+    except AHNError as e:
+        if name is not None or os.path.exists(options["name"]):
+            raise
+        raise AHNError(f"{e}; --model says where the memory's model is now") from None
 
 
 def _job(session: Any, text: str, options: dict[str, Any]) -> str:
     """Names what is read, and how: not by token ids, which may have the time in them."""
     template = session.template
     facts = [
-        *(session.tokens, session.turn, options["bits"]),
+        *(session.tokens, session.turn, options["kv_bits"], options["kv_group_size"]),
         *((template.system, session.tokenizer.chat_template) if template else ()),
         text,
     ]

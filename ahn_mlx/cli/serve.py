@@ -10,11 +10,12 @@ import click
 
 from ..errors import AHNError
 from ..outputs.files import check_writable
+from .command import Command
 from .options import check_numbers, load_model, loading_options, needs_memory, window_bits_options
 from .terminal import say, warn_slow
 
 
-@click.command()
+@click.command(cls=Command)
 @loading_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8080, show_default=True, help="0 takes any that is free.")
@@ -123,7 +124,7 @@ def _run(
     service, digests, fit = build(
         model,
         tokenizer,
-        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
+        name=options["name"],
         rows=options["rows"],
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),

@@ -76,6 +76,12 @@ class Template:
         """More text of the user, at the begin of a message: some templates trim it."""
         return text.lstrip() if self._trim(" x") == "x" else text
 
+    def end(self, text: str) -> tuple[str, str]:
+        """A text at the end of a message, and the white space after it that some templates
+        trim."""
+        kept = text.rstrip() if self._trim("x ") == "x" else text
+        return kept, text[len(kept) :]
+
     def question(self, turn: str, question: str) -> Pieces:
         """From where the conversation stands to where the answer begins."""
         if turn != "read":
@@ -98,7 +104,9 @@ class Template:
     def _first_turn(self) -> None:
         text = self._first_text()
         if self.system and SYSTEM not in text:
-            raise AHNError("the chat template has no place for a system message; drop --system")
+            raise AHNError(
+                "the chat template has no place for a system message; drop --system-prompt"
+            )
         whole = self._render(self.system, PROBE)
         if self._render(self.system, PROBE) != whole:
             raise TemplateError("the chat template says something else each time")
@@ -133,7 +141,7 @@ class Template:
             if not self.system:
                 raise
             self._render("", *contents)
-            raise AHNError(f"with a system message {e}; drop --system") from None
+            raise AHNError(f"with a system message {e}; drop --system-prompt") from None
 
     def _later_turns(self) -> None:
         """Find what stands between answer and next message, if it is the same each time."""

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -12,11 +13,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.together import give_back
+from ..reading.sampling import Cutter
 from ..reading.session import Session
+from ..reading.tail import Tail
 from ..reading.tokens import check_ids
 from .metrics import Metrics
 from .parameters import APIError
-from .sampling import Chosen, Cutter, Sampler, Sampling
+from .sampling import Chosen, Sampler, Wish
 
 
 class Host(Protocol):
@@ -61,12 +64,14 @@ class Piece(NamedTuple):
 
 class Done(NamedTuple):
     """An answer ended. reason: "stop", "length" or "cancelled". stop: the string that ended it.
-    session: where it stands; ended: text of the token that ended it."""
+    session: where it stands, but for `last`, which it has not read; ended: text of the token that
+    ended it."""
 
     choice: int
     reason: str
     tokens: int
     session: Session
+    last: int
     ended: str
     stop: str | None
 
@@ -87,7 +92,7 @@ class Request:
 
     session: Session
     ids: list[int]
-    sampling: Sampling
+    wish: Wish
     tell: Callable[[Event], None]
     n: int = 1
     first: int = 0
@@ -111,12 +116,13 @@ class Reading:
     def __init__(self, request: Request, engine: Host):
         self.request, self.engine = request, engine
         self.session = request.session.fork()
-        self._waiting = [*self.session.pending, *request.ids]
+        self._waiting = list(request.ids)
         self._total = len(self._waiting)
         if not self._waiting:
             raise APIError("the prompt is empty")
         check_ids(self._waiting, engine.model)
-        self.session.pending = []
+        # What is read now stays: nobody goes back before the tail.
+        self.session.tail, self.session.space = Tail(), ""
 
     @property
     def cancelled(self) -> bool:
@@ -145,12 +151,12 @@ class Reading:
         if empty:  # a row has something to attend to
             logits = engine.model(mx.array([[last]]), cache=self.session.caches)[0, -1:]
             mx.eval(logits, [c.state for c in self.session.caches])
-        seed = request.sampling.seed
+        seed = request.wish.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
         answers = []
         for i in range(request.n):
             session = self.session if i == request.n - 1 else self.session.fork()
-            sampler = Sampler(request.sampling, (seed + i) % 2**64)
+            sampler = Sampler(request.wish, (seed + i) % 2**64)
             answers.append(Answer(request, engine, session, request.first + i, last, sampler))
         if logits is not None:
             engine.take(answers, mx.repeat(logits, len(answers), axis=0))
@@ -181,7 +187,7 @@ class Answer:
         self.caches: list[Any] = session.caches
         self.ended = False
         self._said = 0
-        self._cut = Cutter(request.sampling.stop)
+        self._cut = Cutter(request.wish.sampling.stop)
         self._detokenizer = engine.tokenizer.detokenizer
 
     def choose(self, likely: mx.array, logits: mx.array) -> Chosen:
@@ -202,30 +208,37 @@ class Answer:
             self._end("stop", ended=tokenizer.decode([token]))
             return
         self._detokenizer.add_token(token)
-        text = self._cut(self._detokenizer.last_segment)
+        text = self._cut.add(self._detokenizer.last_segment)
         self.request.tell(Piece(self.index, text, _facts(token, chosen)))
-        if self._cut.stopped:
+        if self._cut.found:
             self._end("stop")
-        elif self._said >= self.request.sampling.max_tokens:
+        elif self._said >= self.request.wish.sampling.max_tokens:
             self._end("length")
 
     def _end(self, reason: str, ended: str = "") -> None:
         """Say what was held back, and leave the row."""
-        if not self._cut.stopped:
-            self._detokenizer.finalize()
-            text = self._cut(self._detokenizer.last_segment) + self._cut("", last=True)
+        if not self._cut.found:
+            with suppress(KeyError):  # half a character, and then a token of another kind
+                self._detokenizer.finalize()
+            text = self._cut.add(self._detokenizer.last_segment) + self._cut.rest()
             if text:
                 self.request.tell(Piece(self.index, text, None))
-        stop = self._cut.stopped
+        stop = self._cut.found
         give_back(self.caches)
-        self.session.pending = [self.next]
         self.session.turn = "answered" if ended else "cut"
         self.ended = True
         self.engine.release()
-        found = self._cut.found if stop else None
         self.engine.metrics.count("answers_total", reason=reason)
         self.request.tell(
-            Done(self.index, "stop" if stop else reason, self._said, self.session, ended, found)
+            Done(
+                self.index,
+                "stop" if stop else reason,
+                self._said,
+                self.session,
+                self.next,
+                ended,
+                self._cut.stop if stop else None,
+            )
         )
 
     def cut(self) -> None:

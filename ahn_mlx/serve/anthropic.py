@@ -8,7 +8,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from .chat import Message, Prompt
-from .openai import MAX_TOKENS, TEXT, sampling_of, tools_of, vocabulary
+from .openai import MAX_TOKENS, TEXT, tools_of, vocabulary, wish_of
 from .parameters import APIError, Field, Table, check, parse
 from .service import Answered, Running, Said, Service, gathered, new_id, said
 from .stream import SSE
@@ -151,9 +151,9 @@ async def messages(service: Service, http: HTTPRequest, body: dict[str, Any]) ->
     found = parse(body, MESSAGES)
     spare = {"stop": found["stop_sequences"], "n": 1, "seed": None, "min_p": 0, "logit_bias": None}
     spare |= {"presence_penalty": 0, "frequency_penalty": 0, "stream_options": None}
-    sampling = sampling_of({**found, **spare}, service.engine.tokenizer, vocabulary(service), None)
+    wish = wish_of({**found, **spare}, vocabulary(service), None)
     conversation, prompt, tools = await _asked(service, found)
-    running = service.start([prompt], sampling)
+    running = service.start([prompt], wish)
     answer_id, answered = new_id("msg_"), list[Answered]()
     stream = said(service, running, tools, conversation, answer_id, answered)
     head = {

@@ -297,6 +297,8 @@ class Server(uvicorn.Server):
 
 def end(service: Service, digests: Digests | None) -> None:
     """Stop the engine, and keep what jobs have read."""
+    if digests is not None:
+        digests.stopping = True
     service.engine.stop()
     if digests is not None:
         digests.stop()

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +21,7 @@ def build(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     *,
-    origin: dict[str, Any],
+    name: str,
     rows: int,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
@@ -31,14 +30,14 @@ def build(
 ) -> tuple[Service, Digests | None, int]:
     """Service, its digests if there is a directory, and how many rows would fit.
 
-    origin: as of Session. step: tokens read at a time. Raises AHNError for a model whose rows
+    name: of the model. step: tokens read at a time. Raises AHNError for a model whose rows
     would grow, and for more rows than fit.
     """
     mx.eval(model.parameters())
     metrics = Metrics()
     engine = Engine(model, tokenizer, rows, metrics)
     try:
-        base = fresh(engine, origin, kv_bits, kv_group_size, step)
+        base = fresh(engine, kv_bits, kv_group_size, step)
         row = row_bytes(engine, base)
         fit = check_rows(rows, row, weight_bytes(engine), machine_bytes())
     except BaseException:
@@ -50,7 +49,6 @@ def build(
         return Session(
             model,
             tokenizer,
-            origin=origin,
             system=system,
             step=step,
             kv_bits=kv_bits,
@@ -62,7 +60,6 @@ def build(
     if memories is not None:
         library = Library(memories, engine, shelf, row + row // 50)
         digests = Digests(library, Files(memories / "files"), make)
-    name = Path(str(origin.get("name") or "model")).name
     created = int(time.time())
-    service = Service(name, engine, base, shelf, metrics, library, created, row)
+    service = Service(Path(name).name, engine, base, shelf, metrics, library, created, row)
     return service, digests, fit

@@ -33,15 +33,18 @@ class Conversation(NamedTuple):
     memory: Session | None = None
     identity: str = ""
 
-    def key(self, count: int) -> str:
-        """Names the state after so many messages."""
-        said = [_canonical(m) for m in self.messages[:count]]
-        text = json.dumps([self.model, self.identity, self.tools, said], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def keys(self) -> list[str]:
+        """Names of the states after one message, after two, ..."""
+        hashed = hashlib.sha256(_text([self.model, self.identity, self.tools]))
+        found = []
+        for message in self.messages:
+            hashed.update(_text(_canonical(message)))
+            found.append(hashed.hexdigest())
+        return found
 
     def then(self, answer: Message) -> str:
         """Names the state after an answer to all of them."""
-        return self._replace(messages=[*self.messages, answer]).key(len(self.messages) + 1)
+        return self._replace(messages=[*self.messages, answer]).keys()[-1]
 
     @property
     def system(self) -> str:
@@ -99,7 +102,7 @@ class Chat:
                 conversation = Conversation("", [*asked, *messages], tools)
                 text = self._render(conversation, marked=True)
                 ids = self.encoder(*self._after(conversation, len(asked), kept, text))
-                return Prompt(kept.session, ids, kept.session.tokens, self._thinks(text))
+                return Prompt(kept.session, [*kept.unread, *ids], kept.tokens, self._thinks(text))
             except AHNError as e:
                 raise APIError(str(e), param="input") from None
 
@@ -111,18 +114,18 @@ class Chat:
             raise APIError("there are no messages", param="messages")
         self._check_names(conversation)
         text = self._render(conversation, marked=True)
-        thinking = self._thinks(text)
+        thinking, keys = self._thinks(text), conversation.keys()
         for count in range(len(messages) - 1, 0, -1):
             if messages[count - 1]["role"] != "assistant":
                 continue
-            kept = self.shelf.get(conversation.key(count))
+            kept = self.shelf.get(keys[count - 1])
             if kept is None:
                 continue
             try:
                 ids = self.encoder(*self._after(conversation, count, kept, text))
             except _NotThere:
                 continue
-            return Prompt(kept.session, ids, kept.session.tokens, thinking)
+            return Prompt(kept.session, [*kept.unread, *ids], kept.tokens, thinking)
         if conversation.memory is not None:
             ids = self.encoder(*self._of_memory(conversation, text))
             return Prompt(conversation.memory, ids, 0, thinking)
@@ -192,7 +195,9 @@ class Chat:
         if first is None or any(m["role"] != "system" for m in messages[:first]):
             raise APIError("the first message must be the user's", param="messages")
         question = "\n\n".join(m["content"] for m in messages[: first + 1])
-        asked = session.template.question(session.turn, question)
+        first_piece, said, *others = session.template.question(session.turn, question)
+        said = session.space + said if session.turn == "read" and said else said
+        asked = (first_piece, said, *others)
         end = len(asked) - len(session.template.answer)
         mark = self._mark(first)
         if mark not in text:
@@ -251,6 +256,10 @@ class Chat:
 
 class _NotThere(AHNError):
     """A session that cannot be gone on from."""
+
+
+def _text(facts: Any) -> bytes:
+    return json.dumps(facts, sort_keys=True).encode() + b"\n"
 
 
 def _canonical(message: Message) -> Any:

@@ -17,7 +17,7 @@ from ..outputs.files import replacing
 from ..reading import memoryfile
 from ..reading.session import Session
 from ..reading.template import TemplateError
-from ..reading.text import read_file
+from ..reading.text import one_line, read_file
 from .engine import Engine
 from .memories import Library
 from .parameters import APIError
@@ -61,7 +61,7 @@ class Files:
         return [self.get(f.stem) for f in sorted(self.directory.glob("file-*.json"))]
 
     def path(self, file_id: str) -> Path:
-        return self.directory / self._facts(file_id)["stored"]
+        return self.directory / Path(self._facts(file_id)["stored"]).name
 
     def delete(self, file_id: str) -> None:
         path = self.path(file_id)
@@ -129,7 +129,7 @@ class Reading:
 
     def advance(self) -> bool:
         """One step, as the command line reads it."""
-        n = self.session.step - len(self.session.pending)
+        n = self.session.step - len(self.session.tail.ids)
         block = self.ids[self.at : self.at + n]
         self.session.read_ids(block)
         self.at += len(block)
@@ -164,10 +164,13 @@ class Digests:
         self.directory.mkdir(exist_ok=True)
         self._worker = ThreadPoolExecutor(1, "digests")
         self._reading: Reading | None = None
-        self._stopping = False
+        self.stopping = False  # set before the engine ends
         self.jobs: dict[str, Job] = {}
         for file in sorted(self.directory.glob("job-*.json")):
-            job = Job(**json.loads(file.read_text()))
+            try:
+                job = Job(**json.loads(file.read_text()))
+            except (OSError, ValueError, TypeError):
+                continue  # not one of ours
             if job.status in ("queued", "reading"):
                 job.status = "paused"
             self.jobs[job.id] = job
@@ -218,7 +221,7 @@ class Digests:
 
     def stop(self) -> None:
         """After the engine has ended: what was being read is kept."""
-        self._stopping = True
+        self.stopping = True
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     _current = ""
@@ -236,7 +239,7 @@ class Digests:
         return self.library.directory / f".{job.id}.partial"
 
     def _run(self, job: Job) -> None:
-        if job.status != "queued" or self._stopping:
+        if job.status != "queued" or self.stopping:
             return
         job.status = "reading"
         try:
@@ -246,6 +249,10 @@ class Digests:
             elif job.status == "reading":
                 job.status = "paused"
         except Exception as e:
+            if self.stopping:  # what was kept last is kept
+                job.status = "paused"
+                self._note(job)
+                return
             known = isinstance(e, AHNError | APIError)
             job.error = self.library._said(e, job.name) if known else type(e).__name__
             job.status = "failed"
@@ -255,9 +262,12 @@ class Digests:
 
     def _read(self, job: Job) -> bool:
         """Whether it came to its end."""
-        text = "\n\n".join(self.files.text(f).rstrip("\n") for f in job.files)
-        if len(job.files) == 1:
-            text = self.files.text(job.files[0])
+        names = [self.files.get(f)["filename"] for f in job.files]
+        texts = [self.files.text(f) for f in job.files]
+        text = texts[0]
+        if len(texts) > 1:  # as ahn-mlx digest puts them together
+            pairs = zip(names, texts, strict=True)
+            text = "\n".join(f"=== {one_line(n)} ===\n\n{t.strip()}\n" for n, t in pairs)
         session = self._session(job.system)
         opening, done, partial = session.opening(), 0, self._partial(job)
         resumed: Session | None = None
@@ -284,6 +294,7 @@ class Digests:
         self.engine.add(self._reading)
         if not self._reading.future.result():
             return False
+        session.note_text(", ".join(names), len(ids))
         self.engine.call(lambda: session.save(out)).result()
         partial.unlink(missing_ok=True)
         return True

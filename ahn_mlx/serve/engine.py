@@ -65,7 +65,7 @@ class Engine:
         self._readers: deque[Reader] = deque()
         self._answers: list[Answer] = []
         self._deadline: float | None = None  # when what still runs is cut
-        self._ended = False
+        self._stopping = self._ended = False
         self._last_step = 0.0
         # Products of float32 have a fixed shape: their last bits depend on it, and an answer
         # must not depend on who else is answered.
@@ -113,11 +113,18 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Answer a request that has its rows."""
-        self._commands.put(lambda: self._begin(request))
+        self._put(lambda: self._begin(request))
 
     def add(self, reader: Reader) -> None:
         """Read something between the answers."""
-        self._commands.put(lambda: self._readers.append(reader))
+        self._put(lambda: self._readers.append(reader))
+
+    def _put(self, command: Callable[[], None]) -> None:
+        """Raises APIError once the thread has ended: what is put is obeyed."""
+        with self._lock:
+            if self._ended:
+                raise APIError("the server is stopping", status=503, code="stopping")
+            self._commands.put(command)
 
     def call(self, work: Callable[[], Any]) -> "Future[Any]":
         """Do what needs MLX between two steps."""
@@ -131,10 +138,10 @@ class Engine:
             except BaseException as e:
                 future.set_exception(e)
 
-        if self._ended:
-            future.set_exception(APIError("the server is stopping", status=503))
-        else:
-            self._commands.put(run)
+        try:
+            self._put(run)
+        except APIError as e:
+            future.set_exception(e)
         return future
 
     def wake(self) -> None:
@@ -151,37 +158,42 @@ class Engine:
     def stop(self) -> None:
         """End the thread, after what it is doing; readers keep what they have read."""
         self.drain(0)
-        self._commands.put(self._finish)
+        self._stopping = True
+        self.wake()
         self.thread.join()
 
     # In the thread
 
     def _run(self) -> None:
         try:
-            while not self._ended:
+            while not self._stopping:
                 self.beat = time.monotonic()
                 self._obey()
                 self._drop_cancelled()
                 self._decode()
                 self._read()
         finally:
-            self._ended = True
+            with self._lock:
+                self._ended = True
+            # What came last is told, too, that there is no more.
+            self._obey(wait=False)
+            self._finish()
             # MLX's own threads would outlive this one, and the process be aborted.
             mx.clear_streams()
 
-    def _obey(self) -> None:
-        """All commands that wait; if there is nothing else to do, wait for one."""
-        idle = not self._answers and not self._readers
+    def _obey(self, wait: bool = True) -> None:
+        """All commands there are; if there is nothing else to do, wait for one."""
+        idle = wait and not self._answers and not self._readers
         try:
             command = self._commands.get(timeout=1.0) if idle else self._commands.get_nowait()
             while True:
-                command()
+                self._guarded(command)
                 command = self._commands.get_nowait()
         except queue.Empty:
             pass
 
     def _finish(self) -> None:
-        self._ended = True
+        """Cut what runs."""
         for answer in self._answers:
             self._guarded(answer.cut)
         for reader in self._readers:
@@ -280,7 +292,6 @@ class Engine:
 
 def fresh(
     engine: Engine,
-    origin: dict[str, Any],
     kv_bits: int | None,
     group_size: int,
     step: int | None = None,
@@ -295,7 +306,6 @@ def fresh(
     make = lambda: Session(  # noqa: E731
         engine.model,
         engine.tokenizer,
-        origin=origin,
         step=step,
         kv_bits=kv_bits,
         kv_group_size=group_size,

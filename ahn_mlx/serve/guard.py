@@ -15,12 +15,13 @@ from .anthropic import anthropic_error
 from .parameters import APIError
 from .stream import openai_error
 
-MAX_JSON = 32 << 20  # bytes
+MAX_JSON = 16 << 20  # bytes
 MAX_UPLOAD = 4 << 30
 MAX_HEADERS = 32 << 10
 MAX_CONNECTIONS = 256
 HEADERS_SECONDS = 10.0
-BODY_SECONDS = 60.0  # of JSON, and of each piece of an upload
+BODY_SECONDS = 60.0  # for a body to arrive
+SLOWEST = 64 << 10  # bytes per second of an upload, after these
 SEND_SECONDS = 60.0  # for a client that does not take what it asked for
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -119,12 +120,14 @@ class _Body:
             return await self._receive()
         now = asyncio.get_running_loop().time()
         try:
-            wait = BODY_SECONDS if self._upload else self._until - now
-            message = await asyncio.wait_for(self._receive(), wait)
+            message = await asyncio.wait_for(self._receive(), self._until - now)
         except TimeoutError:
             raise APIError("the body did not arrive in time", status=408) from None
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._left -= size
+            if self._upload:
+                self._until += size / SLOWEST
             self._whole = not message.get("more_body", False)
             if self._left < 0:
                 raise APIError("the body is too large", status=413)
@@ -213,6 +216,12 @@ class Protocol(H11Protocol):
             self._watch()
         else:
             self._unwatch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # A next header that has begun already.
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._watch()
 
     def _watch(self) -> None:
         if self._deadline is None:

@@ -125,6 +125,7 @@ class Library:
 
     def _save(self, kept: Kept, file: Path) -> None:
         session = kept.session.fork()
+        session.read_ids(list(kept.unread))
         if session.template is None:
             with suppress(TemplateError):
                 session.template = Template(self.engine.tokenizer, kept.system)
@@ -140,7 +141,7 @@ class Library:
         if session.turn not in ("answered", "cut"):
             raise APIError("this memory is a text and no conversation; ask it by its model name")
         system = session.template.system if session.template else ""
-        self.shelf.put(Kept(session, system, ended), f"id:{conversation}")
+        self.shelf.put(Kept(session, (), system, ended), f"id:{conversation}")
 
     def delete(self, name: str) -> None:
         """Remove a memory."""

@@ -9,10 +9,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
+from ..reading.sampling import Sampling
 from .answers import Token
 from .chat import Message
 from .parameters import APIError, Field, Table, check, parse
-from .sampling import Sampling
+from .sampling import Wish
 from .service import Answered, Running, Said, Service, gathered, new_id, normal_call, said
 from .stream import SSE
 
@@ -71,22 +72,25 @@ _PARTS_OF_MESSAGE = {
 }
 
 
-def sampling_of(
-    found: dict[str, Any], tokenizer: TokenizerWrapper, vocabulary: int, top: int | None
-) -> Sampling:
-    """Of a parsed body. vocabulary: tokens that the model has."""
+def wish_of(found: dict[str, Any], vocabulary: int, top: int | None) -> Wish:
+    """Of a parsed body. vocabulary: tokens that the model has. top: log probabilities to report."""
     options = found.get("stream_options")
     if options:
         parse(options, {"include_usage": Field("boolean", False)}, "stream_options.")
     limit = found.get("max_completion_tokens") or found["max_tokens"] or DEFAULT_TOKENS
-    return Sampling(
-        limit,
-        float(found["temperature"]),
-        float(found["top_p"]) or 1e-9,  # at least the likeliest
-        found["top_k"],
-        float(found["min_p"]),
-        None if found["seed"] is None else found["seed"] % 2**64,
-        _stops(found["stop"]),
+    if 0 < found["temperature"] < 0.001:
+        raise APIError("temperature must be 0 or at least 0.001", param="temperature")
+    sampling = Sampling(
+        max_tokens=limit,
+        temp=float(found["temperature"]),
+        top_p=float(found["top_p"]) or 1e-9,  # at least the likeliest
+        top_k=found["top_k"],
+        min_p=float(found["min_p"]),
+        seed=None if found["seed"] is None else found["seed"] % 2**64,
+        stop=_stops(found["stop"]),
+    )
+    return Wish(
+        sampling,
         _bias(found["logit_bias"] or {}, vocabulary),
         float(found["presence_penalty"]),
         float(found["frequency_penalty"]),
@@ -215,12 +219,12 @@ async def chat_completions(service: Service, http: HTTPRequest, body: dict[str, 
         raise APIError("top_logprobs needs logprobs", param="top_logprobs")
     if (found["response_format"] or {"type": "text"}) != {"type": "text"}:
         raise APIError('response_format must be {"type": "text"}', param="response_format")
-    sampling = sampling_of(found, tokenizer, vocabulary(service), top)
+    wish = wish_of(found, vocabulary(service), top)
     tools = tools_of(found, tokenizer)
     messages = messages_of(found["messages"])
     conversation = await service.conversation(found["model"], messages, tools)
     prompt = await service.aside(service.chat.prompt, conversation)
-    running = service.start([prompt], sampling, found["n"])
+    running = service.start([prompt], wish, found["n"])
     answer_id, answered = new_id("chatcmpl-"), list[Answered]()
     stream = said(service, running, tools, conversation, answer_id, answered)
     head = {"id": answer_id, "created": int(time.time()), "model": found["model"]}
@@ -313,7 +317,7 @@ async def completions(service: Service, http: HTTPRequest, body: dict[str, Any])
     """POST /v1/completions"""
     found = parse(body, COMPLETIONS)
     top = found["logprobs"]
-    sampling = sampling_of(found, service.engine.tokenizer, vocabulary(service), top)
+    wish = wish_of(found, vocabulary(service), top)
     memory, _ = await service.open(found["model"])
     prompts = []
     for prompt in _prompts(found["prompt"], vocabulary(service)):
@@ -322,7 +326,7 @@ async def completions(service: Service, http: HTTPRequest, body: dict[str, Any])
         else:
             empty = await service.aside(service.chat.plain, "", memory)
             prompts.append(empty._replace(ids=prompt))
-    running = service.start(prompts, sampling, found["n"])
+    running = service.start(prompts, wish, found["n"])
     answer_id, answered = new_id("cmpl-"), list[Answered]()
     stream = said(service, running, [], None, answer_id, answered)
     head = {"id": answer_id, "created": int(time.time()), "model": found["model"]}

@@ -9,7 +9,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from .chat import Conversation, Message, Prompt
-from .openai import MAX_TOKENS, TEXT, sampling_of, text_of, tools_of, vocabulary
+from .openai import MAX_TOKENS, TEXT, text_of, tools_of, vocabulary, wish_of
 from .parameters import APIError, Field, Table, check, parse
 from .service import Answered, Running, Said, Service, gathered, new_id, normal_call, said
 from .stream import SSE, openai_error
@@ -127,11 +127,11 @@ async def responses(service: Service, http: HTTPRequest, body: dict[str, Any]) -
     spare = {"max_tokens": found["max_output_tokens"], "stop": None, "n": 1, "seed": None}
     spare |= {"top_k": 0, "min_p": 0, "logit_bias": None, "stream_options": None}
     spare |= {"presence_penalty": 0, "frequency_penalty": 0}
-    sampling = sampling_of({**found, **spare}, service.engine.tokenizer, vocabulary(service), None)
+    wish = wish_of({**found, **spare}, vocabulary(service), None)
     listed = {"tools": _tools(found["tools"] or []), "tool_choice": found["tool_choice"]}
     tools = tools_of(listed, service.engine.tokenizer)
     conversation, prompt = await _asked(service, found, tools)
-    running = service.start([prompt], sampling)
+    running = service.start([prompt], wish)
     answer_id, answered = new_id("resp_"), list[Answered]()
     stream = said(service, running, tools, conversation, answer_id, answered)
     head = {

@@ -6,22 +6,18 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..reading.sampling import Sampling
+
 
 @dataclass(frozen=True)
-class Sampling:
-    """temperature 0 is greedy. As in mlx-lm, top_p, min_p and top_k look at probabilities before
+class Wish:
+    """sampling: as everywhere. As in mlx-lm, top_p, min_p and top_k look at probabilities before
     the temperature. bias: added to logits of these tokens. presence, frequency: taken off the
     logits of tokens that the answer has, once, and for each time. top_logprobs: how many others
     to report; None reports nothing.
     """
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    sampling: Sampling
     bias: dict[int, float] = field(default_factory=dict)
     presence: float = 0.0
     frequency: float = 0.0
@@ -38,23 +34,23 @@ class Chosen(NamedTuple):
 
 
 class Sampler:
-    """Of one answer. seed: of this answer; see Sampling."""
+    """Of one answer. seed: of this answer."""
 
-    def __init__(self, sampling: Sampling, seed: int):
-        self.sampling = sampling
+    def __init__(self, wish: Wish, seed: int):
+        self.wish = wish
         self.counts: dict[int, int] = {}
-        self._key = mx.random.key(seed) if sampling.temperature > 0 else None
+        self._key = mx.random.key(seed) if wish.sampling.temp > 0 else None
 
     @property
     def plain(self) -> bool:
         """Whether the largest logit is all that is asked."""
-        s = self.sampling
-        changed = s.bias or s.presence or s.frequency
-        return s.temperature == 0 and s.top_logprobs is None and not changed
+        w = self.wish
+        changed = w.bias or w.presence or w.frequency
+        return w.sampling.temp == 0 and w.top_logprobs is None and not changed
 
     def __call__(self, logits: mx.array) -> Chosen:
         """logits: [V]."""
-        s, logits = self.sampling, logits.astype(mx.float32)
+        s, logits = self.wish, logits.astype(mx.float32)
         offsets = dict(s.bias)
         if s.presence or s.frequency:
             for known, n in self.counts.items():
@@ -66,8 +62,8 @@ class Sampler:
             token: mx.array = mx.argmax(logprobs)
         else:
             self._key, now = mx.random.split(self._key)
-            kept = _filtered(logprobs, s)
-            token = mx.random.categorical(kept * (1 / s.temperature), key=now)
+            kept = _filtered(logprobs, s.sampling)
+            token = mx.random.categorical(kept * (1 / s.sampling.temp), key=now)
         if s.top_logprobs is None:
             return Chosen(token)
         if s.top_logprobs == 0:
@@ -79,7 +75,7 @@ class Sampler:
 
     def took(self, token: int) -> None:
         """It became part of the answer."""
-        if self.sampling.presence or self.sampling.frequency:
+        if self.wish.presence or self.wish.frequency:
             self.counts[token] = self.counts.get(token, 0) + 1
 
 
@@ -99,30 +95,6 @@ def _filtered(logprobs: mx.array, s: Sampling) -> mx.array:
         least = mx.max(logprobs) + mx.log(mx.array(s.min_p))
         logprobs = mx.where(logprobs < least, -mx.inf, logprobs)
     return logprobs
-
-
-class Cutter:
-    """Text as it comes, up to the first of some stop strings, which is never said."""
-
-    def __init__(self, stops: tuple[str, ...]):
-        self.stops = stops
-        self.stopped = False
-        self.found: str | None = None  # the one that stopped it
-        self._held = ""  # may be the begin of a stop string
-
-    def __call__(self, text: str, last: bool = False) -> str:
-        """What can be said for sure."""
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            at, self.found = min(found)
-            self.stopped, self._held = True, ""
-            return text[:at]
-        keep = 0 if last else begun(text, self.stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
 
 
 def begun(text: str, marks: tuple[str, ...]) -> int:

@@ -20,7 +20,7 @@ from .memories import Library
 from .metrics import Metrics
 from .parameters import APIError
 from .parts import Part, Parts
-from .sampling import Sampling
+from .sampling import Wish
 from .shelf import Kept, Shelf
 
 
@@ -79,15 +79,15 @@ class Service:
         memory, identity = await self.open(model)
         return Conversation(model, messages, tools, memory, identity)
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1) -> "Running":
+    def start(self, prompts: Sequence[Prompt], wish: Wish, n: int = 1) -> "Running":
         """Answer all prompts, n times each. Raises APIError if rows are busy."""
-        return Running(self, prompts, sampling, n)
+        return Running(self, prompts, wish, n)
 
 
 class Running:
     """Answers on their way. Whoever has it cancels it in the end, whatever happened."""
 
-    def __init__(self, service: Service, prompts: Sequence[Prompt], sampling: Sampling, n: int):
+    def __init__(self, service: Service, prompts: Sequence[Prompt], wish: Wish, n: int):
         self.prompts, self.answers = prompts, n * len(prompts)
         self._service = service
         self._loop = asyncio.get_running_loop()
@@ -96,7 +96,7 @@ class Running:
         for prompt in prompts:
             service.metrics.count("tokens_reused_total", prompt.reused)
         self._requests = [
-            Request(prompt.session, prompt.ids, sampling, self._tell, n, i * n)
+            Request(prompt.session, prompt.ids, wish, self._tell, n, i * n)
             for i, prompt in enumerate(prompts)
         ]
         for request in self._requests:
@@ -218,7 +218,8 @@ async def said(
             keys = [f"id:{answer_id}"] if i == 0 else []
             if conversation is not None:
                 keys.append(conversation.then(answered[i].message))
-            service.shelf.put(Kept(done.session, system, done.ended), *keys)
+            kept = Kept(done.session, (done.last,), system, done.ended)
+            service.shelf.put(kept, *keys)
         yield item
 
 

@@ -12,12 +12,19 @@ from ..reading.session import Session
 
 
 class Kept(NamedTuple):
-    """A session, which nobody changes: it is forked. system: message of its conversation.
-    ended: text of the token that ended the last answer, if it ended by itself."""
+    """A session, which nobody changes: it is forked. unread: tokens that come next. system:
+    message of its conversation. ended: text of the token that ended the last answer, if it ended
+    by itself."""
 
     session: Session
+    unread: tuple[int, ...] = ()
     system: str = ""
     ended: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Of the conversation so far."""
+        return self.session.tokens + len(self.unread)
 
 
 class Shelf:
