@@ -2,6 +2,7 @@
 
 import queue
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 
 import mlx.core as mx
@@ -37,11 +38,19 @@ def loaded(tmp_path_factory):
     return load("qwen2-gdn", tmp_path_factory.mktemp("serve"))
 
 
+@contextmanager
+def running(*loaded, rows):
+    engine = Engine(*loaded, rows=rows)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
 @pytest.fixture(scope="module")
 def engine(loaded):
-    engine = Engine(*loaded, rows=4)
-    yield engine
-    engine.stop()
+    with running(*loaded, rows=4) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +124,9 @@ def test_answers_are_the_same_alone_and_in_company(engine, base, loaded):
     check_company(engine, base, loaded[0], PROMPTS)
 
 
-def made(memory, **options):
+def made(memory, hidden=64, heads=2, **options):
     """A model of random parameters whose memory is heard."""
-    args = llama.ModelArgs("llama", 64, 2, 64, 2, rms_norm_eps=1e-5, vocab_size=256)
+    args = llama.ModelArgs("llama", hidden, 2, hidden, heads, rms_norm_eps=1e-5, vocab_size=256)
     mx.random.seed(0)
     model = augment(llama.Model(args), AHNConfig(memory, 12, 4, "clamped", **options))
     for layer in model.layers:
@@ -138,9 +147,15 @@ def made(memory, **options):
 )
 def test_every_memory_answers_the_same_in_company(memory, options):
     model = made(memory, **options)
-    engine = Engine(model, chat_tokenizer(), rows=3)
-    check_company(engine, small(engine), model, PROMPTS[1:4])
-    engine.stop()
+    with running(model, chat_tokenizer(), rows=3) as engine:
+        check_company(engine, small(engine), model, PROMPTS[1:4])
+
+
+def test_a_wide_model_answers_the_same_in_company():
+    """Of products this large a BLAS computes other last bits for one row than for four."""
+    model = made("gated_deltanet", hidden=576, heads=9)
+    with running(model, chat_tokenizer(), rows=4) as engine:
+        check_company(engine, small(engine), model, PROMPTS[:4])
 
 
 def test_seeds_repeat_whatever_else_runs(engine, base):
@@ -288,21 +303,21 @@ def test_logprobs_are_those_of_the_model(engine, base, loaded):
 def test_a_model_whose_rows_would_grow_is_refused():
     args = llama.ModelArgs("llama", 64, 3, 64, 2, rms_norm_eps=1e-5, vocab_size=256)
     model = augment(llama.Model(args), AHNConfig("deltanet", 12, 4, fa_layer_ids=(1,)))
-    engine = Engine(model, chat_tokenizer(), rows=1)
-    with pytest.raises(AHNError, match="layers 1 keep full attention"):
+    with (
+        running(model, chat_tokenizer(), rows=1) as engine,
+        pytest.raises(AHNError, match="layers 1 keep full attention"),
+    ):
         fresh(engine, None, 64)
-    engine.stop()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_windows_step_beside_others(bits):
-    engine = Engine(made("gated_deltanet"), chat_tokenizer(), rows=3)
-    whole, few = (small(engine, bits=b, group=32) for b in (None, bits))
-    expected = finish(start(engine, few, PROMPTS[3])[1])[0]
-    beside = start(engine, whole, PROMPTS[2])[1]
-    assert finish(start(engine, few, PROMPTS[3])[1])[0] == expected
-    finish(beside)
-    engine.stop()
+    with running(made("gated_deltanet"), chat_tokenizer(), rows=3) as engine:
+        whole, few = (small(engine, bits=b, group=32) for b in (None, bits))
+        expected = finish(start(engine, few, PROMPTS[3])[1])[0]
+        beside = start(engine, whole, PROMPTS[2])[1]
+        assert finish(start(engine, few, PROMPTS[3])[1])[0] == expected
+        finish(beside)
 
 
 def test_nothing_grows(engine, base):
