@@ -94,8 +94,8 @@ def base(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, default=str))
 
 
-def ask(client: httpx.Client, name: str, text: str, tokens: int) -> tuple[float, float]:
-    """Seconds to the first words of an answer, and tokens per second from there on."""
+def ask(client: httpx.Client, name: str, text: str, tokens: int) -> tuple[float, int]:
+    """Seconds to the first words of an answer, and tokens of all of it."""
     body = {
         "model": name,
         "messages": [{"role": "user", "content": text}],
@@ -116,14 +116,16 @@ def ask(client: httpx.Client, name: str, text: str, tokens: int) -> tuple[float,
                 if not first and choice["delta"].get("content"):
                     first = time.perf_counter() - begun
             said = (event.get("usage") or {}).get("completion_tokens", said)
-    return first, (said - 1) / (time.perf_counter() - begun - first)
+    return first, said
 
 
 def rate(client: httpx.Client, name: str, clients: int, tokens: int) -> float:
-    """Tokens per second of so many clients together, while they are answered."""
+    """Tokens per second of so many clients together, their short prompts included."""
     texts = [f"Count to {n + 100}." for n in range(clients)]
     with ThreadPoolExecutor(clients) as pool:
-        return sum(speed for _, speed in pool.map(lambda t: ask(client, name, t, tokens), texts))
+        begun = time.perf_counter()
+        said = sum(n for _, n in pool.map(lambda t: ask(client, name, t, tokens), texts))
+        return said / (time.perf_counter() - begun)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -84,7 +84,9 @@ class App:
             try:
                 response = await handle(request)
             except Exception as e:
-                if isinstance(e, HTTPException):
+                if isinstance(e, ClientDisconnect):  # while its body was read: nobody listens
+                    e = APIError("the client has left", status=499)
+                elif isinstance(e, HTTPException):
                     e = APIError(e.detail, status=e.status_code)
                 elif not isinstance(e, APIError):
                     logging.getLogger("ahn_mlx.serve").error("%s in %s", type(e).__name__, path)

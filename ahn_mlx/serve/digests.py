@@ -295,6 +295,7 @@ class Digests:
         if not self._reading.future.result():
             return False
         session.note_text(", ".join(names), len(ids))
+        self.library.file(job.name, there=False)  # a conversation may have taken it meanwhile
         self.engine.call(lambda: session.save(out)).result()
         partial.unlink(missing_ok=True)
         return True
