@@ -206,6 +206,23 @@ def trimming(tmp_path_factory) -> Path:
     return directory
 
 
+def test_a_text_that_is_refused_leaves_no_trace(trimming):
+    session = Session(*load(trimming), step=1000)
+    session.read("One. \n")
+
+    def state() -> list[Any]:
+        return [session.tail.ids, session.space, session.preview, session.turn, session.texts]
+
+    def refuse(*pieces: str) -> list[int]:
+        """As an encoder does that cannot tell a text from a control token."""
+        raise AHNError("take it out of the text")
+
+    before, session.encoder = state(), refuse
+    with pytest.raises(AHNError, match="take it out"):
+        session.read("Two.", name="two.txt")
+    assert state() == before and session.space == " \n"
+
+
 @pytest.mark.parametrize("question", ["", "  Why? \n"])
 @pytest.mark.parametrize("texts", [["One. \n\n"], ["One \n", " two\n", "\n"], ["  One"]])
 def test_what_is_read_in_pieces_is_what_the_template_trims(trimming, texts, question, tmp_path):

@@ -109,9 +109,9 @@ def test_what_another_command_made_stays(place, name):
 def test_what_is_read_stays(place, name, kind, forced):
     """Even with --force, and by whatever name."""
     end, model = ENDS[name], place / "model"
-    read = place / ("book.ahn" if name == "inspect" else f"book{end}")
-    if name == "compare":
-        (place / "book.txt").rename(read)
+    read = place / f"book{end}"
+    if name in ("inspect", "compare"):
+        (place / ("book.ahn" if name == "inspect" else "book.txt")).rename(read)
     if name == "estimate":
         read = model / f"drawn{end}"
         read.write_text("a file of the model")

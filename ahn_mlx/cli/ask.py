@@ -13,6 +13,7 @@ from .command import Command
 from .digest import load_as_read
 from .options import (
     check_numbers,
+    complete_file,
     json_option,
     moved_ahn_option,
     moved_model_option,
@@ -29,7 +30,7 @@ EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
 
 
 @click.command(cls=Command)
-@click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1)
+@click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1, shell_complete=complete_file)
 @click.option("--memory", "file", type=click.Path(path_type=Path), help="The same as FILE.")
 @click.option("-p", "--prompt", help="The same as QUESTION.")
 @moved_model_option

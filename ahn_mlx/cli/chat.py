@@ -8,7 +8,7 @@ import click
 
 from ..errors import AHNError
 from .ask import load_session
-from .command import Command
+from .command import Command, Word
 from .options import (
     check_numbers,
     is_given,
@@ -24,6 +24,7 @@ from .terminal import say, warn_slow
 
 
 @click.command(cls=Command)
+@click.argument("memory", cls=Word, metavar="FILE")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
     when=lambda options: options["memory"],
@@ -44,7 +45,7 @@ def chat(**options: Any) -> None:
 
     \b
     ahn-mlx chat
-    ahn-mlx chat --memory book.ahn
+    ahn-mlx chat book.ahn
     ahn-mlx chat --model ahn-gdn-3b --system-prompt "You are a patient teacher."
     """
     check_numbers(options)

@@ -28,7 +28,7 @@ from ..model.augment import build_base
 from ..model.names import is_memory, published_name, rename_published
 from . import download as hub
 from .disk import smollm2_gguf
-from .published import MODELS
+from .published import MODELS, no_such_model
 
 # Entry of a trained memory's config.json: the base, by what finds it.
 BASE = "ahn_base"
@@ -58,10 +58,7 @@ def find_base(name: str) -> Path:
         raise AHNError(f"{name}: is a file, but no .gguf; give the directory of a base")
     if REPOSITORY.fullmatch(name):
         return hub.download(name)
-    raise AHNError(
-        f"{name}: no such base; give a directory, a GGUF file, ORG/NAME, or a name that"
-        " ahn-mlx models lists"
-    )
+    raise AHNError(no_such_model(name))
 
 
 def load_base(name: str) -> Base:

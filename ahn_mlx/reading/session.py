@@ -160,15 +160,16 @@ class Session:
         opening: of the run that began to read it; what a template prints may be of its time.
         """
         opening = self.opening() if opening is None else opening
-        if not self.preview:
-            self.preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
-        text = self.space + text if self.turn == "read" else text
+        preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
+        text, space = self.space + text if self.turn == "read" else text, ""
         if self.template:
             text = text if self.turn == "read" else self.template.begin(text)
             text, space = self.template.end(text)
-            self.space = space[:MAX_SPACE]
-        begin, self.turn = self._begin(), "read"
-        return [*begin, *self.encoder(*opening, text)]
+        ids = [*self._begin(), *self.encoder(*opening, text)]
+        # Not before a text that cannot be read is refused.
+        self.preview = self.preview or preview
+        self.space, self.turn = space[:MAX_SPACE], "read"
+        return ids
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
         """Read token ids: from the last full step on, in full steps, and the tail at the end.
