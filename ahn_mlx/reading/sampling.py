@@ -136,6 +136,7 @@ class Cutter:
 
     def __init__(self, stops: tuple[str, ...]):
         self.stops, self.found, self._held = stops, False, ""
+        self.stop = ""  # the one that was found
 
     def add(self, piece: str) -> str:
         """What can be given out now."""
@@ -144,8 +145,9 @@ class Cutter:
         self._held += piece
         ends = [(at + len(s), at) for s in self.stops if (at := self._held.find(s)) >= 0]
         if ends:
-            self.found = True
-            return self._release(min(ends)[1])
+            end, at = min(ends)
+            self.found, self.stop = True, self._held[at:end]
+            return self._release(at)
         most = min(len(self._held), max(map(len, self.stops), default=1) - 1)
         begun = next((n for n in range(most, 0, -1) if self._begins(self._held[-n:])), 0)
         return self._release(len(self._held) - begun)
