@@ -9,6 +9,7 @@ import click
 from .conversion import conversion
 from .decode import decode
 from .far import far
+from .first_hour import first_hour
 from .memory import memory
 from .metal import metal
 from .prefill import prefill
@@ -24,7 +25,19 @@ def main() -> None:
 
 
 for command in (
-    *(conversion, decode, far, memory, metal, prefill, quantized, recurrence, serve, training),
+    *(
+        conversion,
+        decode,
+        far,
+        first_hour,
+        memory,
+        metal,
+        prefill,
+        quantized,
+        recurrence,
+        serve,
+        training,
+    ),
 ):
     main.add_command(command)
 
