@@ -15,7 +15,8 @@ import mlx.nn as nn
 
 from ..errors import AHNError
 from ..train.losses import ROWS, divergence
-from ..train.streams import head, install, study, teach, trainable
+from ..model.augment import head
+from ..train.streams import install, study, teach, trainable
 
 KINDS = ("full", "window", "memory")
 
