@@ -41,7 +41,6 @@ def test_numbers_are_those_of_the_equations(loaded):
     session = read(loaded, 16)
     model = session.model
     ids = Session(model, session.tokenizer).encode(TEXT)
-    ids = ids[: len(ids) // 16 * 16]
     x = model.model.embed_tokens(mx.array([ids]))
     for layer, found in zip(model.layers, report.measure(session), strict=True):
         attention, h = layer.self_attn, layer.input_layernorm(x)
@@ -77,7 +76,7 @@ def test_numbers_are_those_of_the_equations(loaded):
 def test_the_same_whatever_the_steps_and_after_a_file(loaded, tmp_path):
     model, tokenizer, _ = loaded
     one = read(loaded, 16)
-    assert one.pending
+    assert one.tail.ids
     one.save(tmp_path / "a.ahn")
     again = Session.load(tmp_path / "a.ahn", model, tokenizer)
     other = read(loaded, 8)

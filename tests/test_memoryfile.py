@@ -92,7 +92,7 @@ def offsets(n: int) -> Callable[[Facts, Arrays], None]:
     """All that is said of where the caches stand, said alike."""
 
     def lie(facts: Facts, arrays: Arrays) -> None:
-        facts["tokens"] = n + np.size(arrays.get("pending", ()))
+        facts["tokens"] = n + np.size(arrays.get("tail", ()))
         for layer in facts["layers"]:
             layer[0] = n
 
@@ -132,6 +132,7 @@ def full_attention(facts: Facts, arrays: Arrays) -> None:
     facts["layers"][1] = facts["layers"][1][:1]
     for name in ("memory", "trace.0", "trace.1", "2"):
         arrays.pop(f"layers.1.{name}")
+        arrays.pop(f"layers.1.tail.{name}")
     for j in "01":
         arrays[f"layers.1.{j}"] = np.zeros((1, 2, 240, 16), np.float32)
 
@@ -146,12 +147,25 @@ def quantized(facts: Facts, arrays: Arrays) -> None:
     """As bits and groups would have it that this model's heads are too narrow for."""
     for i, numbers in enumerate(facts["layers"]):
         numbers[3:] = [8, 64]
-        gates = arrays.pop(f"layers.{i}.2")
-        for j, (dtype, width) in enumerate(2 * [("u4", 4), ("f4", 1), ("f4", 1)]):
-            arrays[f"layers.{i}.{j}"] = np.zeros((1, 2, 16, width), dtype)
-        arrays[f"layers.{i}.6"] = gates
+        for part, slots in ((f"layers.{i}.", 16), (f"layers.{i}.tail.", 3)):
+            gates = arrays.pop(f"{part}2")
+            for j, (dtype, width) in enumerate(2 * [("u4", 4), ("f4", 1), ("f4", 1)]):
+                arrays[f"{part}{j}"] = np.zeros((1, 2, slots, width), dtype)
+            arrays[f"{part}6"] = gates
 
 
+def after_tail(more: int) -> Callable[[Facts, Arrays], None]:
+    """Every layer says that the tail has let so many tokens leave the window."""
+
+    def lie(facts: Facts, arrays: Arrays) -> None:
+        for i in range(3):
+            arrays[f"layers.{i}.tail.trace.0"][1] = arrays[f"layers.{i}.trace.0"][1]
+            arrays[f"layers.{i}.tail.trace.0"][1, -1] += more
+
+    return lie
+
+
+TAIL = "layers.1.tail."
 KEYS, STATE, TRACE = "layers.1.0", "layers.1.memory", "layers.1.trace."
 float16 = lambda x: x.astype(np.float16)  # noqa: E731
 LIES = {
@@ -224,21 +238,60 @@ LIES = {
     ),
     "a trace of another text": (holding(TRACE + "0", 1), "layer 1 is of another text"),
     "a trace that is far behind": (offsets(2**29), "trace.0 is F32 [2, 4], not F32 [2, 81"),
+    "no keys of the tail": (without(TAIL + "0"), f"{TAIL}0 is missing"),
+    "no gates of the tail": (without(TAIL + "2"), f"{TAIL}2 is missing"),
+    "no state after the tail": (without(TAIL + "memory"), f"{TAIL}memory is missing"),
+    "no trace after the tail": (without(TAIL + "trace.1"), f"{TAIL}trace.1 is missing"),
+    "a tail of fewer slots": (array(TAIL + "1", lambda x: x[:, :, :2]), "is F32 [1, 2, 2, 16]"),
+    "a tail of more slots": (array(TAIL + "1", lambda x: np.tile(x, (1, 1, 2, 1))), TAIL + "1"),
+    "a tail of fewer heads": (array(TAIL + "0", lambda x: x[:, :1]), TAIL + "0"),
+    "a tail of half precision": (array(TAIL + "0", float16), f"{TAIL}0 is F16"),
+    "a tail's state that is not square": (array(TAIL + "memory", lambda x: x[..., :8]), TAIL),
+    "a tail that is not a number": (holding(TAIL + "0", np.nan), f"{TAIL}0 holds NaN"),
+    "an infinite state after the tail": (holding(TAIL + "memory", np.inf), "holds NaN"),
+    "a tail's trace that is not a number": (holding(TAIL + "trace.1", np.nan), "holds NaN"),
+    "negative sums after the tail": (holding(TAIL + "trace.1", -1), "after the tail has negative"),
+    "a tail's trace of another text": (
+        array(TAIL + "trace.0", lambda x: x - np.float32([[0] * 4, [0, 0, 0, 1]])),
+        "layer 1 after the tail is of another text",
+    ),
+    "a tail's trace of less than was traced": (after_tail(-1), "does not go on"),
+    "a tail's trace of more than the tail": (after_tail(4), "after the tail counts other"),
+    "a tail's trace shorter than the other": (
+        lambda facts, arrays: [
+            arrays.update({name: x[:, :2]})
+            for name, x in arrays.items()
+            if name.endswith("tail.trace.0")
+        ],
+        "does not go on",
+    ),
+    "what a tail changed, and no tail": (
+        lambda facts, arrays: (arrays.pop("tail"), facts.update(tokens=240)),
+        "'layers.0.tail.0' belongs to no",
+    ),
+    "a tail of one token more": (
+        lambda facts, arrays: (
+            arrays.update(tail=np.zeros(4, np.uint32)),
+            facts.update(tokens=244),
+        ),
+        "array layers.0.tail.0 is F32 [1, 2, 3, 16], not F32 [1, 2, 4, 16]",
+    ),
+    "a tail in steps of one": (said(step=1), "layer 0 says [240"),
     "an array too many": (array("layers.1.7", lambda x: float16(x)), "'layers.1.7' belongs"),
     "an array of no layer": (array("layers.3.0", lambda x: float16(x)), "'layers.3.0' belongs"),
     "an array by another name": (array("\x1b[2J", lambda x: float16(x)), "'\\x1b[2J' belongs"),
-    "an id outside the vocabulary": (holding("pending", 256), "token 256 waits"),
-    "an id that would be negative": (holding("pending", 2**32 - 1), "token 4294967295 waits"),
-    "ids that are not whole": (array("pending", lambda x: x.astype(np.float32)), "array pending"),
-    "ids in rows": (array("pending", lambda x: x[None]), "array pending"),
-    "ids as a number": (array("pending", lambda x: x[0].reshape(())), "array pending"),
-    "no ids": (without("pending"), "array pending is missing"),
+    "an id outside the vocabulary": (holding("tail", 256), "its tail has token 256"),
+    "an id that would be negative": (holding("tail", 2**32 - 1), "has token 4294967295"),
+    "ids that are not whole": (array("tail", lambda x: x.astype(np.float32)), "array tail"),
+    "ids in rows": (array("tail", lambda x: x[None]), "array tail"),
+    "ids as a number": (array("tail", lambda x: x[0].reshape(())), "array tail"),
+    "no ids": (without("tail"), "layer 0 says [240"),
     "as many ids as a step": (
         lambda facts, arrays: (
-            arrays.update(pending=np.zeros(16, np.uint32)),
+            arrays.update(tail=np.zeros(16, np.uint32)),
             facts.update(tokens=256),
         ),
-        "array pending is U32 [16], not U32 [0 to 15]",
+        "array tail is U32 [16], not U32 [1 to 15]",
     ),
     "steps of nothing": (said(step=0), "its step is 0"),
     "negative steps": (said(step=-16), "its step is -16"),
@@ -254,6 +307,24 @@ LIES = {
     "a preview that is a list": (said(preview=["x"]), "its preview is"),
     "a day that is none": (said(saved="now"), "its saved is 'now'"),
     "NaN": (said(saved=float("nan")), "its saved is nan"),
+    "no memory's kind": (said(memory="lstm"), "its memory is 'lstm'"),
+    "a memory that is a list": (said(memory=["mamba2"]), "its memory is"),
+    "no base": (said(base=None), "its base is None"),
+    "a base of no dtype": (said(base={"dtype": "int8", "bits": None}), "its base is"),
+    "a base of odd bits": (said(base={"dtype": "float16", "bits": True}), "its base is"),
+    "texts that are none": (said(texts="book"), "its texts is 'book'"),
+    "texts without end": (said(texts=[{"name": "", "read": 0, "tokens": 0}] * 101), "its texts"),
+    "a text without a name": (said(texts=[{"read": 0, "tokens": 0}]), "its texts is"),
+    "a text of a long name": (
+        said(texts=[{"name": "x" * 201, "read": 0, "tokens": 0}]),
+        "its texts is",
+    ),
+    "a text of less than nothing": (
+        said(texts=[{"name": "", "read": 0, "tokens": -1}]),
+        "its texts is",
+    ),
+    "fewer texts than none": (said(earlier=-1), "its earlier is -1"),
+    "space without end": (said(space=" " * (1 << 17)), "its space is"),
     "a model that is a name": (said(model="model"), "its model is 'model'"),
     "no name": (of_model(name=None), "its model is"),
     "a name without end": (of_model(name="x" * 5000), "its model is"),
@@ -292,7 +363,7 @@ TEXTS = {
     "not JSON": ("{", "line 1 column 2"),
     "deep": ("[" * 100_000, "recursion"),
     "a number without end": ('{"version": ' + "1" * 5000 + "}", "digits"),
-    "half a letter, as it is": ('{"version": 1, "x": "\ud800"}', "does not say its model"),
+    "half a letter, as it is": ('{"version": 2, "x": "\ud800"}', "does not say its model"),
     "no end": (" " * (1 << 25), "it says 33,554,432 characters"),
 }
 
@@ -323,6 +394,7 @@ OF_THE_MODEL = {
     *("full attention where there is a window", "fewer heads", "wider heads"),
     *("keys of half precision", "one gate of two", "gates of fewer heads"),
     *("a state that is not square", "a state of fewer heads", "a trace of other heads"),
+    *("a tail of fewer heads", "a tail of half precision", "a tail's state that is not square"),
     *("an id outside the vocabulary", "an id that would be negative"),
 }
 
@@ -410,7 +482,25 @@ def everything(session: Session) -> list[Any]:
         numbers = ("offset", "window", "sinks", "bits", "group_size")
         found.append([getattr(cache, name, None) for name in numbers])
     template = session.template and session.template.system
-    return [*found, session.pending, session.turn, session.step, session.preview, template]
+    return [*found, session.tail.ids, session.turn, session.step, session.preview, template]
+
+
+def test_the_tail_of_an_earlier_programs_memory_is_read(loaded, honest, tmp_path):
+    """Version 1 kept only its ids."""
+    facts, arrays = contents(honest)
+    for name in [name for name in arrays if "tail." in name]:
+        arrays.pop(name)
+    arrays["pending"] = arrays.pop("tail")
+    old = {k: v for k, v in facts.items() if k not in ("memory", "base", "texts")}
+    file = write(tmp_path / "old.ahn", {**old, "version": 1}, arrays)
+    memoryfile.verify(file)
+    session = Session.load(file, *loaded)
+    assert everything(session) == everything(Session.load(honest, *loaded))
+    session.save(file)
+    assert {**contents(file)[0], "saved": 0} == {**facts, "saved": 0}
+    arrays.pop("pending")
+    with pytest.raises(AHNError, match="pending is missing"):
+        memoryfile.verify(write(file, {**old, "version": 1}, arrays))
 
 
 def test_a_memory_of_an_earlier_program_is_read(loaded):
@@ -433,8 +523,8 @@ def spoil_keys(session: Session) -> None:
     session.caches[2].buffers = tuple(x[:, :, :8] for x in session.caches[2].buffers)
 
 
-def spoil_pending(session: Session) -> None:
-    session.pending = [10**6]
+def spoil_tail(session: Session) -> None:
+    session.tail = session.tail._replace(ids=(10**6, *session.tail.ids[1:]))
 
 
 def spoil_memory(session: Session) -> None:
@@ -446,7 +536,7 @@ def spoil_step(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [spoil_offset, spoil_layer, spoil_keys, spoil_pending, spoil_memory, spoil_step]
+    "spoil", [spoil_offset, spoil_layer, spoil_keys, spoil_tail, spoil_memory, spoil_step]
 )
 def test_what_could_not_be_loaded_replaces_no_file(loaded, honest, tmp_path, spoil):
     file = tmp_path / "book.ahn"

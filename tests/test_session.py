@@ -47,8 +47,7 @@ def new(loaded, **options) -> Session:
 def logits(session: Session) -> mx.array:
     """What the model makes of the next tokens; the session stays as it is."""
     other = session.fork()
-    ids = mx.array([[*other.pending, 7, 8, 9]])
-    return other.model(ids, cache=other.caches)
+    return other.model(mx.array([[7, 8, 9]]), cache=other.caches)
 
 
 def arrays(cache) -> list[mx.array]:
@@ -58,7 +57,7 @@ def arrays(cache) -> list[mx.array]:
 def same(a: Session, b: Session) -> bool:
     states = zip(a.caches, b.caches, strict=True)
     return (
-        a.pending == b.pending
+        a.tail.ids == b.tail.ids
         and a.tokens == b.tokens
         and all(
             mx.array_equal(x, y)
@@ -162,7 +161,7 @@ def test_an_answer_that_is_closed_or_fails(loaded):
     next(answer)
     answer.close()
     assert session.turn == "cut"
-    assert session.tokens > before.tokens and session.pending == []
+    assert session.tokens > before.tokens and session.tail.ids == ()
 
     def stop(read: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -176,10 +175,10 @@ def test_an_answer_that_is_closed_or_fails(loaded):
 
 def test_a_conversation_is_what_the_chat_template_says(loaded):
     session = new(loaded, system="Be brief.")
-    session.step = 1000  # nothing is read
+    session.step = 1000  # all is tail
     session.read("One.")
     tokenizer = session.tokenizer
-    said = [*session.pending, *session._question("Two?")]
+    said = [*session.tail.ids, *session._question("Two?")]
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One.\n\nTwo?"},
@@ -291,7 +290,7 @@ def rewrite(file: Path, **facts) -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"version": 2}, "version 2, this program reads 1"),
+        ({"version": 3}, "version 3, this program reads 2"),
         ({"window": 99}, "has window 99, not 12"),
         ({"sinks": 9}, "has sinks 9, not 4"),
         ({"tokenizer": "x"}, "another tokenizer"),

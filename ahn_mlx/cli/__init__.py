@@ -111,8 +111,20 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as e:
-        code = _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e))
+        named = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
+        code = _fail(_gone_directory() or named)
     sys.exit(code or 0)
+
+
+def _gone_directory() -> str:
+    """What to say if the directory that the command runs in was deleted; the system names none
+    where a path begins there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        here = os.environ.get("PWD", "the working directory")
+        return f"{here}: the working directory is not there any more; cd to another"
+    return ""
 
 
 def _open_streams() -> None:

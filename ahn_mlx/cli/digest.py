@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
 from ..reading.text import read_document
@@ -22,7 +22,7 @@ from .options import (
     no_effect,
     template_options,
 )
-from .terminal import progress_bar, say, stop_between_steps, warn_slow
+from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
 
 
 @click.command()
@@ -57,66 +57,89 @@ def digest(**options: Any) -> None:
     text = read_document(options["prompt_file"], has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
-    from ..reading import memoryfile
-    from ..reading.session import Session
-    from ..reading.template import TemplateError
-
     for file in (out, partial):
         for left in parts_of(real_path(file)):
             left.unlink(missing_ok=True)
     warn_slow()
+    session = _begun(out, options)
+    name = options["prompt_file"] if options["prompt_file"] not in (None, "-") else "standard input"
+    if before := session.last_read(name):
+        say(f"note: {before['name']} was read before, {day(before['read'])}; it is read again")
+    session, done = _read(session, text, partial, options)
+    finished = session.fork()
+    finished.note_text(name, done["done"])
+    try:
+        _check_out(out, partial, options["append"])
+        finished.save(out)
+    except AHNError as e:
+        session.save(partial, **done)
+        raise AHNError(f"{e}; what was read is kept in {partial}") from None
+    partial.unlink(missing_ok=True)
+    say(f"{out}: {session.tokens:,} tokens in {in_bytes(out.stat().st_size)}")
+
+
+def _begun(out: Path, options: dict[str, Any]) -> Any:
+    """The session that reads the text: a new one, or where OUT stopped."""
+    from ..reading import memoryfile
+    from ..reading.session import Session
+    from ..reading.template import TemplateError
+
     if options["append"]:
         facts = memoryfile.read_facts(out)
         model, tokenizer = load_as_read(facts, options["name"] if is_given("name") else None)
-        session = Session.load(out, model, tokenizer)
-    else:
-        model, tokenizer = load_model(options)
-        try:
-            session = Session(
-                model,
-                tokenizer,
-                origin={k: options[k] for k in ("name", "dtype", "q_bits")},
-                system=options["system"],
-                kv_bits=int(options["bits"]) if options["bits"] else None,
-                chat=not options["no_chat_template"],
-            )
-        except TemplateError as e:
-            raise AHNError(f"{e}; use --no-chat-template") from None
+        return Session.load(out, model, tokenizer)
+    model, tokenizer = load_model(options)
+    try:
+        return Session(
+            model,
+            tokenizer,
+            system=options["system"],
+            kv_bits=int(options["bits"]) if options["bits"] else None,
+            chat=not options["no_chat_template"],
+        )
+    except TemplateError as e:
+        raise AHNError(f"{e}; use --no-chat-template") from None
+
+
+def _read(
+    session: Any, text: str, partial: Path, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The session after the text, or after the rest of it where an earlier run was stopped,
+    and what its partial file says of that. It is saved on the way; Ctrl-C saves and exits."""
+    from ..reading.template import TemplateError
+
     try:
         opening = session.opening()
     except TemplateError as e:
-        raise AHNError(f"{out}: {e}; digest into another file, without --append") from None
+        advice = "digest into another file, without --append"
+        raise AHNError(f"{options['out']}: {e}; {advice}") from None
     start, job = session.tokens, _job(session, text, options)
     resumed, facts = _resume(partial, session, job)
     # A template may print the time: what was begun keeps the time of its begin.
     opening = tuple(facts.get("opening", opening))
     ids, done = session.encode(text, opening), facts.get("done", 0)
     session = resumed or session
+    # Saved after full steps: a tail would be read twice.
+    every = -(-options["checkpoint_every"] // session.step) * session.step
     with stop_between_steps() as check, progress_bar(len(ids), "reading", "tokens", done) as bar:
         try:
-            for at in range(done, len(ids), options["checkpoint_every"]):
-                block = ids[at : at + options["checkpoint_every"]]
+            while done < len(ids):
+                block = ids[done : done + every - len(session.tail.ids)]
 
-                def progress(read: int, at: int = at) -> None:
-                    bar.update(at + read - bar.n)
+                def progress(read: int, done: int = done) -> None:
+                    bar.update(done + read - bar.n)
                     check()
 
                 session.read_ids(block, progress)
-                if at + len(block) < len(ids):
-                    session.save(partial, job=job, done=at + len(block), opening=opening)
+                done += len(block)
+                if done < len(ids):
+                    session.save(partial, job=job, done=done, opening=opening)
         except KeyboardInterrupt:
             read = session.tokens - start
             session.save(partial, job=job, done=read, opening=opening)
             say(f"stopped after {read:,} of {len(ids):,} tokens; the same command goes on")
             sys.exit(130)
-    try:
-        _check_out(out, partial, options["append"])
-        session.save(out)
-    except AHNError as e:
-        session.save(partial, job=job, done=len(ids), opening=opening)
-        raise AHNError(f"{e}; what was read is kept in {partial}") from None
-    partial.unlink(missing_ok=True)
-    say(f"{out}: {session.tokens:,} tokens in {out.stat().st_size / 1e6:.1f} MB")
+    return session, {"job": job, "done": len(ids), "opening": opening}
 
 
 def _check_out(out: Path, partial: Path, append: bool) -> None:
@@ -139,6 +162,9 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
             options["q_bits"] = None
     if not options["name"]:
         raise AHNError("the memory does not say which model it is of; give --model")
+    if name is None and os.path.isabs(options["name"]) and not os.path.isdir(options["name"]):
+        gone = show(options["name"])
+        raise AHNError(f"the memory's model, {gone}, is not there; --model says where it is now")
     return load_model(options)
 
 

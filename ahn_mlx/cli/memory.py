@@ -1,11 +1,14 @@
 """ahn-mlx memory info, verify: what is in a memory file."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import AHNError
+from .terminal import day, in_bytes
 
 
 @click.group()
@@ -20,31 +23,86 @@ def memory() -> None:
 
 @memory.command()
 @click.argument("file", type=click.Path(path_type=Path))
-def info(file: Path) -> None:
-    """Print size by part, tokens, model and the beginning of the text."""
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(file: Path, as_json: bool) -> None:
+    """Print what was read, by which model, and the sizes of what is kept."""
+    about = describe(file)
+    if as_json:
+        click.echo(json.dumps(about, ensure_ascii=True))
+        return
+    for label, value in _rows(about):
+        # A file may come from anyone: no control characters reach the terminal.
+        text = "".join(c if c.isprintable() else " " for c in value)
+        click.echo(f"{label:<20} {text}".rstrip())
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """What a memory says of itself; sizes in bytes, times in seconds since 1970."""
     from ..checkpoints.safetensors import read_header
     from ..reading.memoryfile import read_facts
 
-    facts = read_facts(file)
-    parts: dict[str, int] = {}
-    for name, tensor in read_header(file).items():
-        part = {"memory": "state", "pending": "not yet read"}.get(name.rsplit(".", 1)[-1])
-        part = "trace" if ".trace." in name else part
-        key = part or "window, sinks, gates"
-        parts[key] = parts.get(key, 0) + tensor.end - tensor.begin
-    model = facts["model"]
-    rows: list[tuple[str, Any]] = [
-        ("model", model["name"]),
-        ("tokens", f"{facts['tokens']:,}"),
-        ("window + sinks", f"{facts['window']:,} + {facts['sinks']:,}"),
-        *((part, f"{size / 1e6:.2f} MB") for part, size in sorted(parts.items())),
-        ("file", f"{file.stat().st_size / 1e6:.2f} MB"),
-        ("begins", facts["preview"]),
-    ]
-    for label, value in rows:
-        # A file may come from anyone: no control characters reach the terminal.
-        text = "".join(c if c.isprintable() else " " for c in str(value))
-        click.echo(f"{label:<22} {text}")
+    facts, header = read_facts(file), read_header(file)
+    parts = dict.fromkeys(("window, sinks, gates", "state", "trace", "tail"), 0)
+    for name, tensor in header.items():
+        parts[_part(name)] += tensor.end - tensor.begin
+    windows = [layer for layer in facts["layers"] if len(layer) > 1]
+    return {
+        "file": str(file),
+        "version": facts["version"],
+        "model": facts["model"]["name"],
+        "memory": facts.get("memory"),
+        "dtype": facts.get("base", {}).get("dtype"),
+        "bits": facts.get("base", {}).get("bits"),
+        "window_bits": windows[0][3] if windows else None,
+        "window": facts["window"],
+        "sinks": facts["sinks"],
+        "system": facts["system"],
+        "tokens": facts["tokens"],
+        "step": facts["step"],
+        "tail": max(0, facts["tokens"] - facts["layers"][0][0]),
+        "turn": facts["turn"],
+        "unfinished": "job" in facts,
+        "saved": facts["saved"],
+        "texts": facts.get("texts", []),
+        "earlier_texts": facts.get("earlier", 0),
+        "begins": facts["preview"],
+        "bytes": {**parts, "file": file.stat().st_size},
+    }
+
+
+def _part(name: str) -> str:
+    if name in ("tail", "pending") or ".tail." in name:
+        return "tail"
+    if ".trace." in name:
+        return "trace"
+    return "state" if name.endswith(".memory") else "window, sinks, gates"
+
+
+def _rows(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    kind = about["memory"] and f"{about['memory']}, {about['dtype']}"
+    bits = [f"{about[k]}-bit {what}" for k, what in BITS.items() if about[k] is not None]
+    yield "model", about["model"] or "(not said; give --model to ask)"
+    yield "memory", ", ".join([kind or "(version 1 does not say)", *bits])
+    yield "window + sinks", f"{about['window']:,} + {about['sinks']:,} tokens"
+    if about["system"]:
+        yield "system message", about["system"][:LONGEST]
+    since = f", {about['tail']:,} of them since the last step of {about['step']:,}"
+    yield "tokens", f"{about['tokens']:,}{since if about['tail'] else ''}"
+    yield "saved", day(about["saved"])
+    if about["unfinished"]:
+        yield "unfinished", "digest was stopped; the same command goes on"
+    if about["earlier_texts"]:
+        yield "read", f"{about['earlier_texts']:,} earlier texts"
+    for text in about["texts"]:
+        yield "read", f"{day(text['read'])}  {text['tokens']:,} tokens  {text['name']}"
+    for part, size in about["bytes"].items():
+        if size:
+            yield part, in_bytes(size)
+    yield "begins", about["begins"]
+
+
+LONGEST = 200  # characters of a system message that are shown
+BITS = {"bits": "base", "window_bits": "window"}
 
 
 @memory.command()

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
 from ..platform import enough_memory
+from .terminal import waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -143,10 +144,11 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of the loading options."""
     from ..hub import zoo
 
-    return zoo.load(
-        options["name"],
-        window=options["window"],
-        sinks=options["sinks"],
-        dtype=options["dtype"],
-        q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
-    )
+    with waiting(f"loading {options['name']}"):
+        return zoo.load(
+            options["name"],
+            window=options["window"],
+            sinks=options["sinks"],
+            dtype=options["dtype"],
+            q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
+        )

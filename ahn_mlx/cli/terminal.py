@@ -2,6 +2,8 @@
 
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,35 @@ def say(line: str) -> None:
 def warn_slow() -> None:
     if not BLAS.fast and default_dtype() is not None:
         say(f"note: reading will be slow ({BLAS.name}); {' or '.join(BLAS_COMMANDS)}")
+
+
+def in_bytes(n: int) -> str:
+    """A size in the unit that fits it, by thousands."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"
+
+
+def day(seconds: int) -> str:
+    """The date of a moment since 1970, here; a file may say any number."""
+    try:
+        return time.strftime("%Y-%m-%d", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "in no year that there is"
+
+
+@contextmanager
+def waiting(line: str) -> Iterator[None]:
+    """Say what is done, on a terminal, if that takes more than a second."""
+    timer = threading.Timer(1.0, say, [line])
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:

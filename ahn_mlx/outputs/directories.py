@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import AHNError
-from .files import check_writable, part_of, real_path, same_file
+from .files import check_named, check_writable, part_of, real_path, same_file
 
 # A training has more, and so has a directory where someone keeps notes.
 MODEL_FILES = re.compile(
@@ -22,6 +22,7 @@ MODEL_FILES = re.compile(
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> Path:
     """The real path of `out`, if writing there harms nothing that is not to be replaced."""
+    check_named(out)
     real = real_path(out)
     for path in inputs:
         given = real_path(path)

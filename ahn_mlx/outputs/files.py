@@ -30,6 +30,7 @@ class OutFile:
 
     def check(self) -> None:
         """Raise AHNError unless the file can be written and nothing is lost by it."""
+        check_named(self.path)
         real = real_path(self.path)
         # A pipe has no real path, and a path through what is not there has no other.
         for path in (self.path, real):
@@ -91,6 +92,13 @@ def replacing(file: Path) -> Iterator[Path]:
         ) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_named(path: Path) -> None:
+    """Raise AHNError for "-", which elsewhere is standard output and here would be a file's
+    name."""
+    if str(path) == "-":
+        raise AHNError("-: standard output is not written to; give the name of a file")
 
 
 def part_of(path: Path, end: str = "part") -> Path:

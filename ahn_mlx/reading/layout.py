@@ -18,9 +18,14 @@ from mlx_lm.models.cache import KVCache
 from ..checkpoints.safetensors import DTYPES, FLOATS, MAX_DIM, WRITTEN, not_finite
 from ..errors import show
 from ..model.cache import AHNCache, grown_to, unpack
+from ..model.config import PUBLISHED_NAMES
 from ..model.trace import BLOCK
+from ..ops.ring import stay
 
 PREVIEW = 200  # characters
+NAME = 200  # characters of a text's name
+MAX_TEXTS = 100  # that are listed
+MAX_SPACE = 1 << 16  # characters
 TURNS = ("start", "read", "answered", "cut")
 MAX_STEP = 1 << 16  # tokens read at a time
 MAX_TOKENS = 1 << 30  # MLX counts positions in int32
@@ -88,6 +93,26 @@ def _are_layers(value: Any) -> bool:
     return isinstance(value, list) and 1 <= len(value) <= 1000 and all(map(_is_layer, value))
 
 
+def _is_base(value: Any) -> bool:
+    """Dtype of a model's norms and bits of its quantized weights."""
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"dtype", "bits"}
+        and value["dtype"] in list(DTYPES)
+        and (value["bits"] is None or (type(value["bits"]) is int and value["bits"] in KV_BITS))
+    )
+
+
+def _is_read(value: Any) -> bool:
+    """A text: its name, when it was read, how many tokens it was."""
+    parts = {"name": _text(NAME), "read": _whole(0, 1 << 53), "tokens": _whole(0, MAX_TOKENS)}
+    return isinstance(value, dict) and all(fits(value.get(k)) for k, fits in parts.items())
+
+
+def _are_read(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_TEXTS and all(map(_is_read, value))
+
+
 def _are_pieces(value: Any) -> bool:
     """What a template puts before a text."""
     return isinstance(value, list | tuple) and all(map(_text(1 << 20), value))
@@ -108,16 +133,29 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "saved": _whole(0, 1 << 53),
     "layers": _are_layers,
 }
-# What `digest` adds of a text that is not all read.
-OPTIONAL = {"job": _text(64), "done": _whole(0, MAX_TOKENS), "opening": _are_pieces}
+# What files of version 1 do not say.
+SINCE_2: dict[str, Callable[[Any], bool]] = {
+    "memory": list(PUBLISHED_NAMES.values()).__contains__,
+    "base": _is_base,
+    "texts": _are_read,
+}
+# The last three are what `digest` adds of a text that is not all read.
+OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "earlier": _whole(0, 1 << 53),
+    "space": _text(MAX_SPACE),
+    "job": _text(64),
+    "done": _whole(0, MAX_TOKENS),
+    "opening": _are_pieces,
+}
 
 
 def check_facts(facts: Mapping[str, Any]) -> None:
     """Each is there, of its type and in its range."""
-    for name, fits in {**FACTS, **OPTIONAL}.items():
+    required = FACTS if facts["version"] == 1 else {**FACTS, **SINCE_2}
+    for name, fits in {**FACTS, **SINCE_2, **OPTIONAL}.items():
         if name in facts and not fits(facts[name]):
             raise ValueError(f"its {name} is {show(facts[name])}")
-        if name not in facts and name in FACTS:
+        if name not in facts and name in required:
             raise ValueError(f"it does not say its {name}")
     if ("job" in facts) != ("done" in facts):
         raise ValueError("it says either job or done, not both")
@@ -195,38 +233,68 @@ def _quantized(facts: Mapping[str, Any]) -> tuple[int | None, int]:
     return next((tuple(layer[3:]) for layer in facts["layers"] if len(layer) > 1), (None, 64))
 
 
-def expected(facts: Mapping[str, Any], pending: int, kept: list[Kept]) -> dict[str, Wanted]:
-    """All arrays of a memory with these facts, by name. pending: tokens not yet read.
+def tail_of(facts: Mapping[str, Any]) -> str:
+    """The name of the tail's ids; version 1 had not read them."""
+    return "pending" if facts["version"] == 1 else "tail"
+
+
+def expected(facts: Mapping[str, Any], tail: int, kept: list[Kept]) -> dict[str, Wanted]:
+    """All arrays of a memory with these facts, by name. tail: tokens since the last full step.
 
     Raises ValueError if the numbers of a layer do not fit the others.
     """
-    window, sinks, step = facts["window"], facts["sinks"], facts["step"]
-    offset, capacity = facts["tokens"] - pending, window + sinks
-    arrays = {"pending": Wanted(("U32",), (exactly(pending),))}
-    for i, (layer, (heads, width, buffers)) in enumerate(zip(facts["layers"], kept, strict=True)):
+    window, sinks, step, tokens = (facts[k] for k in ("window", "sinks", "step", "tokens"))
+    offset, capacity, old = tokens - tail, window + sinks, facts["version"] == 1
+    arrays = {tail_of(facts): Wanted(("U32",), (exactly(tail),))} if tail or old else {}
+    for i, (layer, one) in enumerate(zip(facts["layers"], kept, strict=True)):
         right = [offset, window, sinks, *_quantized(facts)] if len(layer) > 1 else [offset]
         if layer != right or offset < 0:
             raise ValueError(f"layer {i} says {show(layer)}, where {show(right)} is right")
-        name = f"layers.{i}."
+        name, windowed = f"layers.{i}.", len(layer) > 1
         # MLX-LM's cache has room for what came last, and grows in steps of its own.
         slots = range(offset, offset + step + KVCache.step)
-        if len(layer) > 1:
+        if windowed:
             slots = exactly(grown_to(min(offset, capacity), capacity))
-            traced = max(0, offset - window - MAX_ANSWER), max(0, offset - window)
-            blocks = range(-(-traced[0] // BLOCK), -(-traced[1] // BLOCK) + 1)
-            arrays[name + "trace.0"] = Wanted(("F32",), (exactly(2), blocks))
-            arrays[name + "trace.1"] = Wanted(("F32",), (exactly(3), heads))
-            if offset > capacity:
-                arrays[name + "memory"] = Wanted(("F32",), (exactly(1), heads, width, width))
-        for j, (dtypes, (rows, held, _, across)) in enumerate(buffers if offset else ()):
-            arrays[f"{name}{j}"] = Wanted(dtypes, (rows, held, slots, across))
+            arrays |= _memory(name, offset, window, sinks, one)
+        if offset:
+            arrays |= _buffers(name, slots, one)
+        if tail and not old:
+            changed = len(stay(offset, tokens, window, sinks)) if windowed else tail
+            arrays |= _buffers(f"{name}tail.", exactly(changed), one)
+            if windowed and tokens > capacity:
+                arrays |= _memory(f"{name}tail.", tokens, window, sinks, one)
+    return arrays
+
+
+def _buffers(name: str, slots: range, kept: Kept) -> dict[str, Wanted]:
+    return {
+        f"{name}{j}": Wanted(dtypes, (rows, heads, slots, width))
+        for j, (dtypes, (rows, heads, _, width)) in enumerate(kept.buffers)
+    }
+
+
+def _memory(name: str, tokens: int, window: int, sinks: int, kept: Kept) -> dict[str, Wanted]:
+    """State and trace of a layer after so many tokens."""
+    traced = max(0, tokens - window - MAX_ANSWER), max(0, tokens - window)
+    blocks = range(-(-traced[0] // BLOCK), -(-traced[1] // BLOCK) + 1)
+    arrays = {
+        f"{name}trace.0": Wanted(("F32",), (exactly(2), blocks)),
+        f"{name}trace.1": Wanted(("F32",), (exactly(3), kept.heads)),
+    }
+    if tokens > window + sinks:
+        shape = (exactly(1), kept.heads, kept.width, kept.width)
+        arrays[f"{name}memory"] = Wanted(("F32",), shape)
     return arrays
 
 
 def check_arrays(found: Mapping[str, Found], facts: Mapping[str, Any], kept: list[Kept]) -> None:
     """Names, dtypes and shapes, whole numbers among the facts too."""
-    _compare("pending", found, Wanted(("U32",), (range(facts["step"]),)))
-    wanted = expected(facts, found["pending"][1][0], kept)
+    name, step, old = tail_of(facts), facts["step"], facts["version"] == 1
+    tail = 0
+    if old or (name in found and step > 1):
+        _compare(name, found, Wanted(("U32",), (range(0 if old else 1, step),)))
+        tail = found[name][1][0]
+    wanted = expected(facts, tail, kept)
     for name in sorted(found.keys() - wanted.keys()):
         raise ValueError(f"array {show(name)} belongs to no memory like this")
     for name in wanted:
@@ -249,22 +317,39 @@ def check_values(
     text. Shapes and dtypes have been checked."""
     if name := not_finite(arrays.items()):
         raise ValueError(f"array {name} holds NaN or infinity")
-    pending = np.asarray(arrays["pending"])
-    if vocabulary is not None and (pending >= vocabulary).any():
-        raise ValueError(f"token {pending.max()} waits to be read, of {vocabulary} that there are")
-    evicted = facts["tokens"] - len(pending) - facts["window"] - facts["sinks"]
-    traces = {
-        i: [np.asarray(arrays[f"layers.{i}.trace.{j}"]) for j in (0, 1)]
-        for i, layer in enumerate(facts["layers"])
-        if len(layer) > 1
-    }
-    for i, (strengths, heads) in traces.items():
+    tail = np.asarray(arrays[tail_of(facts)]) if tail_of(facts) in arrays else np.zeros(0)
+    if vocabulary is not None and (tail >= vocabulary).any():
+        raise ValueError(f"its tail has token {tail.max()}, of {vocabulary} that there are")
+    written = facts["tokens"] - len(tail) - facts["window"] - facts["sinks"]
+    before = _check_traces(arrays, facts, "", written)
+    after = _check_traces(arrays, facts, "tail.", written + len(tail))
+    for i, counts in after.items():
+        more = counts.sum(dtype=float) - before[i].sum(dtype=float)
+        n = before[i].size
+        if counts.size < n or (counts[:n] < before[i]).any() or more > len(tail):
+            raise ValueError(f"the trace of layer {i} after the tail does not go on from the other")
+
+
+def _check_traces(
+    arrays: Mapping[str, mx.array], facts: Mapping[str, Any], part: str, written: int
+) -> dict[int, "np.ndarray[Any, Any]"]:
+    """Counts by layer, of those that have such a trace. part: "" or "tail.". written: tokens
+    that have left the window."""
+    found: dict[int, np.ndarray[Any, Any]] = {}
+    for i, layer in enumerate(facts["layers"]):
+        name = f"layers.{i}.{part}trace."
+        if len(layer) == 1 or f"{name}0" not in arrays:
+            continue
+        strengths, heads = (np.asarray(arrays[f"{name}{j}"]) for j in (0, 1))
+        whose = f"the trace of layer {i}" + (" after the tail" if part else "")
         if (strengths < 0).any() or (heads < 0).any():
-            raise ValueError(f"the trace of layer {i} has negative sums")
-        counts, first = strengths[1], next(iter(traces.values()))[0][1]
+            raise ValueError(f"{whose} has negative sums")
+        counts = strengths[1]
         counted = (counts == np.round(counts)).all() and (counts <= BLOCK).all()
         total = int(counts.sum(dtype=float))
-        if not counted or not (counts.size > 0) <= total <= max(0, evicted):
-            raise ValueError(f"the trace of layer {i} counts other tokens than were written")
-        if not np.array_equal(counts, first):
-            raise ValueError(f"the trace of layer {i} is of another text than the first")
+        if not counted or not (counts.size > 0) <= total <= max(0, written):
+            raise ValueError(f"{whose} counts other tokens than were written")
+        found[i] = counts
+        if not np.array_equal(counts, next(iter(found.values()))):
+            raise ValueError(f"{whose} is of another text than the first")
+    return found

@@ -1,9 +1,8 @@
-"""What a model remembers of a text, as one safetensors file.
+"""What a model remembers of a text, as one safetensors file; docs/memory-format.md describes it.
 
-Caches are arrays: `layers.I.memory` and `layers.I.J` for window, sinks and gates, or keys
-and values of a layer with full attention; `layers.I.trace.J` are those of its trace,
-`pending` tokens not yet read. All else is JSON in the header's metadata, and a checksum
-covers both. layout.py says what both must be like.
+Caches are arrays, the state after the last full step and beside it what the tail changed. All
+else is JSON in the header's metadata, and a checksum covers both. layout.py says what both must
+be like.
 """
 
 import hashlib
@@ -27,8 +26,9 @@ from ..model.trace import Trace
 from ..outputs.files import OutFile
 from . import layout
 from .layout import Cache
+from .tail import Tail, before, changed, redo, undo
 
-VERSION = 1
+VERSION = 2
 HEADER = 1 << 20  # bytes of it that tell what a file is
 MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 
@@ -50,6 +50,13 @@ def model_identity(model: nn.Module) -> dict[str, str]:
     }
 
 
+def base_facts(model: nn.Module) -> dict[str, Any]:
+    """Dtype of the norms, and bits of quantized weights, if there are."""
+    dtype = str(model.layers[0].input_layernorm.weight.dtype).removeprefix("mlx.core.")
+    bits = next((m.bits for _, m in model.named_modules() if hasattr(m, "bits")), None)
+    return {"dtype": dtype, "bits": bits}
+
+
 def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
     """Hash of the vocabulary and of what a probe becomes."""
     probe = tokenizer.encode(
@@ -59,11 +66,12 @@ def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
 
 
 def save(
-    file: Path, model: nn.Module, caches: list[Cache], pending: list[int], facts: Mapping[str, Any]
+    file: Path, model: nn.Module, caches: list[Cache], tail: Tail, facts: Mapping[str, Any]
 ) -> None:
-    """Write to a temporary name, then rename. Raises AHNError if what is written could not be
-    loaded, if it would replace what is no memory, and when the disk is full."""
-    arrays, layers = _contents(caches, pending)
+    """Write to a temporary name, then rename. caches: after the tail. Raises AHNError if what
+    is written could not be loaded, if it would replace what is no memory, and when the disk is
+    full."""
+    arrays, layers = _contents(caches, tail)
     known = {**facts, "version": VERSION, "layers": layers}
     found = {name: (WRITTEN[x.dtype], x.shape) for name, x in arrays.items()}
     with _named(file, "not written", "the session is damaged, load or make another"):
@@ -82,23 +90,34 @@ def save(
 
 
 def _contents(
-    caches: list[Cache], pending: list[int]
+    caches: list[Cache], tail: Tail
 ) -> tuple[dict[str, mx.array], list[list[int | None]]]:
     """Arrays by name, and the numbers of each layer."""
     arrays: dict[str, mx.array] = {}
     layers: list[list[int | None]] = []
+    if tail.ids:
+        arrays["tail"] = mx.array(tail.ids, dtype=mx.uint32)
     for i, cache in enumerate(caches):
+        name = f"layers.{i}."
+        if tail.ids:
+            past = tail.before[i]
+            tokens = changed(cache, past.offset)
+            arrays |= {f"{name}tail.{j}": x for j, x in enumerate(tokens)}
+            if isinstance(cache, AHNCache) and cache.offset > cache.capacity:
+                arrays |= _memory(f"{name}tail.", cache)
+            cache = undo(cache, past)
+        arrays |= {f"{name}{j}": x for j, x in enumerate(layout.held(cache))}
         if isinstance(cache, AHNCache):
             layers.append([cache.offset, cache.window, cache.sinks, cache.bits, cache.group_size])
-            if cache.memory is not None:
-                arrays[f"layers.{i}.memory"] = cache.memory
-            for j, x in enumerate(cache.trace or ()):
-                arrays[f"layers.{i}.trace.{j}"] = x
+            arrays |= _memory(name, cache)
         else:
             layers.append([cache.offset])
-        arrays |= {f"layers.{i}.{j}": x for j, x in enumerate(layout.held(cache))}
-    arrays["pending"] = mx.array(pending, dtype=mx.uint32)
     return arrays, layers
+
+
+def _memory(name: str, cache: AHNCache) -> dict[str, mx.array]:
+    arrays = {f"{name}trace.{j}": x for j, x in enumerate(cache.trace or ())}
+    return arrays if cache.memory is None else {f"{name}memory": cache.memory, **arrays}
 
 
 def is_memory(file: Path) -> bool:
@@ -126,8 +145,9 @@ def verify(file: Path) -> None:
 
 def load(
     file: Path, model: nn.Module, tokenizer: TokenizerWrapper
-) -> tuple[list[Cache], list[int], dict[str, Any]]:
-    """Caches, pending tokens and facts; the file is never modified.
+) -> tuple[list[Cache], Tail, dict[str, Any]]:
+    """Caches, their tail and facts; the file is never modified. Of a file of version 1 the tail
+    has no layers: its ids are not read yet.
 
     Raises AHNError if it is damaged, of another model, or from a later version.
     """
@@ -136,8 +156,13 @@ def load(
     with _named(file):
         layout.check_arrays(found, facts, layout.of_model(model, facts))
     arrays = _arrays(file, facts, metadata, model.args.vocab_size)
-    pending: Any = arrays.pop("pending").tolist()
-    return [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])], pending, facts
+    caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
+    found: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
+    tail = Tail(tuple(found))
+    if tail.ids and facts["version"] > 1:
+        tail = tail._replace(before=tuple(before(cache, len(found)) for cache in caches))
+        caches = [_after(i, cache, len(found), arrays) for i, cache in enumerate(caches)]
+    return caches, tail, facts
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:
@@ -159,7 +184,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
         if not isinstance(facts, dict) or "version" not in facts:
             raise ValueError("it does not say its version")
         version = facts["version"]
-        if type(version) is int and version == VERSION:
+        if type(version) is int and version in (1, VERSION):
             layout.check_facts(facts)
             return facts, {name: (x.dtype, x.shape) for name, x in header.items()}, metadata
     raise AHNError(f"{file}: version {show(version)}, this program reads {VERSION}; upgrade")
@@ -180,7 +205,7 @@ def _arrays(
 def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     """Of one layer, from arrays that have been checked."""
     name = f"layers.{i}."
-    buffers = tuple(arrays[f"{name}{j}"] for j in range(7) if f"{name}{j}" in arrays)
+    buffers = _numbered(name, arrays)
     if len(layer) == 1:
         full = KVCache()
         if buffers:
@@ -189,9 +214,23 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     offset, *settings = layer
     cache = AHNCache(*settings)
     cache.offset, cache.buffers = offset, buffers or None
-    cache.memory = arrays.get(name + "memory")
-    cache.trace = Trace(*(arrays[f"{name}trace.{j}"] for j in (0, 1)))
+    cache.memory, cache.trace = _memory_of(name, arrays)
     return cache
+
+
+def _after(i: int, cache: Cache, n: int, arrays: Mapping[str, mx.array]) -> Cache:
+    """The cache of one layer after its tail of n tokens."""
+    name = f"layers.{i}.tail."
+    return redo(cache, n, _numbered(name, arrays), *_memory_of(name, arrays))
+
+
+def _numbered(name: str, arrays: Mapping[str, mx.array]) -> tuple[mx.array, ...]:
+    return tuple(arrays[f"{name}{j}"] for j in range(7) if f"{name}{j}" in arrays)
+
+
+def _memory_of(name: str, arrays: Mapping[str, mx.array]) -> tuple[mx.array | None, Trace | None]:
+    trace = [arrays[f"{name}trace.{j}"] for j in (0, 1) if f"{name}trace.{j}" in arrays]
+    return arrays.get(f"{name}memory"), Trace(*trace) if trace else None
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A model that has read something and can be asked: read, ask, save, fork.
 
-Tokens are read in steps of a fixed size counted from the start; what does not fill a
-step waits. So a memory that is saved, loaded and continued is, bit for bit, the memory of
-one that read all at once.
+Tokens are read in steps of a fixed size counted from the start, and then those that fill no
+step, the tail; reading more begins before the tail again. So a memory that is saved, loaded and
+continued is, bit for bit, the memory of one that read all at once.
 """
 
 import asyncio
@@ -28,10 +28,14 @@ from ..model.cache import AHNCache
 from ..model.trace import Trace
 from . import memoryfile
 from .generate import prefill_step
-from .layout import MAX_STEP, PREVIEW, Cache, make_caches
+from .layout import MAX_SPACE, MAX_STEP, MAX_TEXTS, NAME, PREVIEW, Cache, make_caches
+from .tail import Tail, before, undo
 from .template import Pieces, Template
 from .text import readable
 from .tokens import Encoder, check_ids
+
+# How a model was got.
+ORIGIN = ("name", "dtype", "q_bits")
 
 
 class _End:
@@ -51,7 +55,7 @@ class Session:
     """A conversation whose memory has a fixed size.
 
     origin: how the model was got, for whoever loads a file: its "name", and arguments of
-    zoo.load. system: system message, kept in the sinks.
+    ahn_mlx.load, whose models know it by themselves. system: system message, kept in the sinks.
     step: tokens read at a time. kv_bits, kv_group_size: as in AHNCache. chat: speak through
     the tokenizer's chat template; otherwise texts are continued as they are.
 
@@ -72,7 +76,8 @@ class Session:
         chat: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.origin = {**(origin or {}), "name": _absolute((origin or {}).get("name", ""))}
+        known: Mapping[str, Any] = origin or _origin_of(model) or {"name": ""}
+        self.origin = {**known, "name": _absolute(known["name"])}
         if system and not chat:
             raise AHNError("--system needs the chat template; drop --no-chat-template")
         self.template = Template(tokenizer, system) if chat else None
@@ -84,8 +89,14 @@ class Session:
         for layer, cache in zip(model.layers, self.caches, strict=True):
             if isinstance(cache, AHNCache):
                 cache.trace = Trace.start(layer.self_attn.n_heads)
-        self.pending: list[int] = []
+        self.tail = Tail()
         self.preview = ""
+        # What was read: name, when (seconds since 1970) and tokens of the last MAX_TEXTS texts,
+        # and how many there were before those.
+        self.texts: list[dict[str, Any]] = []
+        self.earlier = 0
+        # White space at the end of the message, which the template trims unless more follows.
+        self.space = ""
         # Where the conversation stands: "start", "read" (a message is open), "answered"
         # (the end of the answer has been read too) or "cut" (it has not).
         self.turn = "start"
@@ -95,17 +106,33 @@ class Session:
     @property
     def tokens(self) -> int:
         """Tokens read and generated so far."""
-        return self.caches[0].offset + len(self.pending)
+        return self.caches[0].offset
 
     @property
     def nbytes(self) -> int:
         """Bytes of all caches."""
         return sum(c.nbytes for c in self.caches)
 
-    def read(self, text: str, progress: Callable[[int], None] = lambda read: None) -> None:
-        """Read more of the user's message. progress: called with tokens read of this text."""
+    def read(
+        self, text: str, progress: Callable[[int], None] = lambda read: None, *, name: str = ""
+    ) -> None:
+        """Read more of the user's message. progress: called with tokens read of this text.
+        name: of the text, which a file lists."""
         self._check()
-        self.read_ids(self.encode(text), progress)
+        ids = self.encode(text)
+        self.read_ids(ids, progress)
+        self.note_text(name, len(ids))
+
+    def note_text(self, name: str, tokens: int) -> None:
+        """List a text that has been read by `encode` and `read_ids`."""
+        text = {"name": _listed(name), "read": int(time.time()), "tokens": tokens}
+        texts = [*self.texts, text]
+        self.earlier += max(0, len(texts) - MAX_TEXTS)
+        self.texts = texts[-MAX_TEXTS:]
+
+    def last_read(self, name: str) -> dict[str, Any] | None:
+        """What is listed of the last text of this name, or None."""
+        return next((t for t in reversed(self.texts) if t["name"] == _listed(name)), None)
 
     def opening(self) -> Pieces:
         """What the template puts before more text of the user, as pieces for the encoder.
@@ -120,31 +147,47 @@ class Session:
         opening = self.opening() if opening is None else opening
         if not self.preview:
             self.preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
-        if self.template and self.turn != "read":
-            text = self.template.begin(text)
+        text = self.space + text if self.turn == "read" else text
+        if self.template:
+            text = text if self.turn == "read" else self.template.begin(text)
+            text, space = self.template.end(text)
+            self.space = space[:MAX_SPACE]
         begin, self.turn = self._begin(), "read"
         return [*begin, *self.encoder(*opening, text)]
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
-        """Read token ids, as many as fill steps; the rest waits.
+        """Read token ids: from the last full step on, in full steps, and the tail at the end.
 
         To stop, raise from `progress`, between steps: the session is then as after so many
         ids. After an exception inside of a step it cannot go on, and says so.
         """
         self._check()
         check_ids(ids, self.model)
-        before = len(self.pending)
-        waiting = [*self.pending, *ids]
-        for start in range(0, len(waiting) - self.step + 1, self.step):
-            self._whole = False
-            self.model(mx.array([waiting[start : start + self.step]]), cache=self.caches)
-            mx.eval([c.state for c in self.caches])
-            mx.clear_cache()
-            self._whole = True
-            self.pending = []
-            progress(start + self.step - before)
-        self.pending = waiting[len(waiting) // self.step * self.step :]
+        if ids:
+            self._go_back_and_read(ids, progress)
         progress(len(ids))
+
+    def _go_back_and_read(self, ids: list[int], progress: Callable[[int], None]) -> None:
+        waiting, known = [*self.tail.ids, *ids], len(self.tail.ids)
+        if known:
+            pairs = zip(self.caches, self.tail.before, strict=True)
+            self._whole = False
+            self.caches, self.tail = [undo(*pair) for pair in pairs], Tail()
+        full = len(waiting) // self.step * self.step
+        for start in range(0, full, self.step):
+            self._read_step(waiting[start : start + self.step])
+            progress(start + self.step - known)
+        if rest := waiting[full:]:
+            past = tuple(before(cache, len(rest)) for cache in self.caches)
+            self._read_step(rest)
+            self.tail = Tail(tuple(rest), past)
+
+    def _read_step(self, ids: list[int]) -> None:
+        self._whole = False
+        self.model(mx.array([ids]), cache=self.caches)
+        mx.eval([c.state for c in self.caches])
+        mx.clear_cache()
+        self._whole = True
 
     def ask(
         self,
@@ -163,11 +206,13 @@ class Session:
         self._check()
         if not hasattr(_thread, "end"):
             _thread.end = _End()
-        ids = [*self.pending, *self._question(question)]
+        ids, caches = self._question(question), _fork(self.caches)
+        if not ids:  # the text goes on from its last tokens
+            ids = list(self.tail.ids)
+            caches = [undo(*pair) for pair in zip(caches, self.tail.before, strict=False)]
         check_ids(ids, self.model)
         if not ids:
-            raise AHNError("nothing to continue; read a text or ask a question first")
-        caches = _fork(self.caches)
+            raise AHNError("nothing to continue from; ask something, or read a text first")
         finish, said = "", 0
         self._answering = True
         try:
@@ -190,7 +235,7 @@ class Session:
         if said:
             # What is left to compute belongs to this thread; the next question may not.
             mx.eval([c.state for c in caches])
-            self.caches, self.pending = caches, []
+            self.caches, self.tail, self.space = caches, Tail(), ""
             self.turn = "answered" if finish == "stop" else "cut"
 
     async def stream(self, question: str, **options: Any) -> AsyncIterator[str]:
@@ -208,7 +253,7 @@ class Session:
     def fork(self) -> "Session":
         """Another session with the same past. It costs nothing until one of them goes on."""
         other = copy.copy(self)
-        other.caches, other.pending = _fork(self.caches), list(self.pending)
+        other.caches = _fork(self.caches)
         other._answering = False
         return other
 
@@ -224,6 +269,8 @@ class Session:
         known = {
             "model": identity,
             "tokenizer": memoryfile.tokenizer_identity(self.tokenizer),
+            "memory": self.model.ahn.memory,
+            "base": memoryfile.base_facts(self.model),
             "tokens": self.tokens,
             "window": window,
             "sinks": sinks,
@@ -232,25 +279,33 @@ class Session:
             "chat": self.template is not None,
             "system": self.template.system if self.template else "",
             "preview": self.preview,
+            "texts": self.texts,
             "saved": int(time.time()),
+            **({"earlier": self.earlier} if self.earlier else {}),
+            **({"space": self.space} if self.space else {}),
         }
-        memoryfile.save(Path(path), self.model, self.caches, self.pending, {**known, **facts})
+        memoryfile.save(Path(path), self.model, self.caches, self.tail, {**known, **facts})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper) -> "Session":
         """Go on where a saved session was. Raises AHNError if the file is damaged or of
         another model, tokenizer, window or version."""
-        caches, pending, facts = memoryfile.load(Path(path), model, tokenizer)
+        caches, tail, facts = memoryfile.load(Path(path), model, tokenizer)
         session = cls(
             model,
             tokenizer,
-            origin={k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")},
+            origin=_origin_of(model) or {k: v for k, v in facts["model"].items() if k in ORIGIN},
             system=facts["system"],
             step=facts["step"],
             chat=facts["chat"],
         )
-        session.caches, session.pending = caches, pending
+        session.caches, session.tail = caches, tail
         session.preview, session.turn = facts["preview"], facts["turn"]
+        session.texts, session.earlier = facts.get("texts", []), facts.get("earlier", 0)
+        session.space = facts.get("space", "")
+        if tail.ids and not tail.before:  # a file of version 1
+            session.tail = Tail()
+            session.read_ids(list(tail.ids))
         return session
 
     def _check(self) -> None:
@@ -264,12 +319,24 @@ class Session:
     def _question(self, question: str) -> list[int]:
         """Token ids from here to where the answer begins."""
         if self.template:
-            return self.encoder(*self.template.question(self.turn, question))
+            first, said, *rest = self.template.question(self.turn, question)
+            if self.turn == "read" and said:
+                said = self.space + said
+            return self.encoder(first, said, *rest)
         return [*self._begin(), *self.encoder("", question)] if question else []
 
     def _begin(self) -> list[int]:
         """What the tokenizer puts before a text; a chat template says it by itself."""
         return self.encoder.begin if self.turn == "start" and not self.template else []
+
+
+def _origin_of(model: nn.Module) -> dict[str, Any]:
+    return {k: getattr(model.origin, k) for k in ORIGIN} if hasattr(model, "origin") else {}
+
+
+def _listed(name: str) -> str:
+    """A file's name need not be text, and a file may come from anyone."""
+    return "".join(c if c.isprintable() else " " for c in readable(name))[:NAME]
 
 
 def _absolute(name: str) -> str:

@@ -76,6 +76,12 @@ class Template:
         """More text of the user, at the begin of a message: some templates trim it."""
         return text.lstrip() if self._trim(" x") == "x" else text
 
+    def end(self, text: str) -> tuple[str, str]:
+        """A text at the end of a message, and the white space after it that some templates
+        trim."""
+        kept = text.rstrip() if self._trim("x ") == "x" else text
+        return kept, text[len(kept) :]
+
     def question(self, turn: str, question: str) -> Pieces:
         """From where the conversation stands to where the answer begins."""
         if turn != "read":
