@@ -106,9 +106,7 @@ def _write_weights(file: Path, model: nn.Module) -> None:
     flat: Any = tree_flatten(model.parameters())
     layout = {name: Layout(x.dtype, x.shape) for name, x in flat}
     total = sum(x.nbytes for x in layout.values())
-    bar = tqdm(
-        total=total, desc="weights", unit="B", unit_scale=True, delay=1, disable=None
-    )
+    bar = tqdm(total=total, desc="weights", unit="B", unit_scale=True, delay=1, disable=None)
     with bar, TensorWriter(file, layout) as writer:
         for name, x in flat:
             writer.put(name, x)

@@ -25,9 +25,7 @@ RANGES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xE1000))
 CHARACTERS = [chr(c) for r in RANGES for c in r]
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = (
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Patterns of the splitters that a reader has: 0 is GPT-2's, which ByteLevel brings.
 PATTERNS = {
     _CONTRACTIONS + _WORDS % r"\p{N}": 1,  # Qwen2
@@ -185,7 +183,9 @@ def _classes() -> list[list[bool]]:
     classes = []
     for pattern in (r"\p{L}+", r"\p{N}+", r"\s+"):
         matched = [True] * len(text)
-        for _, (start, end) in pre_tokenizers.Split(Regex(pattern), "removed").pre_tokenize_str(text):
+        for _, (start, end) in pre_tokenizers.Split(Regex(pattern), "removed").pre_tokenize_str(
+            text
+        ):
             matched[start:end] = [False] * (end - start)
         classes.append(matched)
     # Runs that are digits and runs that are not, by turns; the first is not.

@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AHNError
-from ..train.losses import ROWS, divergence
 from ..model.augment import head
+from ..train.losses import ROWS, divergence
 from ..train.streams import install, study, teach, trainable
 
 KINDS = ("full", "window", "memory")
