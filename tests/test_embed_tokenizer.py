@@ -27,9 +27,11 @@ CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 FOREIGN = (
     "\u6c49\u5b57\u4eec\u7684\u6545\u4e8b, \u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 "
-    "\ud55c\uad6d\uc5b4 \u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\ud55c\uad6d\uc5b4 "
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940 "
     "\u0395\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac \u0440\u0443\u0441\u0441\u043a\u0438\u0439 "
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e0062\U000e007f na\u00efve "
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e0062\U000e007f "
+    "na\u00efve "
 )
 
 
@@ -80,7 +82,8 @@ def fuzz(n: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     marks = "\u0301\u0323\u0308\u0345\u0334\u05b0\u0e38\u3099\u1dce\u0591\U0001d165"
     letters = (
-        "aAzZ\u00e9\u00c5\u212b\u017fs\u0130\u1e9e\u00df\ufb01\u1100\u1161\u11a8\uac00\u304b\u4e2d"
+        "aAzZ\u00e9\u00c5\u212b\u017fs\u0130\u1e9e\u00df\ufb01"
+    letters += "\u1100\u1161\u11a8\uac00\u304b\u4e2d"
     )
     blanks = " \n\r\t\u00a0\u2003\u3000\u0085\u200b\u2028"
     others = "'.,!-_\"<>=\u2014\U0001f600\u200d\ufe0f\u0000\u0004\u007f\ufffd\u0338"

@@ -48,8 +48,8 @@ def export_app(
 ) -> None:
     """Write the directory `out`.
 
-    source: directory of the model, if it has one, which is not written over. chunk: most tokens read at once; the
-    window's, if that is less. force: replace a model that is at `out`.
+    source: directory of the model, if it has one, which is not written over. chunk: most
+    tokens read at once; the window's, if that is less. force: replace a model that is at `out`.
     Raises AHNError, and then leaves everything as it was, for layers with full attention, for a
     tokenizer that is no byte-level BPE, and for a chat template that cannot be taken apart.
     """
