@@ -82,8 +82,7 @@ def fuzz(n: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     marks = "\u0301\u0323\u0308\u0345\u0334\u05b0\u0e38\u3099\u1dce\u0591\U0001d165"
     letters = (
-        "aAzZ\u00e9\u00c5\u212b\u017fs\u0130\u1e9e\u00df\ufb01"
-    letters += "\u1100\u1161\u11a8\uac00\u304b\u4e2d"
+        "aAzZ\u00e9\u00c5\u212b\u017fs\u0130\u1e9e\u00df\ufb01\u1100\u1161\u11a8\uac00\u304b\u4e2d"
     )
     blanks = " \n\r\t\u00a0\u2003\u3000\u0085\u200b\u2028"
     others = "'.,!-_\"<>=\u2014\U0001f600\u200d\ufe0f\u0000\u0004\u007f\ufffd\u0338"

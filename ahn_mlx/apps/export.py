@@ -8,6 +8,7 @@ arguments of the step, so that one file of them serves all traces. manifest.json
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _of_model(
     loaded = {"name": name, "dtype": origin and origin.dtype, "q_bits": origin and origin.q_bits}
     _, first = next(memory_layers(model))  # they are all of one shape
     return {
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "device": "cpu" if on_cpu() else "gpu",
         "name": Path(name).name,
         "window": model.ahn.window,
