@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from checkpoints import talking_model
-from embed import EMBED, MLX_ROOT, built, needs_tools
 
 from ahn_mlx import load
 from ahn_mlx.apps.export import export_app
 from ahn_mlx.reading.session import Session
+from embed import EMBED, MLX_ROOT, built, needs_tools
 
 ROOT = os.environ.get("AHN_SWIFT_ROOT")
 pytestmark = [

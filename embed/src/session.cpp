@@ -84,11 +84,10 @@ size_t Session::tokens() const { return static_cast<size_t>(memory_.state.at); }
 
 size_t Session::bytes() const {
   const Manifest& m = model_->manifest();
-  size_t item = mx::size_of(model_->dtype());
-  size_t slot = 2 * m.kv_heads * m.head_dim + m.heads * m.gates;
-  size_t kept = item * slot * (m.capacity() + 1 + memory_.past.slots.size());
-  size_t state = 4 * m.heads * m.head_dim * m.head_dim * (memory_.past.slots.empty() ? 1 : 2);
-  return m.layers * (kept + state);
+  size_t slot = mx::size_of(model_->dtype()) * (2 * m.kv_heads * m.head_dim + m.heads * m.gates);
+  size_t state = sizeof(float) * m.heads * m.head_dim * m.head_dim;
+  // What leaves next has a copy.
+  return m.layers * (slot * (m.capacity() + 1) + state);
 }
 
 // Texts
