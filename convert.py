@@ -1,4 +1,4 @@
-"""python convert.py --base DIR --ahn DIR --out DIR: the same as `ahn-mlx convert`."""
+"""python convert.py AHN --base BASE -o DIR: the same as `ahn-mlx convert`."""
 
 import sys
 

@@ -1,6 +1,8 @@
-"""The one exception for mistakes a user can mend, and how its message quotes a file."""
+"""The one exception for mistakes a user can mend, and how its message quotes a file or names
+what was probably meant."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +11,12 @@ class AHNError(ValueError):
     """Bad input. The message is one line: the file, the value, and the fix.
 
     The command line prints it and exits with code 2.
+
+    >>> try:
+    ...     ahn_mlx.AHNConfig(window=0)
+    ... except ahn_mlx.AHNError as e:
+    ...     print(e)
+    window must be a whole number of at least 1, not 0
     """
 
     def __init__(self, message: str):
@@ -19,6 +27,13 @@ def show(text: Any) -> str:
     """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
     quoted = ascii(text)
     return quoted if len(quoted) <= 120 else quoted[:117] + "..."
+
+
+def nearest(typed: str, names: Iterable[str]) -> str:
+    """The name that was probably meant, or "". Case and _ for - make no difference."""
+    plain = {name.lower().replace("_", "-"): name for name in names}
+    close = difflib.get_close_matches(typed.lower().replace("_", "-"), plain, 1, 0.7)
+    return plain[close[0]] if close else ""
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def refused(*args: str, stdin: bytes = b"") -> str:
         (["generate", "--nonsense"], "No such option"),
         (["generate", "--max-tokens", "many"], "not a valid integer"),
         (["generate", "--dtype", "float8"], "float8"),
-        (["digest", "--prompt-file", "a", "-o", "b", "--prompt-file=c"], "--prompt-file is given"),
+        (["compare", "--text", "a", "--text=c"], "--text is given twice"),
         (["memory", "info", "README.md"], "README.md: is not a memory"),
         (["memory", "info", "docs"], "docs: is a directory, not a memory"),
         (["generate", "--prompt", "Hi", "--max-tokens", "0"], "--max-tokens must be at least 1"),
@@ -46,18 +46,19 @@ def refused(*args: str, stdin: bytes = b"") -> str:
         (["generate", "--prompt", "Hi", "--window", "0"], "--window must be at least 1"),
         (["generate", "--prompt", "Hi", "--sinks", "-1"], "--sinks must be at least 0"),
         (["generate", "--prompt", "Hi", "--prefill-step-size", "0"], "--prefill-step-size"),
-        (["generate", "--prompt", "Hi", "--temp", "-0.1"], "--temp must be at least 0"),
-        (["generate", "--prompt", "Hi", "--temp", "nan"], "--temp must be at least 0"),
+        (["generate", "--prompt", "Hi", "--temp", "-0.1"], "--temp must be 0, which is greedy, or"),
+        (["generate", "--prompt", "Hi", "--temp", "nan"], "--temp must be 0, which is greedy, or"),
         (["generate", "--prompt", "Hi", "--top-p", "0"], "--top-p"),
         (["generate", "--prompt", "Hi", "--top-p", "1.5"], "--top-p"),
         (["generate", "--prompt", "Hi", "--seed", "-1"], "--seed"),
-        (["generate", "--prompt", ""], "the prompt is empty"),
-        (["generate", "--prompt", " \n "], "the prompt is empty"),
+        (["generate", "--prompt", ""], "the question is empty"),
+        (["generate", "--prompt", " \n "], "the question is empty"),
         (["generate"], "the prompt is empty"),
         (["generate", "--prompt-file", "-"], "the prompt is empty"),
         (["generate", "--prompt-file", "no-such.txt"], "no-such.txt: No such file"),
-        (["generate", "--prompt-file", "."], "Is a directory"),
-        (["digest", "--prompt-file", "a", "--prompt-file", "b", "-o", "c"], "given twice"),
+        (["generate", "--prompt-file", "no-such/"], "no-such"),
+        (["generate", "--prompt-file", "no-such*"], "no-such*: no file has such a name"),
+        (["generate", "-p", "a", "--prompt", "b"], "--prompt is given twice"),
         (["generate", "--prompt", "Hi", "--model", "no-such"], "no model directory no-such"),
     ],
 )
@@ -99,4 +100,4 @@ def test_nothing_to_read_at_a_terminal() -> None:
     os.close(parent)
     os.close(child)
     assert done.returncode == 2
-    assert done.stderr.decode().startswith("error: nothing to read; give --prompt-file")
+    assert done.stderr.decode().startswith("error: nothing to read; give a document")

@@ -204,7 +204,7 @@ def test_script(parts):
 
 def test_help_and_usage():
     result = CliRunner().invoke(command, ["--help"])
-    assert result.exit_code == 0 and "convert --base Qwen2.5-3B-Instruct" in result.output
+    assert result.exit_code == 0 and "--base Qwen2.5-3B-Instruct -o" in result.output
     for args in ([], ["--ahn", "x"], ["--ahn", "x", "--out", "y", "--dtype", "int4"]):
         assert CliRunner().invoke(command, args).exit_code == 2
 

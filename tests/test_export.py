@@ -146,7 +146,7 @@ def test_card(quantized):
         "| kind of memory | gated_deltanet |",
         "| window | 12 tokens and 4 sinks |",
         "| quantization | 4 bits in groups of 64; memory is not |",
-        "ahn-mlx generate --model out --prompt-file",
+        "--model out",
     ):
         assert part in text
     assert str(quantized.parent) not in text

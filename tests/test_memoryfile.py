@@ -5,6 +5,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -675,3 +676,27 @@ def test_a_memory_that_names_no_model_asks_for_one(honest):
     facts["model"]["name"] = ""
     with pytest.raises(AHNError, match="give --model"):
         load_as_read(facts, None)
+
+
+def test_the_system_message_comes_back(loaded, tmp_path):
+    """Also before anything was read: it is what is read first."""
+    for text in ("", "It was the best of times."):
+        session = Session(*loaded, step=16, system="Be brief.")
+        if text:
+            session.read(text)
+        again = saved(session, tmp_path / "a.ahn")
+        assert again.template.system == "Be brief."
+        assert again.encode("Hi") == session.encode("Hi")
+        assert memoryfile.read_facts(tmp_path / "a.ahn")["system"] == "Be brief."
+
+
+@pytest.mark.parametrize("settings", [{"sink_positions": "absolute"}, {"memory": "deltanet"}])
+def test_a_memory_is_of_a_model_with_its_settings(loaded, tmp_path, settings):
+    """Also where their weights are the same."""
+    model = small()
+    session = Session(model, loaded[1], step=16)
+    session.read_ids([7] * 40)
+    session.save(tmp_path / "a.ahn")
+    model.ahn = replace(model.ahn, **settings)
+    with pytest.raises(AHNError, match=r"another model.*\(settings differ\)"):
+        Session.load(tmp_path / "a.ahn", model, loaded[1])

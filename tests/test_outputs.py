@@ -67,8 +67,8 @@ def contents(place: Path) -> dict[Path, bytes | None]:
 FILES: dict[str, list[str]] = {
     "digest": ["digest", "--model", "no/such", "--prompt-file", "{}/book.txt", "-o"],
     "inspect": ["inspect", "--model", "no/such", "--memory", "{}/book.ahn", "-o"],
-    "compare": ["compare", "--model", "no/such", "--text", "{}/book.txt", "--plot"],
-    "estimate": ["estimate", "--plot"],
+    "compare": ["compare", "--model", "no/such", "--text", "{}/book.txt", "--out"],
+    "estimate": ["estimate", "--out"],
 }
 ENDS = {"digest": ".ahn", "inspect": ".html", "compare": ".png", "estimate": ".png"}
 FORCED = ("inspect", "compare", "estimate")
@@ -77,7 +77,7 @@ FORCED = ("inspect", "compare", "estimate")
 DIRECTORIES: dict[str, list[str]] = {
     "convert": ["convert", "--base", str(GDN / "base"), "--ahn", str(GDN / "ahn_only"), "--out"],
     "export": ["export-pytorch", "--model", str(GDN / "merged"), "--out"],
-    "train": ["train", "--base", "no/such", "--data", "{}/book.txt", "--out"],
+    "train": ["train", "--model", "no/such", "--data", "{}/book.txt", "--out"],
 }
 
 
@@ -117,8 +117,8 @@ def test_what_is_read_stays(place, name, kind, forced):
         read.write_text("a file of the model")
     given = {
         "inspect": ["inspect", "--memory", read, "--model", model, "-o"],
-        "compare": ["compare", "--text", read, "--model", model, "--plot"],
-        "estimate": ["estimate", "--model", model, "--plot"],
+        "compare": ["compare", "--text", read, "--model", model, "--out"],
+        "estimate": ["estimate", "--model", model, "--out"],
     }[name]
     out = place / f"out{end}"
     if kind == "itself":
@@ -198,18 +198,18 @@ def test_force_replaces_a_file_but_no_directory(place, name):
 def test_pictures_of_each_kind_are_known_again(tmp_path, end):
     out = tmp_path / f"costs{end}"
     for _ in range(2):
-        run("estimate", "--plot", out)
+        run("estimate", "--out", out)
     assert [f.name for f in tmp_path.iterdir()] == [out.name]
     from matplotlib.figure import Figure
 
     Figure().savefig(out)
-    assert "not a picture of ours" in refuse("estimate", "--plot", out)
+    assert "not a picture of ours" in refuse("estimate", "--out", out)
 
 
 @pytest.mark.parametrize("name", ["costs", "costs.txt", "costs.html", ".png"])
 def test_a_picture_has_a_name_that_says_which(tmp_path, name):
     """matplotlib would write costs.png for the first."""
-    assert ".png, .svg, .pdf" in refuse("estimate", "--plot", tmp_path / name)
+    assert ".png, .svg, .pdf" in refuse("estimate", "--out", tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,10 +218,10 @@ def test_matplotlib_missing_or_failing(tmp_path, monkeypatch):
 
     with matplotlib.rc_context({"text.usetex": True}):  # needs LaTeX
         monkeypatch.setenv("PATH", "")
-        assert "matplotlib cannot draw it" in refuse("estimate", "--plot", tmp_path / "a.png")
+        assert "matplotlib cannot draw it" in refuse("estimate", "--out", tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'ahn-mlx[plot]'" in refuse(
-        *("compare", "--text", "absent.txt", "--plot", tmp_path / "a.png")
+    assert "pip install matplotlib" in refuse(
+        *("compare", "--text", "absent.txt", "--out", tmp_path / "a.png")
     )
     assert not list(tmp_path.iterdir())
 
@@ -384,12 +384,12 @@ def test_force_deletes_nothing_but_a_model(place, name, file):
 
 
 def test_a_training_replaces_nothing_that_it_reads(place):
-    options = ["--memory", "deltanet", "--window", 12, "--sinks", 4, "--seq-len", 64]
+    options = ["--kind", "deltanet", "--window", 12, "--sinks", 4, "--seq-len", 64]
     options += ["--steps", 1, "--layerwise", 0, "--data", place / "book.txt"]
     base, out = shutil.copytree(GDN / "base", place / "base"), place / "out"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(place / "model" / name, base)
-    options += ["--base", base]
+    options += ["--model", base]
     (place / "link").symlink_to(base)
     for taken in (base, place / "link", place / "out" / ".." / "base"):
         assert "begins from" in refuse("train", *options, "--out", taken)

@@ -13,12 +13,13 @@ from checkpoints import REPO, talking_model
 from ahn_mlx import AHNError
 from ahn_mlx.cli import main
 from ahn_mlx.reading.text import (
-    read_document,
+    read_documents,
     read_file,
     read_texts,
     readable,
     typed_line,
     typed_path,
+    typed_paths,
 )
 
 TEXT = "Caf\u00e9 \u4e16\u754c\nnext\n"
@@ -45,12 +46,10 @@ def test_line_ends_of_windows_and_old_macs(tmp_path):
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"%PDF-1.7\n%\xe2\xe3", "a PDF"),
-        (b"PK\x03\x04\x14\0", "zip archive"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1", "old Office document"),
         (b"{\\rtf1\\ansi", "RTF"),
         (b"\x1f\x8b\x08\0", "gunzip"),
-        (b"\x89PNG\r\n\x1a\n\0\0", r"binary file.*byte 8 is NUL"),
+        (b"\x89png\r\n\x1a\n\0\0", r"binary file.*byte 8 is NUL"),
         (b"caf\xe9", r"not UTF-8 text \(byte 3\).*from what it is.*iconv"),
         ("\u4e16 caf\u00e9".encode()[1:], "begins within a character of UTF-8; cut off 2 bytes"),
         (b"\x93quoted\x94", r"not UTF-8 text \(byte 0\).*iconv"),
@@ -83,10 +82,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_standard_input_is_read_alike(monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO("\ufeffOne\r\ntwo".encode("utf-16-le")), "utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    assert read_document("-", has_prompt=False) == "One\ntwo"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.4"), "utf-8"))
-    with pytest.raises(AHNError, match="standard input: is a PDF"):
-        read_document(None, has_prompt=True)
+    assert read_documents(["-"], has_prompt=False) == "One\ntwo"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{\\rtf1"), "utf-8"))
+    with pytest.raises(AHNError, match="standard input: is an RTF document"):
+        read_documents([], has_prompt=True)
 
 
 # Unicode and Python know more ends of a line than JSON lines do.
@@ -156,9 +155,27 @@ def test_typed_paths(tmp_path, monkeypatch):
     assert typed_path("~/book.txt") == "/home/me/book.txt"
     assert typed_path(r"~/my\ book.txt") == "/home/me/my book.txt"
     assert typed_path("it's.txt") == "it's.txt"
+    assert typed_path("/a/it\\'s\\ my\\ book.txt ") == "/a/it's my book.txt"
+    assert typed_path("'~/my book.txt'") == "/home/me/my book.txt"
+    assert typed_path("file:///a/My%20Book%20%231.pdf") == "/a/My Book #1.pdf"
+    assert typed_path("'file://localhost/a/b.pdf'") == "/a/b.pdf"
+    assert typed_path("file://elsewhere/b.pdf") == "file://elsewhere/b.pdf"
     assert typed_path("'/Volumes/A b/it'\\''s.txt'") == "/Volumes/A b/it's.txt"
     Path('"odd".txt').touch()
     assert typed_path('"odd".txt') == '"odd".txt'
+
+
+def test_typed_paths_of_several_files_and_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "my book.txt", "my other book.txt"):
+        Path(name).touch()
+    assert typed_paths("my book.txt") == ["my book.txt"]
+    assert typed_paths(r"a.txt my\ book.txt absent.txt") == ["a.txt", "my book.txt", "absent.txt"]
+    assert typed_paths("'a.txt' \"my book.txt\"") == ["a.txt", "my book.txt"]
+    assert typed_paths("no such.txt") == ["no such.txt"]
+    assert typed_path(r"my other\ book.txt") == "my other book.txt"  # half completed
+    assert typed_path(f"file://{tmp_path}/my%20book.txt") == f"{tmp_path}/my book.txt"
+    assert typed_path(f"file://localhost{tmp_path}/a.txt") == f"{tmp_path}/a.txt"
 
 
 def test_typed_lines():

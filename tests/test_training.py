@@ -88,7 +88,7 @@ def train_arguments(place, out, *args):
     common = ["--data", place / "text.txt", "--window", 12, "--sinks", 4, "--seq-len", 96]
     rate = [] if ("--steps", 0) in itertools.pairwise(args) else ["--lr", 1e-3]
     return [
-        str(x) for x in ("train", "--base", place / "base", "--out", out, *rate, *common, *args)
+        str(x) for x in ("train", "--model", place / "base", "--out", out, *rate, *common, *args)
     ]
 
 
@@ -347,14 +347,14 @@ def test_wider_heads_have_no_query_projection(place, tmp_path):
         head_dim=32,
         max_position_embeddings=512,
     )
-    done = train(place, tmp_path / "out", "--base", base, "--steps", 1, "--layerwise", 1)
+    done = train(place, tmp_path / "out", "--model", base, "--steps", 1, "--layerwise", 1)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/config.json").read_text())["use_q_proj"] is False
 
 
 def test_another_family_is_refused_by_name(place, tmp_path):
     base = another_base(place, tmp_path / "fused", phi3, model_type="phi3")
-    done = train(place, tmp_path / "out", "--base", base, "--steps", 1)
+    done = train(place, tmp_path / "out", "--model", base, "--steps", 1)
     assert done.returncode == 2 and "'phi3' is not supported" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -438,7 +438,7 @@ def test_options_are_refused_in_one_line(place, tmp_path):
         (("--seq-len", 17), "nothing leaves a window of 16"),
         (("--seq-len", 10**6), "smaller --seq-len"),
         (("--lr", 0), "--lr must be above 0"),
-        (("--base", tmp_path), "config.json"),
+        (("--model", tmp_path), "config.json"),
         (("--resume",), "train without --resume"),
     ]
     for args, message in cases:
@@ -535,7 +535,7 @@ def test_compare_command(place, tmp_path):
     whole += ["--text", place / "held.txt"]
     command = [*whole, "--segments", "3", "--seq-len", "128"]
     done = subprocess.run(
-        [*map(str, command), "--json", "--plot", str(tmp_path / "a.png")],
+        [*map(str, command), "--json", "--out", str(tmp_path / "a.png")],
         capture_output=True,
         text=True,
         timeout=100,

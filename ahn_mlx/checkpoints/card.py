@@ -35,7 +35,7 @@ An [Artificial Hippocampus Network](https://arxiv.org/abs/2510.07318) for
 {rows}
 
     pip install ahn-mlx
-    ahn-mlx generate --model {title} --prompt-file book.txt --prompt "How does it end?"
+    ahn-mlx generate book.txt "How does it end?" --model {title}
 
 With that package installed, mlx-lm runs this directory or repository too, with
 `--trust-remote-code`.

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..errors import AHNError
+from .command import Group
 
 # Name -> (module, attribute, line in the overview).
 COMMANDS = {
@@ -37,7 +39,7 @@ COMMANDS = {
 }
 
 
-class Lazy(click.Group):
+class Lazy(Group):
     """Knows its commands by name, so that help and typing errors are instant."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -52,29 +54,25 @@ class Lazy(click.Group):
         )
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, command, args = super().resolve_command(ctx, args)
-        if command is not None:
-            _refuse_repeats(command, click.Context(command, ctx, name), args)
-        return name, command, args
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, args)
+
+    def no_such(self, ctx: click.Context, typed: str) -> str:
+        if Path(typed).is_file():
+            reads = "ask" if typed.endswith(".ahn") else "generate"
+            return f"No such command {typed!r}. Of a file: ahn-mlx {reads} {typed!r} 'A question?'"
+        return super().no_such(ctx, typed)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        commands = {name: line for name, (_, _, line) in COMMANDS.items()}
+        found = [CompletionItem(n, help=h) for n, h in commands.items() if n.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
-
-
-def _refuse_repeats(command: click.Command, ctx: click.Context, args: list[str]) -> None:
-    """Of an option given twice click takes the last, as people expect; but of two texts one
-    would not be read."""
-    try:
-        _, _, given = command.make_parser(ctx).parse_args(list(args))
-    except click.UsageError:  # which the command is about to say
-        return
-    for parameter in given:
-        if parameter.name in ("prompt_file", "text") and given.count(parameter) > 1:
-            raise AHNError(f"{max(parameter.opts, key=len)} is given twice; give it once")
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,8 +81,8 @@ def cli() -> None:
     """Artificial Hippocampus Networks on MLX: long documents in constant memory.
 
     \b
-    ahn-mlx generate --prompt-file book.txt --prompt "Who is the narrator?"
-    ahn-mlx generate --model ahn-gdn-3b --prompt-file book.txt --prompt "How does it end?"
+    ahn-mlx generate book.txt "Who is the narrator?"
+    ahn-mlx generate book.txt "How does it end?" --model ahn-gdn-3b
     ahn-mlx models
     ahn-mlx doctor
     """

@@ -1,5 +1,6 @@
 """ahn-mlx bench: what a model really takes on this machine, beside what was counted."""
 
+import json
 import time
 from typing import Any
 
@@ -7,23 +8,36 @@ import click
 
 from ..errors import AHNError
 from ..measure.chips import CHIPS
-from .estimate import CHIP, config_of, print_table
-from .options import check_numbers, load_model, loading_options, needs_memory
+from .command import Command, Word
+from .estimate import CHIP, CHIP_HELP, config_of, print_table
+from .options import (
+    check_numbers,
+    json_option,
+    load_model,
+    loading_options,
+    needs_memory,
+    no_effect,
+    quiet_option,
+)
 from .terminal import progress_bar, warn_slow
 
 
-@click.command()
+@click.command(cls=Command)
+@no_effect("chip", when=lambda options: options["as_json"], why="with --json, which has no bounds")
+@click.argument("name", cls=Word, metavar="MODEL")
 @loading_options
 @click.option("--context", default=2048, show_default=True, help="Tokens read first.")
 @click.option("--tokens", default=32, show_default=True, help="Tokens decoded.")
-@click.option("--chip", type=CHIP, help="Also give this one's bounds.")
+@click.option("--chip", type=CHIP, metavar="NAME", help=CHIP_HELP)
+@json_option
+@quiet_option
 @needs_memory
 def bench(**options: Any) -> None:
     """Read random tokens, decode some, and print what was measured beside what was counted.
 
     \b
     ahn-mlx bench
-    ahn-mlx bench --model ahn-gdn-3b --context 65536 --chip m4-pro
+    ahn-mlx bench ahn-gdn-3b --context 65536 --chip m4-pro
     """
     check_numbers(options)
     for name in ("context", "tokens"):
@@ -32,7 +46,7 @@ def bench(**options: Any) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from ..measure import cost
+    from ..measure import cost, speed
     from ..reading.generate import prefill_step
 
     warn_slow()
@@ -61,10 +75,27 @@ def bench(**options: Any) -> None:
     decoded = (time.perf_counter() - start) / tokens
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(x.nbytes for _, x in parameters)
-    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype).values())
+    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype.size).values())
     moved = weights + counted_cache
     prefill = sum(cost.flops(shape, "ahn", context).values())
     step = sum(cost.flops(shape, "ahn", 1, before=context).values())
+    speed.record(options["name"], prefill / read)
+    if options["as_json"]:
+        facts = {
+            "model": options["name"],
+            "context": context,
+            "tokens": tokens,
+            "prefill_seconds": read,
+            "prefill_flops": prefill,
+            "decode_seconds_per_token": decoded,
+            "decode_flops_per_token": step,
+            "decode_bytes_per_token": moved,
+            "cache_bytes": _held(cache),
+            "counted_cache_bytes": counted_cache,
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+        click.echo(json.dumps(facts))
+        return
     rows = [
         ["prefill, tokens/s", f"{context / read:,.1f}", ""],
         ["prefill, GFLOP/s", f"{prefill / read / 1e9:,.1f}", ""],

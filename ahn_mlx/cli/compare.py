@@ -8,23 +8,28 @@ import click
 
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from ..reading.text import read_document
+from .command import Command, Word
 from .estimate import print_table
 from .options import (
     check_numbers,
     force_option,
+    json_option,
     load_model,
     loading_options,
     needs_memory,
     no_effect,
+    quiet_option,
+    text_option,
 )
 from .terminal import progress_bar
+from .words import read_typed
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison, Stretch
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("text", cls=Word, needed=True, metavar="TEXT")
 @no_effect(
     "q_bits",
     when=lambda options: options["ahn"],
@@ -36,17 +41,18 @@ if TYPE_CHECKING:
     why="with --stream, which reads one text",
 )
 @no_effect("stream_from", when=lambda options: options["tokens"] is None, why="without --stream")
-@no_effect("force", when=lambda options: not options["plot"], why="without --plot")
+@no_effect("force", when=lambda options: not options["plot"], why="without --out")
 @loading_options
 @click.option("--ahn", type=click.Path(path_type=Path), help="Memory from a directory of train.")
-@click.option("--text", required=True, metavar="FILE", help="A text it was not trained on.")
+@text_option(help="A text it was not trained on.")
 @click.option("--segments", default=8, show_default=True, help="Parts of the text to measure.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens of each.")
 @click.option("--stream", "tokens", type=int, help="Instead: this many tokens as one text.")
 @click.option("--stream-from", default=0, show_default=True, help="Measured from there on.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture too.")
+@json_option
+@click.option("-o", "--out", "plot", type=click.Path(path_type=Path), help="Write a picture too.")
 @force_option
+@quiet_option
 @needs_memory
 def compare(**options: Any) -> None:
     """Measure full attention, window alone and window with memory on a text.
@@ -55,9 +61,9 @@ def compare(**options: Any) -> None:
     attention, at the positions beyond window and sinks.
 
     \b
-    ahn-mlx compare --text book.txt --window 256 --sinks 32
-    ahn-mlx compare --ahn my-memory --text book.txt --plot compare.png
-    ahn-mlx compare --text book.txt --stream 131072 --stream-from 65536
+    ahn-mlx compare book.txt --window 256 --sinks 32
+    ahn-mlx compare book.txt --ahn my-memory -o compare.png
+    ahn-mlx compare book.txt --stream 131072 --stream-from 65536
     """
     check_numbers(options)
     for name in ("segments", "seq_len", "tokens"):
@@ -67,7 +73,7 @@ def compare(**options: Any) -> None:
     if options["plot"]:
         reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
         out = picture(options["plot"], tuple(filter(None, reads)), options["force"])
-    text = read_document(options["text"], has_prompt=False)
+    text = read_typed([options["text"]], has_prompt=False)
     import mlx.core as mx
 
     from ..measure import compare as measure

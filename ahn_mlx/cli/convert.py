@@ -5,16 +5,21 @@ from typing import Any
 
 import click
 
+from .command import Command, Word
+from .options import quiet_option
 
-@click.command()
+
+@click.command(cls=Command)
+@click.argument("ahn", cls=Word, needed=True, metavar="AHN")
 @click.option("--base", type=click.Path(path_type=Path), help="Base model: a directory or GGUF.")
 @click.option(
     "--ahn",
     type=click.Path(path_type=Path),
-    required=True,
     help="AHN parameters of the PyTorch release, or a merged checkpoint (then without --base).",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -28,14 +33,16 @@ import click
 )
 @click.option("--yarn", type=float, metavar="FACTOR", help="Stretch the base's positions by YaRN.")
 @click.option("--force", is_flag=True, help="Replace a model that is at --out.")
+@quiet_option
 def convert(q_bits: str, **options: Any) -> None:
     """Convert a checkpoint of the PyTorch release of AHN to MLX.
 
+    AHN holds the parameters of the memory, and --base the model that they are for.
+
     \b
-    Base and AHN parameters in the published layout:
-      convert --base Qwen2.5-3B-Instruct --ahn AHN-GDN-for-Qwen-2.5-Instruct-3B --out ahn-gdn-3b
-    A merged checkpoint, in half the space:
-      convert --ahn merged --out ahn-gdn-3b --dtype bfloat16
+    ahn-mlx convert AHN-GDN-for-Qwen-2.5-Instruct-3B \\
+      --base Qwen2.5-3B-Instruct -o ahn-gdn-3b
+    ahn-mlx convert merged -o ahn-gdn-3b --dtype bfloat16    # base included
     """
     from ..checkpoints.convert import convert
 

@@ -12,7 +12,7 @@ import click
 from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
-from ..reading.text import read_document
+from .command import Command, Word
 from .options import (
     check_numbers,
     is_given,
@@ -20,24 +20,36 @@ from .options import (
     loading_options,
     needs_memory,
     no_effect,
+    prompt_file_option,
+    quiet_option,
     template_options,
+    window_bits_options,
 )
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
+from .words import memory_name, read_typed
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("prompt_file", cls=Word, nargs=-1, metavar="FILE...")
 @no_effect(
-    *("window", "sinks", "dtype", "q_bits", "bits", "system", "no_chat_template"),
+    *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
+    "no_chat_template",
     when=lambda options: options["append"],
     why="with --append: {out} goes on as it began",
 )
 @loading_options
-@click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@prompt_file_option
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write. Default: that of the document, .ahn.",
+)
 @click.option("--append", is_flag=True, help="Go on reading where OUT stopped.")
-@click.option("--bits", type=click.Choice(["8", "4"]), help="Quantize sinks and window.")
+@window_bits_options
 @template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
+@quiet_option
 @needs_memory
 def digest(**options: Any) -> None:
     """Read a document once; ask about it any number of times with ahn-mlx ask.
@@ -46,15 +58,16 @@ def digest(**options: Any) -> None:
     goes on from there.
 
     \b
-    ahn-mlx digest --prompt-file book.txt -o book.ahn
-    ahn-mlx digest --prompt-file volume2.txt -o book.ahn --append
-    ahn-mlx digest --model ahn-gdn-3b --prompt-file book.txt -o book.ahn --bits 8
+    ahn-mlx digest book.txt                            # writes book.ahn
+    ahn-mlx digest volume2.txt -o book.ahn --append
+    ahn-mlx digest book.txt --model ahn-gdn-3b -o book.ahn --kv-bits 8
     """
     check_numbers(options)
-    out: Path = options["out"]
+    files = list(options["prompt_file"])
+    out = options["out"] = options["out"] or memory_name(files)
     partial = out.parent / f"{out.name}.partial"  # "." has no name
     _check_out(out, partial, options["append"])
-    text = read_document(options["prompt_file"], has_prompt=False)
+    text = read_typed(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
     for file in (out, partial):
@@ -62,7 +75,7 @@ def digest(**options: Any) -> None:
             left.unlink(missing_ok=True)
     warn_slow()
     session = _begun(out, options)
-    name = options["prompt_file"] if options["prompt_file"] not in (None, "-") else "standard input"
+    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
     if before := session.last_read(name):
         say(f"note: {before['name']} was read before, {day(before['read'])}; it is read again")
     session, done = _read(session, text, partial, options)
@@ -94,11 +107,12 @@ def _begun(out: Path, options: dict[str, Any]) -> Any:
             model,
             tokenizer,
             system=options["system"],
-            kv_bits=int(options["bits"]) if options["bits"] else None,
+            kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+            kv_group_size=int(options["kv_group_size"]),
             chat=not options["no_chat_template"],
         )
     except TemplateError as e:
-        raise AHNError(f"{e}; use --no-chat-template") from None
+        raise AHNError(f"{e}; use --ignore-chat-template") from None
 
 
 def _read(
@@ -165,14 +179,19 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
     if name is None and os.path.isabs(options["name"]) and not os.path.isdir(options["name"]):
         gone = show(options["name"])
         raise AHNError(f"the memory's model, {gone}, is not there; --model says where it is now")
-    return load_model(options)
+    try:
+        return load_model(options)
+    except AHNError as e:
+        if name is not None or os.path.isdir(options["name"]):
+            raise
+        raise AHNError(f"{e}; --model says where the memory's model is now") from None
 
 
 def _job(session: Any, text: str, options: dict[str, Any]) -> str:
     """Names what is read, and how: not by token ids, which may have the time in them."""
     template = session.template
     facts = [
-        *(session.tokens, session.turn, options["bits"]),
+        *(session.tokens, session.turn, options["kv_bits"], options["kv_group_size"]),
         *((template.system, session.tokenizer.chat_template) if template else ()),
         text,
     ]

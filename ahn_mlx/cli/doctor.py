@@ -1,19 +1,29 @@
 """ahn-mlx doctor: one line per fact, then what is missing and how to get it."""
 
+import json
+
 import click
 
+from .command import Command
+from .options import json_option
 
-@click.command()
-def doctor() -> None:
+
+@click.command(cls=Command)
+@json_option
+def doctor(as_json: bool) -> None:
     """Say what this machine has and lacks: device, MLX, BLAS and its speed, compiler, and
     of every Metal kernel whether it compiles, its error and its time.
 
     \b
     ahn-mlx doctor
+    ahn-mlx doctor --json
     """
     from ..measure.doctor import examine
 
     findings = examine()
+    if as_json:
+        click.echo(json.dumps({f.name: {"value": f.value, "mend": f.mend} for f in findings}))
+        return
     for finding in findings:
         click.echo(f"{finding.name:<26} {finding.value}")
     missing = [finding for finding in findings if finding.mend]

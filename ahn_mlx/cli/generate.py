@@ -1,55 +1,72 @@
 """ahn-mlx generate: a document and a question in, a streamed answer out."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..errors import AHNError
-from ..reading.text import read_document
+from ..errors import AHNError, show
+from ..reading.sampling import Sampling
+from .command import Command
 from .options import (
     check_numbers,
+    complete_file,
+    is_given,
+    json_option,
     load_model,
     loading_options,
     needs_memory,
+    prompt_file_option,
+    quiet_option,
+    sampling_of,
     sampling_options,
     template_options,
     window_bits_options,
 )
-from .terminal import progress_bar, say, warn_slow
+from .terminal import printable, progress_bar, say, warn_slow
+from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("words", nargs=-1, metavar="[FILE]... [QUESTION]", shell_complete=complete_file)
 @loading_options
-@click.option("--prompt-file", metavar="FILE", help="Text to read; - is standard input.")
-@click.option("--prompt", default="", help="Question, put after the text.")
+@prompt_file_option
+@click.option("-p", "--prompt", help="The question, put after the text; - reads it from a pipe.")
 @template_options
 @sampling_options
 @window_bits_options
 @click.option("--prefill-step-size", type=int, help="Tokens read at once. [512 on CPU, else 2048]")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
+@json_option
+@quiet_option
 @needs_memory
-def generate(**options: Any) -> None:
-    """Read a document of any length in constant memory, then answer.
+def generate(words: tuple[str, ...], **options: Any) -> None:
+    """Read documents of any length in constant memory, then answer.
 
-    Text from a pipe is read without --prompt-file. Ctrl-C stops and keeps the answer so far.
+    What names a file is read, and the other argument is the question. Text from a pipe is read
+    where no file is given. Ctrl-C stops and keeps the answer so far.
 
     \b
-    ahn-mlx generate --prompt "What is the capital of France?"
-    ahn-mlx generate --prompt-file book.txt --prompt "How does it end?"
-    cat book.txt | ahn-mlx generate --prompt "How does it end?" --max-tokens 100
-    ahn-mlx generate --model ahn-gdn-3b --prompt-file report.md --prompt "Summarize." --temp 0.7
-    ahn-mlx generate --prompt-file story.txt --no-chat-template
-    ahn-mlx generate --prompt-file book.txt --prompt "Who dies?" --window 16384 --kv-bits 8
+    ahn-mlx generate "What is the capital of France?"
+    ahn-mlx generate book.txt "How does it end?"
+    cat book.txt | ahn-mlx generate "How does it end?" --max-tokens 100
+    ahn-mlx generate report.md "Summarize." --model ahn-gdn-3b --temp 0.7
+    ahn-mlx generate story.txt --ignore-chat-template
+    ahn-mlx generate book.txt "Who dies?" --window 16384 --kv-bits 8
+    ahn-mlx generate -f notes.txt -p "What is missing?" --stop "." --json
     """
     check_numbers(options)
-    document = read_document(options["prompt_file"], bool(options["prompt"]))
-    if not (document.strip() or options["prompt"].strip()):
-        raise AHNError("the prompt is empty; give a text to read or --prompt")
+    files, question = _typed(words, options)
+    from_pipe = options["prompt"] == "-"  # then there is no document in it
+    document = read_typed(files, question is not None) if files or not from_pipe else ""
+    if not (document.strip() or question):
+        raise AHNError("the prompt is empty; give a document or a question")
     # MLX and transformers take a second to import: after the checks.
     from ..reading.generate import Run, make_prompt
     from ..reading.template import TemplateError
@@ -60,31 +77,56 @@ def generate(**options: Any) -> None:
         prompt = make_prompt(
             tokenizer,
             document,
-            options["prompt"],
+            question or "",
             options["system"],
             chat_template=not options["no_chat_template"],
         )
     except TemplateError as e:
-        raise AHNError(f"{e}; use --no-chat-template") from None
+        raise AHNError(f"{e}; use --ignore-chat-template") from None
     if options["verbose"]:
         say(f"{options['name']}: {model.ahn}, {len(model.layers)} layers, {len(prompt)} tokens")
     run = Run(
         model,
         tokenizer,
         prompt,
-        max_tokens=options["max_tokens"],
-        temp=options["temp"],
-        top_p=options["top_p"],
-        seed=options["seed"],
+        Sampling(**sampling_of(options)),
         step=options["prefill_step_size"],
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),
     )
-    sys.exit(_stream(run))
+    if not options["as_json"]:
+        sys.exit(_stream(run))
+    pieces: list[str] = []
+    code = _stream(run, pieces.append)
+    facts = {"model": options["name"], "text": "".join(pieces), **run.facts()}
+    print(json.dumps(facts), flush=True)
+    sys.exit(code)
 
 
-def _stream(run: Any) -> int:
-    """Print the answer as it comes; the exit code."""
+def _typed(words: tuple[str, ...], options: dict[str, Any]) -> tuple[list[str], str | None]:
+    """The documents and the question that were given, in whichever way."""
+    files, question = files_and_question(words)
+    for file in files if question is None and not options["prompt"] else ():
+        if file != "-" and not looks_like_file(file):
+            say(f"note: {show(file)} is there and is read; --prompt makes it the question")
+    files += options["prompt_file"]
+    if is_given("prompt"):
+        if question is not None:
+            raise AHNError(f"{show(question)} and --prompt: one question at a time")
+        question = options["prompt"]
+        if question == "-":
+            if "-" in files:
+                raise AHNError("standard input is the document or the question, not both")
+            question = read_typed(["-"], has_prompt=True).strip("\n")
+        if not question.strip():
+            raise AHNError("the question is empty; give one, or leave it out")
+    if files.count("-") > 1:
+        raise AHNError("standard input can be read once; give one -")
+    return files, question
+
+
+def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
+    """Print the answer as it comes and then its numbers, or give it to `take`; the exit code."""
     code = 0
     last = ""
     bar = progress_bar(len(run.prompt), "reading", "tokens")
@@ -98,13 +140,19 @@ def _stream(run: Any) -> int:
     run.progress = progress
     try:
         for text in run:
-            print(text, end="", flush=True)
+            (take or _print)(text)
             last = text or last
     except KeyboardInterrupt:
         code = 130
     finally:
         bar.close()
+    if take:
+        return code
     if last and not last.endswith("\n"):
         print(flush=True)
     say(run.summary())
     return code
+
+
+def _print(text: str) -> None:
+    print(printable(text), end="", flush=True)

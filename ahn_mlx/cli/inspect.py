@@ -5,20 +5,30 @@ from pathlib import Path
 import click
 
 from ..outputs.files import OutFile
-from ..reading.text import read_document
 from .ask import load_session
-from .options import force_option, needs_memory
-from .terminal import say
-
-
-@click.command()
-@click.option(
-    "--memory", "file", required=True, type=click.Path(path_type=Path), help="From ahn-mlx digest."
+from .command import Command, Word
+from .options import (
+    force_option,
+    memory_option,
+    moved_model_option,
+    needs_memory,
+    quiet_option,
+    text_option,
 )
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Page to write.")
-@click.option("--text", metavar="FILE", help="What was digested first, to quote from it.")
-@click.option("--model", "name", help="Where the model is now. Default: as when digested.")
+from .terminal import say
+from .words import read_typed
+
+
+@click.command(cls=Command)
+@click.argument("file", cls=Word, needed=True, metavar="FILE")
+@memory_option
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Page to write, .html."
+)
+@text_option(help="What was digested first, to quote from it.")
+@moved_model_option
 @force_option
+@quiet_option
 @needs_memory
 def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bool) -> None:
     """Draw what a memory holds: one HTML page that needs no network.
@@ -27,18 +37,18 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     written, and how much of the output it makes. Over the text: where it wrote most.
 
     \b
-    ahn-mlx inspect --memory book.ahn -o report.html
-    ahn-mlx inspect --memory book.ahn --text book.txt -o report.html
+    ahn-mlx inspect book.ahn -o report.html
+    ahn-mlx inspect book.ahn --text book.txt -o report.html
     """
     from ..reading.inspect import is_page, page
     from ..reading.memoryfile import read_facts
 
     model = Path(name or read_facts(file)["model"]["name"])
     reads = (file, model, *([Path(text)] if text else []))
-    target = OutFile(out, "a page of inspect", is_page, reads, force)
+    target = OutFile(out, "a page of inspect", is_page, reads, force, (".html", ".htm"))
     target.check()
-    quoted = None if text is None else read_document(text, has_prompt=False)
-    session = load_session(file, name, None)
+    quoted = None if text is None else read_typed([text], has_prompt=False)
+    session = load_session(file, name)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:
         part.write_text(drawn, encoding="utf-8", errors="replace")

@@ -8,10 +8,12 @@ from typing import Any
 import click
 
 from ..errors import AHNError
+from .command import Group
+from .options import json_option
 from .terminal import day, in_bytes
 
 
-@click.group()
+@click.group(cls=Group)
 def memory() -> None:
     """Look into the files that ahn-mlx digest writes.
 
@@ -23,7 +25,7 @@ def memory() -> None:
 
 @memory.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def info(file: Path, as_json: bool) -> None:
     """Print what was read, by which model, and the sizes of what is kept."""
     about = describe(file)
@@ -94,7 +96,10 @@ def _rows(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if about["earlier_texts"]:
         yield "read", f"{about['earlier_texts']:,} earlier texts"
     for text in about["texts"]:
-        yield "read", f"{day(text['read'])}  {text['tokens']:,} tokens  {text['name']}"
+        yield (
+            "read",
+            f"{day(text['read'])}  {text['tokens']:,} tokens  {text['name'] or '(no name)'}",
+        )
     for part, size in about["bytes"].items():
         if size:
             yield part, in_bytes(size)

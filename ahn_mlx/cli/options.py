@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
 from ..platform import enough_memory
+from ..reading.sampling import Sampling, complaint
+from .command import QUIET, spelling
 from .terminal import waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -36,7 +40,7 @@ def no_effect(*names: str, when: Callable[[dict[str, Any]], Any], why: str) -> D
         def checked(**options: Any) -> Any:
             for parameter in click.get_current_context().command.params:
                 if parameter.name in names and is_given(parameter.name) and when(options):
-                    option = max(parameter.opts, key=len)
+                    option = spelling(parameter)
                     raise AHNError(f"{option} has no effect {why.format(**options)}")
             return command(**options)
 
@@ -45,8 +49,53 @@ def no_effect(*names: str, when: Callable[[dict[str, Any]], Any], why: str) -> D
     return add
 
 
-model_option = click.option(
-    "--model", "name", default=DEFAULT, show_default=True, help="Name, ORG/NAME or directory."
+def complete_file(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """For the shell: names of files."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """For the shell: models that have a name or are on this machine, else directories."""
+    from ..hub.published import model_names
+
+    names = [n for n in model_names() if n.startswith(incomplete)]
+    return [CompletionItem(n) for n in names] or [CompletionItem(incomplete, type="dir")]
+
+
+def _model(**attributes: Any) -> Decorator:
+    about = {"help": "Name, ORG/NAME or directory.", **attributes}
+    return click.option("--model", "name", shell_complete=complete_model, **about)
+
+
+model_option = _model(default=DEFAULT, show_default=True)
+plain_model_option = _model()
+moved_model_option = _model(help="Where the model is now. Default: as when digested.")
+text_option = functools.partial(
+    click.option, "--text", metavar="FILE", shell_complete=complete_file
+)
+memory_option = click.option(
+    "--memory", "file", type=click.Path(path_type=Path), help="From ahn-mlx digest."
+)
+prompt_file_option = click.option(
+    "-f",
+    "--prompt-file",
+    multiple=True,
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="Document to read; - is standard input. Repeatable.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one object of JSON.")
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: ctx.meta.update({QUIET: value}),
+    help="Nothing on stderr but errors.",
 )
 
 _LOADING = (
@@ -70,23 +119,46 @@ _LOADING = (
     ),
 )
 _SAMPLING = (
-    click.option("--max-tokens", default=256, show_default=True, help="Longest answer."),
+    click.option("-m", "--max-tokens", default=256, show_default=True, help="Longest answer."),
     click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 is greedy."),
     click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling."),
+    click.option("--top-k", default=0, show_default=True, help="Draw from so many; 0: all."),
+    click.option("--min-p", default=0.0, show_default=True, help="Least part of the likeliest."),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option(
+        "--repetition-penalty", default=1.0, show_default=True, help="Of repeated tokens; 1: none."
+    ),
+    click.option(
+        "--repetition-context-size", default=20, show_default=True, help="Tokens it looks back."
+    ),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="Ends the answer before it. Repeatable."
+    ),
     no_effect(
-        *("top_p", "seed"),
+        *("top_p", "top_k", "min_p", "seed"),
         when=lambda options: options["temp"] == 0,
         why="at --temp 0, which is greedy; give --temp",
     ),
+    no_effect(
+        "repetition_context_size",
+        when=lambda options: options["repetition_penalty"] == 1,
+        why="without --repetition-penalty",
+    ),
 )
 _TEMPLATE = (
-    click.option("--system", default="", help="System message. Default: the chat template's."),
-    click.option("--no-chat-template", is_flag=True, help="Read the text as it is."),
+    click.option(
+        "--system-prompt",
+        "system",
+        default="",
+        help="System message. Default: the chat template's.",
+    ),
+    click.option(
+        "--ignore-chat-template", "no_chat_template", is_flag=True, help="Read the text as it is."
+    ),
     no_effect(
         "system",
         when=lambda options: options["no_chat_template"],
-        why="with --no-chat-template, which has no messages",
+        why="with --ignore-chat-template, which has no messages",
     ),
 )
 _WINDOW_BITS = (
@@ -126,25 +198,30 @@ needs_memory = enough_memory("take a smaller model, fewer --q-bits or a smaller 
 
 def check_numbers(options: dict[str, Any]) -> None:
     """Raise AHNError for a number out of range, of whichever of these options are there."""
-    lows = {"max_tokens": 1, "window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1}
+    lows = {"window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1}
     for name, low in lows.items():
         value = options.get(name)
         if value is not None and value < low:
-            raise AHNError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
-    if not options.get("temp", 0) >= 0:
-        raise AHNError(f"--temp must be at least 0, not {options['temp']}")
-    if not 0 < options.get("top_p", 1) <= 1:
-        raise AHNError(f"--top-p must be above 0 and at most 1, not {options['top_p']}")
-    seed = options.get("seed")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise AHNError(f"--seed must be from 0 to 2**64 - 1, not {seed}")
+            raise AHNError(f"{_option(name)} must be at least {low}, not {value}")
+    for name, value in sampling_of(options).items():
+        if wrong := complaint(name, value):
+            raise AHNError(f"{_option(name)} {wrong}")
+
+
+def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of these options that say how an answer is drawn, as Sampling takes them."""
+    return {k: options[k] for k in Sampling.__dataclass_fields__ if k in options}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of the loading options."""
-    from ..hub import zoo
-
     with waiting(f"loading {options['name']}"):
+        from ..hub import zoo
+
         return zoo.load(
             options["name"],
             window=options["window"],

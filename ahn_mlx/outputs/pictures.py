@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AHNError
+from ..platform import pip_install
 from .files import OutFile
 
 if TYPE_CHECKING:
@@ -22,11 +23,9 @@ LARGEST = 1 << 26  # bytes of a file that may be a picture
 
 def picture(path: Path, reads: tuple[Path, ...] = (), force: bool | None = None) -> OutFile:
     """A picture that can be written. Raises AHNError if it cannot, or without matplotlib."""
-    if path.suffix.lower() not in MARKS:
-        raise AHNError(f"{path}: give a name that ends in {', '.join(MARKS)}")
-    new_figure(1, 1)
-    out = OutFile(path, "a picture of ours", is_picture, reads, force)
+    out = OutFile(path, "a picture of ours", is_picture, reads, force, tuple(MARKS))
     out.check()
+    new_figure(1, 1)
     return out
 
 
@@ -58,7 +57,7 @@ def _drawing(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise AHNError(f"{what} needs matplotlib: pip install 'ahn-mlx[plot]'") from None
+        raise AHNError(f"{what} needs matplotlib: {pip_install('matplotlib')}") from None
     except OSError:  # the file's
         raise
     except Exception as e:  # whatever fonts, backends and settings make of it

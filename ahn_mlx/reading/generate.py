@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..platform import default_dtype
+from .sampling import Cutter, Sampling
 from .template import Template
 from .tokens import Encoder, check_ids
 
@@ -42,7 +42,7 @@ def make_prompt(
     if chat_template:
         return encoder(*Template(tokenizer, system).question("start", text))
     if system:
-        raise AHNError("--system needs the chat template; drop --no-chat-template")
+        raise AHNError("--system-prompt needs the chat template; drop --ignore-chat-template")
     return [*encoder.begin, *encoder("", text)]
 
 
@@ -62,10 +62,7 @@ class Run:
     model: nn.Module
     tokenizer: TokenizerWrapper
     prompt: list[int]
-    max_tokens: int = 256
-    temp: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     step: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
@@ -83,25 +80,26 @@ class Run:
             self.cache = [c.to_quantized(self.kv_group_size, self.kv_bits) for c in self.cache]
 
     def __iter__(self) -> Iterator[str]:
-        if self.seed is not None:
-            mx.random.seed(self.seed)
         mx.reset_peak_memory()
         start = time.perf_counter()
+        cutter = Cutter(self.sampling.stop)
         self._times = [start, start, start]  # start, prompt read, last token
         for response in stream_generate(
             self.model,
             self.tokenizer,
             self.prompt,
-            max_tokens=self.max_tokens,
-            sampler=make_sampler(temp=self.temp, top_p=self.top_p),
             prompt_cache=self.cache,
             prefill_step_size=self.step or prefill_step(),
             prompt_progress_callback=self._count,
+            **self.sampling.begin(self.model.args.vocab_size),
         ):
             self.generated = response.generation_tokens
             self.finish_reason = response.finish_reason or ""
             self._times[2] = time.perf_counter()
-            yield response.text
+            yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
+            if cutter.found:
+                self.finish_reason = "stop"
+                return
 
     def _count(self, read: int, total: int) -> None:
         self.read = read
@@ -121,6 +119,21 @@ class Run:
         itemsize = self.model.layers[0].input_layernorm.weight.dtype.size
         tokens = self.read + self.generated
         return 2 * len(self.model.layers) * kv_heads * head_dim * tokens * itemsize
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers for a program: tokens, seconds, bytes, and why the answer ended: "stop",
+        "length", or "interrupted"."""
+        start, read, last = self._times or (0.0, 0.0, 0.0)
+        return {
+            "finish_reason": self.finish_reason or "interrupted",
+            "prompt_tokens": self.read,
+            "generation_tokens": self.generated,
+            "prompt_seconds": read - start,
+            "generation_seconds": last - read,
+            "peak_memory_bytes": mx.get_peak_memory(),
+            "cache_bytes": self.cache_bytes,
+            "full_attention_bytes": self.full_attention_bytes,
+        }
 
     def summary(self) -> str:
         """The closing line: speeds, peak memory, and cache against full attention."""

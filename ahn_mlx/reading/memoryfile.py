@@ -15,12 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import load_safetensors
 from ..checkpoints.safetensors import WRITTEN, Layout, TensorWriter, bits, read_header_and_metadata
 from ..errors import AHNError, show
+from ..model.augment import FullCache
 from ..model.cache import AHNCache
 from ..model.trace import Trace
 from ..outputs.files import OutFile
@@ -31,6 +31,10 @@ from .tail import Tail, before, changed, redo, undo
 VERSION = 2
 HEADER = 1 << 20  # bytes of it that tell what a file is
 MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
+
+
+class OtherModel(AHNError):
+    """A memory that may be sound, but is not of the model that was to go on with it."""
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
@@ -157,11 +161,11 @@ def load(
         layout.check_arrays(found, facts, layout.of_model(model, facts))
     arrays = _arrays(file, facts, metadata, model.args.vocab_size)
     caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
-    found: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
-    tail = Tail(tuple(found))
-    if tail.ids and facts["version"] > 1:
-        tail = tail._replace(before=tuple(before(cache, len(found)) for cache in caches))
-        caches = [_after(i, cache, len(found), arrays) for i, cache in enumerate(caches)]
+    ids: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
+    tail = Tail(tuple(ids))
+    if ids and facts["version"] > 1:
+        tail = tail._replace(before=tuple(before(cache, len(ids)) for cache in caches))
+        caches = [_after(i, cache, len(ids), arrays) for i, cache in enumerate(caches)]
     return caches, tail, facts
 
 
@@ -207,7 +211,7 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     name = f"layers.{i}."
     buffers = _numbered(name, arrays)
     if len(layer) == 1:
-        full = KVCache()
+        full = FullCache()
         if buffers:
             full.state = (*buffers, layer[0])
         return full
@@ -247,19 +251,19 @@ def _named(
 def _check_fits(
     file: Path, facts: Mapping[str, Any], model: nn.Module, tokenizer: TokenizerWrapper
 ) -> None:
-    """Raise AHNError, saying what differs, unless the memory is of this very model."""
+    """Raise OtherModel, saying what differs, unless the memory is of this very model."""
     ours = model_identity(model)
     theirs = facts["model"]
     name = show(theirs["name"])
     for part, value in ours.items():
         if theirs.get(part) != value:
-            raise AHNError(f"{file}: of another model, {name} ({part} differ); use that model")
+            raise OtherModel(f"{file}: of another model, {name} ({part} differ); use that model")
     if facts["tokenizer"] != tokenizer_identity(tokenizer):
-        raise AHNError(f"{file}: of another tokenizer; use {name} as it was")
+        raise OtherModel(f"{file}: of another tokenizer; use {name} as it was")
     for part in ("window", "sinks"):
         if facts[part] != getattr(model.ahn, part):
             here = getattr(model.ahn, part)
-            raise AHNError(f"{file}: has {part} {facts[part]}, not {here}; drop --{part}")
+            raise OtherModel(f"{file}: has {part} {facts[part]}, not {here}; drop --{part}")
 
 
 def _checksum(text: str, arrays: Mapping[str, mx.array]) -> str:

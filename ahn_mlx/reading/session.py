@@ -19,7 +19,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import KVCache
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
@@ -29,6 +28,7 @@ from ..model.trace import Trace
 from . import memoryfile
 from .generate import prefill_step
 from .layout import MAX_SPACE, MAX_STEP, MAX_TEXTS, NAME, PREVIEW, Cache, make_caches
+from .sampling import Cutter, Sampling
 from .tail import Tail, before, undo
 from .template import Pieces, Template
 from .text import readable
@@ -61,6 +61,11 @@ class Session:
 
     Raises AHNError if there is no chat template that can be taken apart, and with `system`
     but without `chat`.
+
+    >>> session = ahn_mlx.Session(model, tokenizer, system="Be brief.")
+    >>> session.read("Call me Ishmael.")
+    >>> session.turn
+    'read'
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Session:
         known: Mapping[str, Any] = origin or _origin_of(model) or {"name": ""}
         self.origin = {**known, "name": _absolute(known["name"])}
         if system and not chat:
-            raise AHNError("--system needs the chat template; drop --no-chat-template")
+            raise AHNError("--system-prompt needs the chat template; drop --ignore-chat-template")
         self.template = Template(tokenizer, system) if chat else None
         self.encoder = Encoder(tokenizer)
         self.step = prefill_step() if step is None else step
@@ -100,8 +105,13 @@ class Session:
         # Where the conversation stands: "start", "read" (a message is open), "answered"
         # (the end of the answer has been read too) or "cut" (it has not).
         self.turn = "start"
+        self.finish_reason = ""  # of the last answer: "stop", "length", or "" if it was closed
         self._whole = True  # no layer is ahead of another
         self._answering = False  # what is read or asked meanwhile would be lost
+
+    def __repr__(self) -> str:
+        name = self.origin["name"] or "a model without a name"
+        return f"<Session of {name}: {self.tokens:,} tokens, turn {self.turn!r}>"
 
     @property
     def tokens(self) -> int:
@@ -117,7 +127,12 @@ class Session:
         self, text: str, progress: Callable[[int], None] = lambda read: None, *, name: str = ""
     ) -> None:
         """Read more of the user's message. progress: called with tokens read of this text.
-        name: of the text, which a file lists."""
+        name: of the text, which a file lists.
+
+        >>> session.read("It was the best of times.", name="book.txt")
+        >>> session.texts[-1]["name"]
+        'book.txt'
+        """
         self._check()
         ids = self.encode(text)
         self.read_ids(ids, progress)
@@ -145,15 +160,16 @@ class Session:
         opening: of the run that began to read it; what a template prints may be of its time.
         """
         opening = self.opening() if opening is None else opening
-        if not self.preview:
-            self.preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
-        text = self.space + text if self.turn == "read" else text
+        preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
+        text, space = self.space + text if self.turn == "read" else text, ""
         if self.template:
             text = text if self.turn == "read" else self.template.begin(text)
             text, space = self.template.end(text)
-            self.space = space[:MAX_SPACE]
-        begin, self.turn = self._begin(), "read"
-        return [*begin, *self.encoder(*opening, text)]
+        ids = [*self._begin(), *self.encoder(*opening, text)]
+        # Not before a text that cannot be read is refused.
+        self.preview = self.preview or preview
+        self.space, self.turn = space[:MAX_SPACE], "read"
+        return ids
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
         """Read token ids: from the last full step on, in full steps, and the tail at the end.
@@ -193,17 +209,20 @@ class Session:
         self,
         question: str,
         *,
-        max_tokens: int = 256,
-        temp: float = 0.0,
-        top_p: float = 1.0,
         progress: Callable[[int, int], None] = lambda read, total: None,
+        **sampling: Any,
     ) -> Iterator[str]:
         """Ask, and read the answer as it comes; question and answer become part of the memory.
 
+        sampling: what Sampling takes. Each piece is a token's, and may be empty.
         Closing the iterator ends the answer there. Any other exception before or in it
-        leaves the session as it was. Raises AHNError if there is nothing to answer.
+        leaves the session as it was. Without a chat template an empty question lets the text
+        go on from its tail. Raises AHNError if there is nothing to answer.
+
+        >>> answer = "".join(session.ask("Who speaks?", max_tokens=4))
         """
         self._check()
+        settings = Sampling(**sampling)
         if not hasattr(_thread, "end"):
             _thread.end = _End()
         ids, caches = self._question(question), _fork(self.caches)
@@ -213,25 +232,27 @@ class Session:
         check_ids(ids, self.model)
         if not ids:
             raise AHNError("nothing to continue from; ask something, or read a text first")
-        finish, said = "", 0
+        finish, said, cutter = "", 0, Cutter(settings.stop)
         self._answering = True
         try:
             for response in stream_generate(
                 self.model,
                 self.tokenizer,
                 ids,
-                max_tokens=max_tokens,
-                sampler=make_sampler(temp=temp, top_p=top_p),
                 prompt_cache=caches,
                 prefill_step_size=self.step,
                 prompt_progress_callback=progress,
+                **settings.begin(self.model.args.vocab_size),
             ):
                 finish, said = response.finish_reason or "", said + 1
-                yield response.text
+                yield cutter.add(response.text) + (cutter.rest() if finish else "")
+                if cutter.found:
+                    break
         except GeneratorExit:
             pass
         finally:
             self._answering = False
+        self.finish_reason = "stop" if cutter.found else finish
         if said:
             # What is left to compute belongs to this thread; the next question may not.
             mx.eval([c.state for c in caches])
@@ -239,7 +260,11 @@ class Session:
             self.turn = "answered" if finish == "stop" else "cut"
 
     async def stream(self, question: str, **options: Any) -> AsyncIterator[str]:
-        """As ask, for asynchronous code: the event loop stays free."""
+        """As ask, for asynchronous code: the event loop stays free.
+
+        >>> async def answer(question):
+        ...     return "".join([text async for text in session.stream(question, max_tokens=4)])
+        """
         loop = asyncio.get_running_loop()
         answer = self.ask(question, **options)
         with ThreadPoolExecutor(max_workers=1) as worker:
@@ -251,14 +276,22 @@ class Session:
                 await loop.run_in_executor(worker, mx.clear_streams)
 
     def fork(self) -> "Session":
-        """Another session with the same past. It costs nothing until one of them goes on."""
+        """Another session with the same past. It costs nothing until one of them goes on.
+
+        >>> fork = session.fork()
+        >>> fork.read("It was the worst of times.")
+        >>> fork.tokens > session.tokens
+        True
+        """
         other = copy.copy(self)
         other.caches = _fork(self.caches)
         other._answering = False
         return other
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Write all of it to one file, by a temporary name.
+        """Write all of it to one file, by a temporary name. facts: more to write down, as JSON.
+
+        >>> session.save("book.ahn")
 
         Raises AHNError if that cannot be, would replace what is no memory, or could not be
         loaded again, which holds for numbers that are not finite.
@@ -289,7 +322,13 @@ class Session:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper) -> "Session":
         """Go on where a saved session was. Raises AHNError if the file is damaged or of
-        another model, tokenizer, window or version."""
+        another model, tokenizer, window or version.
+
+        >>> session.save("book.ahn")
+        >>> again = ahn_mlx.Session.load("book.ahn", model, tokenizer)
+        >>> again.tokens == session.tokens
+        True
+        """
         caches, tail, facts = memoryfile.load(Path(path), model, tokenizer)
         session = cls(
             model,

@@ -65,7 +65,9 @@ def redo(
     memory, trace: after it, None if it changed neither."""
     end = cache.offset + n
     if isinstance(cache, KVCache):
-        other = _with(cache, cache.offset, tuple(map(mx.array, held(cache))), None, None)
+        other = type(cache)()
+        if not cache.empty():
+            other.state = (*map(mx.array, held(cache)), cache.offset)  # it changes these
         other.update_and_fetch(*tokens)
         return other
     slots = grown_to(min(end, cache.capacity), cache.capacity)
@@ -108,7 +110,7 @@ def _with(
 ) -> Cache:
     """A cache with the settings of this one."""
     if isinstance(cache, KVCache):
-        full = KVCache()
+        full = type(cache)()
         if buffers:
             full.state = (*buffers, offset)
         return full

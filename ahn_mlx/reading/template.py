@@ -120,7 +120,9 @@ class Template:
     def _first_turn(self) -> None:
         text = self._first_text()
         if self.system and SYSTEM not in text:
-            raise AHNError("the chat template has no place for a system message; drop --system")
+            raise AHNError(
+                "the chat template has no place for a system message; drop --system-prompt"
+            )
         whole = self._render(self.system, PROBE)
         if self._render(self.system, PROBE) != whole:
             raise TemplateError("the chat template says something else each time")
@@ -155,7 +157,7 @@ class Template:
             if not self.system:
                 raise
             self._render("", *contents)
-            raise AHNError(f"with a system message {e}; drop --system") from None
+            raise AHNError(f"with a system message {e}; drop --system-prompt") from None
 
     def _later_turns(self) -> None:
         """Find what stands between answer and next message, if it is the same each time."""

@@ -1,67 +1,197 @@
-"""Texts as people have them: files, standard input, lines of JSON, and what is typed.
+"""Texts as people have them: files, folders, standard input, lines of JSON, and what is typed.
 
-Whatever is read as text comes in here, so that byte order marks, line ends and files that
-are no text mean the same to every command. Line ends become line feeds.
+Whatever is read as text comes in here, so that documents of any kind, byte order marks, line
+ends and files that are no text mean the same to every command. Line ends become line feeds.
 """
 
-import codecs
+import glob
+import io
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 from ..errors import AHNError, show
+from .documents import parts
+from .encoding import decode, newlines
+from .kinds import kind_of
 
-# Longest first: UTF-32 begins as UTF-16 does.
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF8: "UTF-8",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-NO_TEXT = {
-    b"%PDF-": "a PDF; save it as plain text, as with pdftotext",
-    b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are; save it as plain text",
-    b"\xd0\xcf\x11\xe0": "an old Office document; save it as plain text",
-    b"{\\rtf": "an RTF document; save it as plain text",
-    b"\x1f\x8b": "compressed; gunzip it first",
-}
+# Called with the pages or chapters read so far of a document, and how many it has; what it
+# raises stops the reading.
+Progress = Callable[[int, int], object]
 # The last is also used of other JSON, which is named rather than trained on as a text.
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+STDIN = Path("-")
 
 
-def read_document(file: str | None, has_prompt: bool) -> str:
-    """The text of a file; "-" is standard input, and None what is piped in, if anything.
+def read_documents(files: Sequence[str], has_prompt: bool, progress: Progress | None = None) -> str:
+    """The text of documents in the order given; of several, each below a line with its name.
 
-    Raises AHNError, naming the file, if it cannot be read, is empty, or is no text.
+    files: each a file, a folder (what can be read of it and the folders in it), a pattern, or
+    "-" for standard input. None of them is what is piped in, if anything; without that,
+    has_prompt says whether no text will do. Raises AHNError, naming the file, if one cannot be
+    read, is empty, is nothing that can be read, or is given twice.
     """
-    if file is None:
+    if not files:
         if sys.stdin is None or sys.stdin.isatty():
             if not has_prompt:
-                raise AHNError("nothing to read; give --prompt-file, --prompt or pipe in a text")
+                raise AHNError("nothing to read; give a document, a question, or pipe in a text")
             return ""
-        file = "-"
-    if file != "-":
-        return read_file(file)
+        files = ("-",)
+    found = find(files)
+    if len(found) == 1:
+        return _read_any(found[0], progress)
+    base = os.path.commonpath([os.path.abspath(file.parent) for file in found if file != STDIN])
+    texts = []
+    for file in found:
+        name = "standard input" if file == STDIN else os.path.relpath(file, base)
+        texts.append(f"=== {one_line(name)} ===\n\n{_read_any(file, progress).strip()}\n")
+    return "\n".join(texts)
+
+
+def find(files: Sequence[str]) -> list[Path]:
+    """The files that these names, folders and patterns stand for, in their order; those of a
+    folder or pattern sorted as people number them. "-" stays as it is.
+
+    Raises AHNError, naming it, if one stands for nothing or a file is there twice.
+    """
+    found: dict[tuple[int, int] | str, Path] = {}
+    for name in files:
+        these: dict[tuple[int, int] | str, Path] = {}
+        for file in _stands_for(name):
+            these.setdefault(_identity(file), file)
+        for key, file in these.items():
+            if key in found:
+                twice = "standard input" if file == STDIN else str(file)
+                also = "" if str(found[key]) == str(file) else f", also as {found[key]}"
+                raise AHNError(f"{twice}: is given twice{also}; leave one out")
+        found |= these
+    return list(found.values())
+
+
+def _identity(file: Path) -> tuple[int, int] | str:
+    try:
+        about = file.stat()
+    except (OSError, ValueError):  # said when it is read
+        return str(file)
+    return about.st_dev, about.st_ino
+
+
+def _stands_for(name: str) -> list[Path]:
+    if name == "-":
+        return [STDIN]
+    path = Path(typed_path(name))
+    try:
+        is_folder, is_there = path.is_dir(), os.path.lexists(path)
+    except ValueError:  # a NUL in it, which is said when it is read
+        return [path]
+    if is_folder:
+        return _in_folder(path)
+    if is_there or not glob.has_magic(name):
+        return [path]
+    matches = [Path(match) for match in glob.glob(os.path.expanduser(name), recursive=True)]
+    if files := sorted((match for match in matches if match.is_file()), key=_natural):
+        return files
+    raise AHNError(f"{name}: no file has such a name")
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Its files that can be read. The others are named on stderr, but for hidden ones."""
+    found: list[Path] = []
+    left_out: list[Path] = []
+    for place, folders, names in os.walk(folder):  # does not follow links, which may be circles
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(place, name)
+            if not name.startswith(".") and file.is_file():
+                (found if _can_be_read(file) else left_out).append(file)
+    if not found:
+        raise AHNError(f"{folder}: is a folder without a text or document")
+    if left_out:
+        named = sorted((os.path.relpath(file, folder) for file in left_out), key=_natural)
+        more = f" and {len(named) - 5:,} more" if len(named) > 5 else ""
+        line = f"note: {folder}: left out {', '.join(named[:5])}{more}, which nothing here reads"
+        print(one_line(line), file=sys.stderr)
+    return sorted(found, key=_natural)
+
+
+def _can_be_read(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            is_empty = not stream.read(1)
+            stream.seek(0)
+            return not is_empty and kind_of(stream, file.suffix.lower()).reader is not None
+    except OSError as e:
+        raise AHNError(f"{file}: {e.strerror}") from None
+
+
+def _natural(path: Path | str) -> list[tuple[int, int, str]]:
+    """Chapter 2 before chapter 10, and a folder's files before and after it by its name."""
+    pieces = re.split(r"(\d+|/)", str(path).casefold())
+    order = [(1, int(p), p) if p.isdecimal() else (2 if p != "/" else 0, 0, p) for p in pieces]
+    return [*order, (2, 0, str(path))]
+
+
+def _read_any(file: Path, progress: Progress | None) -> str:
+    if file != STDIN:
+        return read_file(file, progress)
     try:
         data = sys.stdin.buffer.read()
     except OSError as e:
         raise AHNError(f"standard input: {e.strerror}") from None
-    return newlines(decode(data, "standard input"))
+    return _text(io.BytesIO(data), "standard input", "", progress)
 
 
-def read_file(file: str | Path) -> str:
-    """The text of a file. Raises AHNError as read_document does."""
-    return newlines(_read(file))
+def read_file(file: str | Path, progress: Progress | None = None) -> str:
+    """The text of a file, whatever kind of document it is. Raises AHNError as read_documents
+    does."""
+    with _opened(file) as stream:
+        text = _text(stream, str(file), Path(file).suffix.lower(), progress)
+    if not text.strip():
+        raise AHNError(f"{file}: is empty; give a text to read")
+    return text
+
+
+def _text(stream: BinaryIO, name: str, suffix: str, progress: Progress | None) -> str:
+    """name: for messages. suffix: of its name, as .html."""
+    kind = kind_of(stream, suffix)
+    if kind.reader is None:
+        raise AHNError(f"{name}: is {kind.what}; {kind.mend}")
+    if kind.reader == "text":
+        return newlines(decode(stream.read(), name))
+    texts = []
+    for part in parts(kind, stream, name):
+        texts.append(newlines(part.text))
+        if progress is not None:
+            progress(len(texts), part.total)
+    text = "".join(texts).rstrip()
+    if not text:
+        raise AHNError(f"{name}: is {kind.what} without text")
+    return readable(text) + "\n"
+
+
+@contextmanager
+def _opened(file: str | Path) -> Iterator[BinaryIO]:
+    """A file, or what came through a pipe, to read from any place. Raises AHNError."""
+    try:
+        with Path(file).open("rb") as stream:
+            yield stream if stream.seekable() else io.BytesIO(stream.read())
+    except OSError as e:
+        raise AHNError(f"{file}: {e.strerror}") from None
+    except ValueError as e:  # a name with a NUL in it
+        if isinstance(e, AHNError):
+            raise
+        raise AHNError(f"{show(str(file))}: {e}") from None
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """The text of a file, or those of a file of JSON: an object with "text" in each line.
+    """The text of a document, or those of a file of JSON: an object with "text" in each line.
 
     Raises AHNError, naming the file and the line.
     """
@@ -69,7 +199,11 @@ def read_texts(file: Path) -> Iterator[str]:
         yield read_file(file)
         return
     # At line feeds only: other line ends may stand within a string.
-    for n, line in enumerate(_read(file).split("\n"), 1):
+    with _opened(file) as stream:
+        lines = decode(stream.read(), str(file)).split("\n")
+    if not any(line.strip() for line in lines):
+        raise AHNError(f"{file}: is empty; give a text to read")
+    for n, line in enumerate(lines, 1):
         line = line.removeprefix("\ufeff").strip()
         if line:
             yield newlines(_text_of(line, f"{file}: line {n}"))
@@ -99,76 +233,6 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _read(file: str | Path) -> str:
-    try:
-        data = Path(file).read_bytes()
-    except OSError as e:
-        raise AHNError(f"{file}: {e.strerror}") from None
-    except ValueError as e:  # a name with a NUL in it
-        raise AHNError(f"{show(str(file))}: {e}") from None
-    text = decode(data, str(file))
-    if not text.strip():
-        raise AHNError(f"{file}: is empty; give a text to read")
-    return text
-
-
-def decode(data: bytes, name: str) -> str:
-    """Text from bytes: UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is dropped.
-
-    Raises AHNError saying what else it is. name: of the file, for the message.
-    """
-    for start, what in NO_TEXT.items():
-        if data.startswith(start):
-            raise AHNError(f"{name}: is {what}")
-    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding = MARKS.get(mark, "UTF-8")
-    if not mark and (wide := _unmarked(data[:4096])):
-        raise AHNError(f"{name}: is {wide} without a byte order mark; iconv -f {wide} -t utf-8")
-    if encoding == "UTF-8" and b"\0" in data:
-        raise AHNError(f"{name}: is a binary file, not text (byte {data.index(0):,} is NUL)")
-    try:
-        text = data.decode("utf-8-sig" if encoding == "UTF-8" else encoding)
-    except UnicodeDecodeError as e:
-        cut = e.reason in ("unexpected end of data", "truncated data")
-        if cut and (mark or not data[: e.start].isascii()):
-            raise AHNError(
-                f"{name}: not {encoding} text to its end, it is cut off within a character"
-            ) from None
-        if not mark and (begin := _begin_of_text(data)):
-            why = f"begins within a character of UTF-8; cut off {begin} bytes"
-            raise AHNError(f"{name}: {why}") from None
-        mend = "" if mark else "; convert it from what it is, as iconv -f WINDOWS-1252 -t utf-8"
-        raise AHNError(f"{name}: not {encoding} text (byte {e.start:,}){mend}") from None
-    if "\0" in text:
-        raise AHNError(f"{name}: is a binary file, not text (character {text.index(chr(0)):,})")
-    return text
-
-
-def _begin_of_text(data: bytes) -> int:
-    """How many bytes of a character stand before UTF-8 text, as `tail -c` leaves them."""
-    begin = next((n for n, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
-    try:
-        rest = data[begin:].decode()
-    except UnicodeDecodeError:
-        return 0
-    return begin if not rest.isascii() else 0
-
-
-def _unmarked(data: bytes) -> str:
-    """UTF-16LE or UTF-16BE if every other byte is nearly always zero, as in Western texts."""
-    even, odd = data[0::2], data[1::2]
-    if len(data) >= 8:
-        for zeros, others, name in ((odd, even, "UTF-16LE"), (even, odd, "UTF-16BE")):
-            if zeros.count(0) > 0.7 * len(zeros) and others.count(0) < 0.1 * len(others):
-                return name
-    return ""
-
-
-def newlines(text: str) -> str:
-    """Line ends of Windows and old Macs become line feeds."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def readable(text: str) -> str:
     """The text without lone surrogates, which no tokenizer takes. They stand for bytes that
     were typed where Python expected another encoding, or are left of a character that JSON
@@ -191,11 +255,34 @@ def typed_line(line: str) -> str:
 
 def typed_path(typed: str) -> str:
     """A path as a shell would take it: quoted, with escaped spaces, or from the home
-    directory. One that is there as it was typed is taken so."""
-    if os.path.exists(typed):
-        return typed
+    directory; or the URL of a file. One that is there as it was typed is taken so."""
+    words = _words(typed)
+    plain = re.sub(r"\\(.)", r"\1", typed)
+    ways = [_path(way) for way in (typed, *(words if len(words) == 1 else ()), plain)]
+    return next((way for way in ways if os.path.exists(way)), ways[1])
+
+
+def typed_paths(typed: str) -> list[str]:
+    """As typed_path, of several with spaces between them, of which one at least is there."""
+    words = [_path(word) for word in _words(typed)]
+    whole = typed_path(typed)
+    several = len(words) > 1 and not os.path.exists(whole) and any(map(os.path.exists, words))
+    return words if several else [whole]
+
+
+def _words(typed: str) -> list[str]:
+    """As a shell would split them; none if it could not."""
     try:
-        words = shlex.split(typed)
+        return shlex.split(typed)
     except ValueError:  # an apostrophe
-        words = []
-    return os.path.expanduser(words[0] if len(words) == 1 else typed)
+        return []
+
+
+def _path(word: str) -> str:
+    if word.lower().startswith("file://"):
+        word = "/" + unquote(word[7:].partition("/")[2])  # after the host
+    return word if os.path.exists(word) else os.path.expanduser(word)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -56,8 +56,8 @@ An [Artificial Hippocampus Network](https://arxiv.org/abs/2510.07318), in the la
 PyTorch release: {kind}, {count:,} parameters, trained with a window of {window:,} tokens and
 {sinks:,} sinks on {data}.
 
-    ahn-mlx convert --base BASE --ahn {name} --out {name}-mlx
-    ahn-mlx generate --model {name}-mlx --prompt-file book.txt
+    ahn-mlx convert {name} --base BASE -o {name}-mlx
+    ahn-mlx generate book.txt --model {name}-mlx
 
 Settings of the training: {settings}
 """
