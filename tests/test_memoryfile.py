@@ -25,6 +25,7 @@ from ahn_mlx.checkpoints.load import cast
 from ahn_mlx.cli.digest import _resume, load_as_read
 from ahn_mlx.hub.zoo import ZOO
 from ahn_mlx.model.augment import memory_layers
+from ahn_mlx.outputs import pages
 from ahn_mlx.reading import inspect, memoryfile
 from ahn_mlx.reading.session import Session
 
@@ -582,9 +583,10 @@ def test_a_page_is_drawn_of_numbers_without_sense(loaded, honest, tmp_path, name
 
 
 def drawn(session: Session) -> int:
-    """Maps on a page that have a darkest cell."""
+    """Maps on a page that have a brightest cell."""
     page = inspect.page(session, "a\udce4").encode().decode()
-    return sum('fill="#08306b"' in part for part in page.split("<svg")[1:])
+    bright = f'fill="{pages.color(1)}"'
+    return sum(bright in part for part in page.split("<svg")[1:])
 
 
 def test_no_page_of_what_was_not_counted(loaded):

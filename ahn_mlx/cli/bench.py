@@ -9,7 +9,7 @@ import click
 from ..errors import AHNError
 from ..measure.chips import CHIPS
 from .command import Command, Word
-from .estimate import CHIP, CHIP_HELP, config_of, print_table
+from .estimate import CHIP, CHIP_HELP, print_table
 from .options import (
     check_numbers,
     json_option,
@@ -51,8 +51,7 @@ def bench(**options: Any) -> None:
 
     warn_slow()
     model, _ = load_model(options)
-    memory = {"window": model.ahn.window, "sinks": model.ahn.sinks, "memory": None}
-    shape = cost.shape_of(config_of({**options, **memory}))
+    shape = cost.shape_of({**vars(model.args), "ahn": model.ahn.to_dict()})
     context, tokens = options["context"], options["tokens"]
     dtype = model.layers[0].input_layernorm.weight.dtype
     cache = model.make_cache()

@@ -44,6 +44,9 @@ class Word(click.Argument):
         self.option, self.needed = declarations[0], needed
         super().__init__([f"{self.option}_word"], required=False, **attributes)
 
+    def make_metavar(self, ctx: click.Context) -> str:
+        return self.metavar or "" if self.needed else f"[{self.metavar}]"
+
     def merge(self, ctx: click.Context) -> None:
         """Give the option its value. Raises click.UsageError if it has one, or there is none."""
         option = self._option(ctx)

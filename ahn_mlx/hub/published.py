@@ -183,6 +183,8 @@ def model_names() -> list[str]:
 
 def no_such_model(name: str) -> str:
     """What is said of a name that is none: the one that is near, or else all of them."""
+    if name.startswith((".", "/", "~")):
+        return f"no model directory {name}"
     if meant := nearest(name, MODELS):
         return f"no model {show(name)}; did you mean {meant}?"
     return f"no model directory {name}; names: {', '.join(MODELS)}; or give ORG/NAME"

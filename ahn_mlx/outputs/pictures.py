@@ -1,5 +1,6 @@
 """Pictures as files, drawn by matplotlib where it is installed."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,20 @@ LARGEST = 1 << 26  # bytes of a file that may be a picture
 
 def picture(path: Path, reads: tuple[Path, ...] = (), force: bool | None = None) -> OutFile:
     """A picture that can be written. Raises AHNError if it cannot, or without matplotlib."""
+    check_drawing(str(path))
     out = OutFile(path, "a picture of ours", is_picture, reads, force, tuple(MARKS))
     out.check()
     new_figure(1, 1)
     return out
+
+
+def check_drawing(what: str) -> None:
+    """Raise AHNError, which says what helps, unless pictures can be drawn here: before hours of
+    work that end in one."""
+    figure = new_figure(1, 1, what)
+    with _drawing(what):
+        figure.subplots().set_title("1")
+        figure.savefig(io.BytesIO(), format="png")
 
 
 def is_picture(file: Path) -> bool:
@@ -36,9 +47,9 @@ def is_picture(file: Path) -> bool:
     return MARKS[file.suffix.lower()][1] in file.read_bytes()
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float, what: str = "a picture") -> "Figure":
     """An empty figure, in inches. Raises AHNError without a matplotlib that works."""
-    with _drawing("a picture"):
+    with _drawing(what):
         from matplotlib.figure import Figure
 
         return Figure(figsize=(width, height), layout="constrained")

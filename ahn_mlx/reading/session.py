@@ -35,7 +35,7 @@ from .text import readable
 from .tokens import Encoder, check_ids
 
 # How a model was got.
-ORIGIN = ("name", "dtype", "q_bits")
+ORIGIN = ("name", "dtype", "q_bits", "ahn")
 
 
 class _End:
