@@ -22,13 +22,17 @@ from ..checkpoints.card import LICENCES, Origin, read_origins
 from ..checkpoints.safetensors import Layout, TensorWriter
 from ..checkpoints.shards import write_json
 from ..errors import AHNError
+from ..hub.bases import find_base
+from ..hub.download import find
 from ..hub.published import MODELS
+from ..hub.zoo import ZOO
 from ..model.augment import memory_layers
 from ..model.pure import initial_state, pure_step
 from ..ops import kernels
 from ..outputs.directories import check_out, replacing, reporting
 from ..platform import on_cpu
 from ..reading.memoryfile import base_facts, model_identity, tokenizer_identity
+from ..reading.session import ORIGIN
 from ..reading.template import SYSTEM, Template
 from ..reading.tokens import Encoder
 from .tokenizer import pack_tokenizer
@@ -43,20 +47,19 @@ def export_app(
     tokenizer: TokenizerWrapper,
     out: Path,
     *,
-    source: Path | None = None,
     chunk: int = CHUNK,
     force: bool = False,
 ) -> None:
     """Write the directory `out`.
 
-    source: directory of the model, if it has one, which is not written over. chunk: most
-    tokens read at once; the window's, if that is less. force: replace a model that is at `out`.
+    chunk: most tokens read at once; the window's, if that is less. force: replace a model that
+    is at `out`, but never the one that is exported.
     Raises AHNError, and then leaves everything as it was, for layers with full attention, for a
     tokenizer that is no byte-level BPE, and for a chat template that cannot be taken apart.
     """
     if chunk < 1:
         raise AHNError(f"--chunk must be at least 1, not {chunk}")
-    inputs = [source] if source else []
+    inputs = _places(model)
     with reporting(out, inputs):
         out = check_out(out, inputs, force)
         state = initial_state(model)
@@ -76,7 +79,7 @@ def export_app(
                 with kernels.without():
                     _trace(directory / "plain.mlxfn", model, state, lengths)
             files = {file.name: _hash_of(file) for file in sorted(directory.iterdir())}
-            manifest = {**_of_model(model, tokenizer, state, source), **facts}
+            manifest = {**_of_model(model, tokenizer, state, inputs), **facts}
             write_json(
                 directory / "manifest.json",
                 {**manifest, "lengths": lengths, "files": files, "version": VERSION},
@@ -122,13 +125,23 @@ def _hash_of(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _places(model: nn.Module) -> list[Path]:
+    """Where the parts of a model are; nothing for one that comes with us."""
+    origin = getattr(model, "origin", None)
+    if origin is None:
+        return []
+    if origin.ahn:
+        return [find_base(origin.name), Path(origin.ahn)]
+    return [] if origin.name in ZOO else [find(origin.name)]
+
+
 def _of_model(
-    model: nn.Module, tokenizer: TokenizerWrapper, state: list[mx.array], source: Path | None
+    model: nn.Module, tokenizer: TokenizerWrapper, state: list[mx.array], places: list[Path]
 ) -> dict[str, Any]:
     origin = getattr(model, "origin", None)
-    name = origin.name if origin else ""
-    origins = read_origins(source) if source else _origins(name)
-    loaded = {"name": name, "dtype": origin and origin.dtype, "q_bits": origin and origin.q_bits}
+    loaded = {k: getattr(origin, k, None) for k in ORIGIN}
+    name = loaded["name"] = loaded["name"] or ""
+    origins = [o for place in places for o in read_origins(place)] or _origins(name)
     _, first = next(memory_layers(model))  # they are all of one shape
     return {
         "mlx": version("mlx"),

@@ -5,16 +5,18 @@ from typing import Any
 
 import click
 
-from .options import load_model, loading_options, needs_memory
+from .command import Command
+from .options import load_model, loading_options, needs_memory, quiet_option
 
 
-@click.command("export-app")
+@click.command("export-app", cls=Command)
 @loading_options
 @click.option(
-    *("-o", "--out"), type=click.Path(path_type=Path), required=True, help="Directory to write."
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write."
 )
 @click.option("--chunk", default=512, show_default=True, help="Most tokens that are read at once.")
 @click.option("--force", is_flag=True, help="Replace a model that is at --out.")
+@quiet_option
 @needs_memory
 def export_app(out: Path, chunk: int, force: bool, **options: Any) -> None:
     """Write a model for apps without Python: docs/embedding.md.
@@ -27,11 +29,7 @@ def export_app(out: Path, chunk: int, force: bool, **options: Any) -> None:
     ahn-mlx export-app --model ahn-gdn-3b --window 8192 -o book.ahnmodel
     """
     from ..apps.export import export_app
-    from ..hub.download import find
-    from ..hub.zoo import ZOO
 
     model, tokenizer = load_model(options)
-    name = options["name"]
-    source = None if name in ZOO else find(name)
-    export_app(model, tokenizer, out, source=source, chunk=chunk, force=force)
+    export_app(model, tokenizer, out, chunk=chunk, force=force)
     click.echo(f"wrote {out}")
