@@ -8,6 +8,7 @@ import click
 
 from .conversion import conversion
 from .decode import decode
+from .embed import embed
 from .far import far
 from .memory import memory
 from .metal import metal
@@ -22,7 +23,18 @@ def main() -> None:
     pass
 
 
-for command in (conversion, decode, far, memory, metal, prefill, quantized, recurrence, training):
+for command in (
+    conversion,
+    decode,
+    embed,
+    far,
+    memory,
+    metal,
+    prefill,
+    quantized,
+    recurrence,
+    training,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ let package = Package(
     library,
     .target(
       name: "AHN", dependencies: ["CAHN"], path: "swift/Sources/AHN",
-      resources: kernels ? [.copy("mlx.metallib")] : []),
+      resources: kernels ? [.copy("mlx.metallib")] : [],
+      swiftSettings: kernels ? [.define("AHN_BUNDLED_KERNELS")] : []),
     .testTarget(name: "AHNTests", dependencies: ["AHN"], path: "swift/Tests/AHNTests"),
   ]
 )

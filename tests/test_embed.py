@@ -19,6 +19,7 @@ from ahn_mlx.apps.export import export_app
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.model.pure import initial_state
 from ahn_mlx.reading.generate import Run, make_prompt
+from ahn_mlx.reading.sampling import Sampling
 from ahn_mlx.reading.session import Session
 from embed import logits, needs_tools, refused, run, sample
 
@@ -221,8 +222,8 @@ def test_what_is_saved_again_is_the_same(talking, file, tmp_path):
 def test_sampling_is_that_of_python(talking, file):
     model, tokenizer, app = talking
     prompt = make_prompt(tokenizer, question="Tell me")
-    options = {"temp": 0.8, "top_p": 0.9, "seed": 7}
-    expected = "".join(Run(model, tokenizer, prompt, max_tokens=30, **options))
+    sampling = Sampling(max_tokens=30, temp=0.8, top_p=0.9, seed=7)
+    expected = "".join(Run(model, tokenizer, prompt, sampling))
     found = sample(
         app,
         *("--temperature", 0.8, "--top-p", 0.9, "--seed", 7, "--max-tokens", 30),

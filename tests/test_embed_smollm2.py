@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from checkpoints import chat_tokenizer, talking_model
 from test_embed import by_model, by_python
 from test_embed_tokenizer import BOOK
 
 import ahn_mlx
 from ahn_mlx.apps.export import export_app
 from ahn_mlx.reading.generate import Run, make_prompt
+from ahn_mlx.reading.sampling import Sampling
 from embed import logits, needs_tools, run, sample
 
 pytestmark = [needs_tools, pytest.mark.slow]
@@ -38,7 +40,7 @@ def test_a_passage_is_answered_as_ahn_mlx_generate_does(smollm2, tmp_path):
     file.write_text(PASSAGE)
     prompt = make_prompt(tokenizer, PASSAGE, QUESTION)
     assert len(prompt) > model.ahn.capacity
-    expected = "".join(Run(model, tokenizer, prompt, max_tokens=64))
+    expected = "".join(Run(model, tokenizer, prompt, Sampling(max_tokens=64)))
     found = sample(app, "--read", file, "--max-tokens", 64, "--ask", QUESTION)
     assert found == expected + "\n"
 
@@ -60,3 +62,12 @@ def test_no_window_is_copied_in_a_hundred_steps(smollm2):
     assert int(moved) == 0
     # Less than one layer's keys and values.
     assert int(beyond) < 2 * 3 * 1088 * 64 * 4
+
+
+def test_memory_is_flat_over_a_hundred_thousand_tokens(tmp_path):
+    """Of a small model; the last numbers are not above the first."""
+    model, _ = ahn_mlx.load(talking_model("qwen2-gdn", tmp_path), dtype="float32")
+    export_app(model, chat_tokenizer(), tmp_path / "app")
+    said = run("ahn-probe", "memory", tmp_path / "app", 100_000).stdout.split()
+    active = [int(x) for x in said[::2]]
+    assert len(active) == 10 and max(active[2:]) <= max(active[:2]) + 4096

@@ -245,8 +245,8 @@ ahn_status ahn_session_generate(ahn_session* session, const char* question, size
     sampling.temperature = o.temperature;
     sampling.top_p = o.top_p == 0 ? 1 : o.top_p;
     sampling.seed = o.seed;
-    if (!(o.temperature >= 0) || std::isinf(o.temperature)) {
-      throw Error(AHN_BAD_ARGUMENT, "temperature must be at least 0");
+    if (o.temperature != 0 && !(o.temperature >= 0.001f && o.temperature <= 1e30f)) {
+      throw Error(AHN_BAD_ARGUMENT, "temperature must be 0, which is greedy, or from 0.001 to 1e30");
     }
     if (!(o.top_p >= 0 && o.top_p <= 1)) {
       throw Error(AHN_BAD_ARGUMENT, "top_p must be above 0 and at most 1");

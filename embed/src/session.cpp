@@ -150,6 +150,13 @@ std::vector<int32_t> Session::question(std::string_view text) const {
 
 // Reading
 
+// Positions are counted in 32 bits.
+void Session::check_room(size_t more) const {
+  if (memory_.state.at + static_cast<int64_t>(more) > MOST_TOKENS) {
+    throw Error(AHN_BAD_ARGUMENT, "a session reads at most 2^30 tokens; make another");
+  }
+}
+
 bool Session::read(std::string_view text, std::string_view name, const Progress& progress) {
   auto lock = begin();
   check_text(text);
@@ -172,6 +179,7 @@ bool Session::read(std::string_view text, std::string_view name, const Progress&
   if (memory_.turn == "start" && !template_) {
     ids.insert(ids.begin(), begin_ids.begin(), begin_ids.end());
   }
+  check_room(ids.size());
   if (memory_.preview.empty()) memory_.preview = preview(text, LONGEST_PREVIEW);
   memory_.space = space;
   memory_.turn = "read";
@@ -191,6 +199,7 @@ bool Session::read(std::string_view text, std::string_view name, const Progress&
 bool Session::read_ids(const std::vector<int32_t>& ids, const Progress& progress) {
   auto lock = begin();
   model_->check(ids.data(), ids.size());
+  check_room(ids.size());
   return go_back_and_read(ids, progress);
 }
 
@@ -200,9 +209,6 @@ bool Session::go_back_and_read(const std::vector<int32_t>& ids, const Progress& 
   size_t total = ids.size(), known = memory_.tail.size();
   size_t step = static_cast<size_t>(memory_.step);
   if (ids.empty()) return true;
-  if (memory_.state.at + static_cast<int64_t>(total) > MOST_TOKENS) {
-    throw Error(AHN_BAD_ARGUMENT, "a session reads at most 2^30 tokens; make another");
-  }
   std::vector<int32_t> waiting = memory_.tail;
   waiting.insert(waiting.end(), ids.begin(), ids.end());
   broken_ = true;
@@ -267,10 +273,16 @@ class Spoken {
   // Whether it goes on.
   bool say(std::string_view text, bool last) {
     held_ += text;
-    size_t end = held_.size();
+    size_t end = held_.size(), complete = std::string::npos;
     for (const std::string& stop : stops_) {
       size_t at = held_.find(stop);
-      if (at != std::string::npos && at < end) end = at, stopped = true;
+      if (at == std::string::npos) continue;
+      // The one that is complete first, as if it had been looked for at each character.
+      if (at + stop.size() < complete || (at + stop.size() == complete && at < end)) {
+        complete = at + stop.size();
+        end = at;
+      }
+      stopped = true;
     }
     size_t out = stopped || last ? end : held_.size() - beginning();
     std::string ready = held_.substr(0, out);
@@ -311,9 +323,7 @@ std::optional<ahn_finish> Session::generate(std::string_view text, const Samplin
     throw Error(AHN_EMPTY, "nothing to continue from; ask something, or read a text first");
   }
   size_t most = sampling.max_tokens;
-  if (memory_.state.at + static_cast<int64_t>(ids.size() + most) > MOST_TOKENS) {
-    throw Error(AHN_BAD_ARGUMENT, "a session reads at most 2^30 tokens; make another");
-  }
+  check_room(ids.size() + most);
   // What is computed in here goes where it was computed, however this ends.
   struct Work {
     State state;

@@ -51,6 +51,7 @@ class Session {
   Parts opening() const;
   std::vector<int32_t> encode(const Parts& pieces) const;
   std::vector<int32_t> question(std::string_view text) const;
+  void check_room(size_t more) const;
   bool go_back_and_read(const std::vector<int32_t>& ids, const Progress& progress);
   void choose_template(bool plain);
 
