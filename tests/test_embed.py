@@ -4,8 +4,11 @@ What is expected comes from the model with caches, from `ahn-mlx` itself, or fro
 function run by Python's MLX.
 """
 
+import hashlib
 import json
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -314,8 +317,80 @@ def test_saving_where_it_cannot_be(talking, file, tmp_path):
     assert "is not a memory" in refused(app, "--read", file, "--save", tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "cannot be made" in refused(app, "--read", file, "--save", tmp_path / "no/where.ahn")
-    assert "No space left" in refused(app, "--read", file, "--save", "/dev/full") or True
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "text.txt"]
+
+
+def test_a_full_disk(talking, file, tmp_path):
+    """Nothing is left of what could not be written, and what was there stays."""
+    _, _, app = talking
+    out = tmp_path / "book.ahn"
+    sample(app, "--read", file, "--save", out)
+    before = out.read_bytes()
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    # Python has SIGXFSZ ignored, so that writing says EFBIG.
+    full = {"preexec_fn": small, "restore_signals": False}
+    words = refused(app, "--read", file, "--read", file, "--save", out, **full)
+    assert "free some space, nothing was written" in words
+    assert out.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["book.ahn", "text.txt"]
+
+
+def test_a_file_of_version_1(talking, tmp_path):
+    """Its tokens that wait are read when it is loaded."""
+    model, tokenizer, app = talking
+    session = Session(model, tokenizer, step=12)
+    session.read(text(30 - len("[user]")))
+    expected = said(session.fork(), "Why?")
+    ids = list(session.tail.ids)
+    session.save(tmp_path / "2.ahn")
+    arrays, metadata = contents(tmp_path / "2.ahn")
+    facts = json.loads(metadata["ahn"])
+    arrays = {k: v for k, v in arrays.items() if "tail" not in k}
+    arrays["pending"] = mx.array(ids, dtype=mx.uint32)
+    facts = {k: v for k, v in facts.items() if k not in ("memory", "base", "texts")}
+    words = json.dumps({**facts, "version": 1})
+    sums = hashlib.sha256(words.encode())
+    for name in sorted(arrays):
+        x = arrays[name]
+        sums.update(f"{name} {x.dtype} {x.shape}".encode() + np.array(x).tobytes())
+    old = tmp_path / "1.safetensors"
+    known = {"format": "mlx", "ahn": words, "sha256": sums.hexdigest()}
+    mx.save_safetensors(str(old), arrays, known)
+    assert len(ids) == 6
+    assert sample(app, "--load", old, "--max-tokens", 20, "--ask", "Why?") == expected + "\n"
+
+
+def exported(variant: str, out: Path, dtype="float32", **settings):
+    model, _ = load_model(golden(variant, out / "model"), dtype=dtype)
+    for layer in model.layers:
+        layer.self_attn.config = replace(layer.self_attn.config, **settings)
+    export_app(model, chat_tokenizer(), out / "app")
+    return model, out / "app"
+
+
+def test_half_precision(tmp_path):
+    model, app = exported("qwen2-gdn", tmp_path, dtype="bfloat16")
+    assert np.array_equal(logits(app, runs()), by_python(app, model, runs()))
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_step_with_kernels_that_do_not_agree_does_not_serve(sound, tmp_path):
+    """Stood in for by one that differs beyond a full window only."""
+    plain, app = exported("qwen2-gdn", tmp_path, sink_positions="absolute")
+    other = "absolute" if sound else "clamped"
+    kernels, with_kernels = exported("qwen2-gdn", tmp_path / "k", sink_positions=other)
+    shutil.copy(app / "model.mlxfn", app / "plain.mlxfn")
+    shutil.copy(with_kernels / "model.mlxfn", app / "model.mlxfn")
+    manifest = json.loads((app / "manifest.json").read_text())
+    for name in ("model.mlxfn", "plain.mlxfn"):
+        manifest["files"][name] = hashlib.sha256((app / name).read_bytes()).hexdigest()
+    (app / "manifest.json").write_text(json.dumps(manifest))
+    expected = by_model(plain, runs())
+    assert np.abs(logits(app, runs()) - expected).max() < 1e-4
+    assert sound or np.abs(by_model(kernels, runs()) - expected).max() > 1e-2
 
 
 def test_texts_that_are_none(talking, tmp_path):

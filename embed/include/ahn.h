@@ -120,7 +120,7 @@ typedef struct ahn_generate_options {
   uint64_t seed;            /* of sampling */
   const char *const *stops; /* texts that end an answer and are not said, ended by zero */
   size_t stop_count;
-  ahn_progress progress;    /* while the question is read; may be NULL */
+  ahn_progress progress;    /* while the question is read, with the same context; may be NULL */
 } ahn_generate_options;
 
 typedef enum ahn_finish {

@@ -52,6 +52,17 @@ static void check_layers(const TensorFile& file, const Json& facts, const Manife
   }
 }
 
+static void check_texts(const std::vector<Json>& texts) {
+  if (texts.size() > MOST_TEXTS) throw std::invalid_argument("it lists too many texts");
+  for (const Json& text : texts) {
+    if (text["name"].as_text().size() > 4 * LONGEST_NAME) {
+      throw std::invalid_argument("a text's name is too long");
+    }
+    text.whole_in("read", 0, int64_t{1} << 53);
+    text.whole_in("tokens", 0, MOST_TOKENS);
+  }
+}
+
 Facts::Facts(const TensorFile& file, const Manifest& manifest) {
   auto said = file.metadata().find("ahn");
   if (said == file.metadata().end() || said->second.size() > 1 << 24) {
@@ -87,6 +98,11 @@ Facts::Facts(const TensorFile& file, const Manifest& manifest) {
       throw std::invalid_argument("its system message is wrong");
     }
     all["preview"].as_text();
+    if (all.has("earlier")) all.whole_in("earlier", 0, MOST_TOKENS);
+    if (all.has("space") && all["space"].as_text().size() > 4 * LONGEST_SPACE) {
+      throw std::invalid_argument("its space is too long");
+    }
+    if (all.has("texts")) check_texts(all["texts"].as_list());
   } catch (const std::invalid_argument& e) {
     file.broken(e.what());
   }

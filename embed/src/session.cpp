@@ -53,34 +53,38 @@ std::unique_ptr<Session> Session::load(std::shared_ptr<Model> model, const std::
   std::vector<int32_t> unread;
   session->memory_ =
       Worker::shared().run([&] { return load_memory(*session->model_, file, unread); });
+  session->tokens_ = session->memory_.state.at;
   session->choose_template(!session->memory_.chat);
   if (!unread.empty()) session->read_ids(unread, nullptr);
   return session;
 }
 
-std::unique_lock<std::mutex> Session::begin() {
-  std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock) throw Error(AHN_BUSY, "the session is busy; wait for it, or fork it before");
+Session::Turn Session::begin() {
+  if (busy_.exchange(true)) {
+    throw Error(AHN_BUSY, "the session is busy; wait for it, or fork it before");
+  }
   if (broken_) {
+    busy_ = false;
     throw Error(AHN_BROKEN, "the session was interrupted inside of a step; load or make another");
   }
-  return lock;
+  return {busy_};
 }
 
 std::unique_ptr<Session> Session::fork() {
-  auto lock = begin();
+  Turn turn = begin();
   std::unique_ptr<Session> other(new Session(model_));
   other->template_ = template_;
   Worker::shared().run([&] { other->memory_ = memory_; });
+  other->tokens_ = memory_.state.at;
   return other;
 }
 
 void Session::save(const std::string& file) {
-  auto lock = begin();
+  Turn turn = begin();
   Worker::shared().run([&] { save_memory(*model_, memory_, file); });
 }
 
-size_t Session::tokens() const { return static_cast<size_t>(memory_.state.at); }
+size_t Session::tokens() const { return static_cast<size_t>(tokens_.load()); }
 
 size_t Session::bytes() const {
   const Manifest& m = model_->manifest();
@@ -158,7 +162,7 @@ void Session::check_room(size_t more) const {
 }
 
 bool Session::read(std::string_view text, std::string_view name, const Progress& progress) {
-  auto lock = begin();
+  Turn turn = begin();
   check_text(text);
   check_text(name);
   std::string all = memory_.turn == "read" ? memory_.space + std::string(text) : std::string(text);
@@ -197,10 +201,16 @@ bool Session::read(std::string_view text, std::string_view name, const Progress&
 }
 
 bool Session::read_ids(const std::vector<int32_t>& ids, const Progress& progress) {
-  auto lock = begin();
+  Turn turn = begin();
   model_->check(ids.data(), ids.size());
   check_room(ids.size());
   return go_back_and_read(ids, progress);
+}
+
+// In the worker's thread.
+void Session::read_step(const int32_t* ids, size_t count) {
+  model_->read(memory_.state, ids, count);
+  tokens_ = memory_.state.at;
 }
 
 // From the last full step on, in full steps, and the tail at the end.
@@ -222,7 +232,7 @@ bool Session::go_back_and_read(const std::vector<int32_t>& ids, const Progress& 
   }
   size_t full = waiting.size() / step * step;
   for (size_t start = 0; start < full; start += step) {
-    worker.run([&] { model_->read(memory_.state, &waiting[start], step); });
+    worker.run([&] { read_step(&waiting[start], step); });
     size_t read = start + step - known;
     if (progress && read < total && !progress(read, total)) {
       broken_ = false;
@@ -232,7 +242,7 @@ bool Session::go_back_and_read(const std::vector<int32_t>& ids, const Progress& 
   if (size_t rest = waiting.size() - full) {
     worker.run([&] {
       memory_.past = before(*model_, memory_.state, rest);
-      model_->read(memory_.state, &waiting[full], rest);
+      read_step(&waiting[full], rest);
     });
     memory_.tail.assign(waiting.begin() + full, waiting.end());
   }
@@ -314,7 +324,7 @@ class Spoken {
 
 std::optional<ahn_finish> Session::generate(std::string_view text, const Sampling& sampling,
                                             const Progress& progress, const Piece& piece) {
-  auto lock = begin();
+  Turn turn = begin();
   Worker& worker = Worker::shared();
   std::vector<int32_t> ids = question(text);
   bool again = ids.empty();  // the text goes on from its last tokens
@@ -381,6 +391,7 @@ std::optional<ahn_finish> Session::generate(std::string_view text, const Samplin
   worker.run([&] {
     mx::eval(work->state.arrays);
     std::swap(memory_.state, work->state);
+    tokens_ = memory_.state.at;
     memory_.past = Past();
   });
   memory_.tail.clear();

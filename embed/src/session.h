@@ -2,10 +2,10 @@
 // text is what ahn_mlx/reading/session.py does.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -47,7 +47,14 @@ class Session {
  private:
   explicit Session(std::shared_ptr<Model> model) : model_(std::move(model)) {}
 
-  std::unique_lock<std::mutex> begin();
+  // Held while the session does something.
+  struct Turn {
+    std::atomic<bool>& busy;
+    ~Turn() { busy = false; }
+  };
+
+  Turn begin();
+  void read_step(const int32_t* ids, size_t count);
   Parts opening() const;
   std::vector<int32_t> encode(const Parts& pieces) const;
   std::vector<int32_t> question(std::string_view text) const;
@@ -56,7 +63,8 @@ class Session {
   void choose_template(bool plain);
 
   std::shared_ptr<Model> model_;
-  mutable std::mutex mutex_;
+  std::atomic<bool> busy_ = false;
+  std::atomic<int64_t> tokens_ = 0;  // as anyone may ask meanwhile
   std::optional<Template> template_;
   Memory memory_;
   bool broken_ = false;  // interrupted inside of a step
