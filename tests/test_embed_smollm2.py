@@ -60,8 +60,8 @@ def test_no_window_is_copied_in_a_hundred_steps(smollm2):
     _, _, app = smollm2
     moved, beyond, _ = run("ahn-probe", "decode", app, 100).stdout.split()
     assert int(moved) == 0
-    # Less than one layer's keys and values.
-    assert int(beyond) < 2 * 3 * 1088 * 64 * 4
+    # What one step takes beyond what is held is a small part of all windows.
+    assert int(beyond) < 30 * 2 * 3 * 1088 * 64 * 4 / 10
 
 
 def test_memory_is_flat_over_a_hundred_thousand_tokens(tmp_path):
