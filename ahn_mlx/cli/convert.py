@@ -42,7 +42,7 @@ def convert(base: str | None, q_bits: str, **options: Any) -> None:
     \b
     ahn-mlx convert AHN-GDN-for-Qwen-2.5-Instruct-3B \\
       --base Qwen2.5-3B-Instruct -o ahn-gdn-3b
-    ahn-mlx convert my-memory --base Qwen/Qwen2.5-3B-Instruct -o my-model    # of ahn-mlx train
+    ahn-mlx convert my-memory --base Qwen/Qwen2.5-3B-Instruct -o my-model
     ahn-mlx convert merged -o ahn-gdn-3b --dtype bfloat16    # base included
     """
     from ..checkpoints.convert import convert

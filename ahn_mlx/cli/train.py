@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
@@ -224,6 +223,8 @@ def _as_before(options: dict[str, Any]) -> None:
 
 def _take_memory(options: dict[str, Any], directory: Path) -> None:
     """The settings of a trained memory that are not to be chosen again."""
+    from ..checkpoints.baseconfig import read_config  # imports MLX
+
     config = AHNConfig.from_dict(read_config(directory))
     found = {"memory": config.memory, "sink_positions": config.sink_positions}
     options |= {k: v for k, v in found.items() if not is_given(k)}
