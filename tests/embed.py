@@ -39,7 +39,7 @@ def built(*options: str, compiler: str = "g++") -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one builds
         if not (folder / "done").exists():
             configure = [CMAKE, "-S", EMBED, "-B", folder, f"-DMLX_ROOT={MLX_ROOT}"]
-            cc = compiler.replace("g++", "gcc").replace("clang++", "clang")
+            cc = {"g++": "gcc", "clang++": "clang"}[compiler]
             configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_C_COMPILER={cc}"]
             for command in (
                 [*configure, "-DAHN_TESTS=ON", *options],

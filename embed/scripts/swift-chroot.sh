@@ -9,7 +9,7 @@ if [ ! -x "$root/usr/bin/apt-get" ]; then
   # The suite may be newer than debootstrap: all of them are made as sid is.
   scripts=/usr/share/debootstrap/scripts
   [ -e "$scripts/trixie" ] && script= || script=$scripts/sid
-  debootstrap --variant=minbase --no-check-gpg trixie "$root" "$mirror" $script
+  debootstrap --variant=minbase trixie "$root" "$mirror" $script
 fi
 if [ ! -x "$root/usr/bin/swift" ]; then
   chroot "$root" apt-get update -q
