@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .command import Command
-from .options import load_model, loading_options, needs_memory, quiet_option
+from .options import check_numbers, load_model, loading_options, needs_memory, quiet_option
 
 
 @click.command("export-app", cls=Command)
@@ -28,6 +28,7 @@ def export_app(out: Path, chunk: int, force: bool, **options: Any) -> None:
     ahn-mlx export-app -o smollm2.ahnmodel
     ahn-mlx export-app --model ahn-gdn-3b --window 8192 -o book.ahnmodel
     """
+    check_numbers({**options, "chunk": chunk})
     from ..apps.export import export_app
 
     model, tokenizer = load_model(options)
