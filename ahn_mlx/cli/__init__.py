@@ -32,6 +32,7 @@ COMMANDS = {
     "train": (".cli.train", "train", "Train a memory for a model from texts."),
     "compare": (".cli.compare", "compare", "Measure what a memory is worth on a text."),
     "export-pytorch": (".cli.export", "export_pytorch", "Write a model back for PyTorch."),
+    "export-app": (".cli.export_app", "export_app", "Write a model for apps without Python."),
     "upload": (".cli.export", "upload", "Put a converted model on the hub."),
     "estimate": (".cli.estimate", "estimate", "Count FLOPs and bytes of a model."),
     "bench": (".cli.bench", "bench", "Measure a model on this machine."),

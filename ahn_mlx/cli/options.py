@@ -222,7 +222,7 @@ needs_memory = enough_memory("take a smaller model, fewer --q-bits or a smaller 
 
 def check_numbers(options: dict[str, Any]) -> None:
     """Raise AHNError for a number out of range, of whichever of these options are there."""
-    lows = {"window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1}
+    lows = {"window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1, "chunk": 1}
     for name, low in lows.items():
         value = options.get(name)
         if value is not None and value < low:
