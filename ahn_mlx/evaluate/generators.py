@@ -216,20 +216,16 @@ def _niah(draws: Draws, depth: float, keys: int = 1, values: int = 1, queries: i
         draws.fresh(lambda: f"{draws.of(ADJECTIVES)}-{draws.of(NOUNS)}")
         for _ in range(max(keys, queries))
     ]
-    numbers = {
-        name: [draws.fresh(lambda: draws.digits(7)) for _ in range(values)] for name in names
-    }
-    facts = [(name, v) for name in names for v in numbers[name]]
-    places = [depth] if len(facts) == 1 else _spread(draws, len(facts))
+    numbers = [[draws.fresh(lambda: draws.digits(7)) for _ in range(values)] for _ in names]
+    told = [(name, v) for name, its in zip(names, numbers, strict=True) for v in its]
+    places = [depth] if len(told) == 1 else _spread(draws, len(told))
+    facts = [f"The secret number for {name} is {value}." for name, value in told]
     asked = names if queries else [names[min(keys - 1, int(depth * keys))]]
     which = ", ".join(asked)
     many = queries or values > 1
     return Story(
-        [
-            (f"The secret number for {k} is {v}.", a)
-            for (k, v), a in zip(facts, places, strict=True)
-        ],
-        [i for i, (name, _) in enumerate(facts) if name in asked],
+        list(zip(facts, places, strict=True)),
+        [i for i, (name, _) in enumerate(told) if name in asked],
         f"What are all the secret numbers for {which}?"
         if many
         else f"What is the secret number for {which}?",
