@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pexpect
 import pytest
 from checkpoints import talking_model
 
 from ahn_mlx import __version__
 from ahn_mlx.cli import COMMANDS
-from ahn_mlx.cli.terminal import stop_between_steps
+from ahn_mlx.cli.terminal import Left, printable, stop_between_steps
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "ahn_mlx" / "demo" / "pride-and-prejudice.txt"
@@ -132,8 +133,13 @@ def test_a_signal_waits_for_the_end_of_a_step_unless_ignored(number: signal.Sign
         signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt):
             check()
-        with pytest.raises(KeyboardInterrupt):  # a second one does not wait
+        if number == signal.SIGINT:
+            with pytest.raises(Left):  # a second one does not wait
+                signal.raise_signal(number)
+        else:  # both a shell and the system say that a terminal has closed
             signal.raise_signal(number)
+            with pytest.raises(Left):
+                check()
     assert signal.getsignal(number) == before
     try:
         signal.signal(number, signal.SIG_IGN)
@@ -142,6 +148,31 @@ def test_a_signal_waits_for_the_end_of_a_step_unless_ignored(number: signal.Sign
             check()
     finally:
         signal.signal(number, before)
+
+
+IN_A_STEP = """
+import hashlib
+from ahn_mlx.cli.terminal import stop_between_steps
+with stop_between_steps() as check:
+    print("begin", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def test_ctrl_c_is_heard_within_a_step_that_does_not_return_to_python() -> None:
+    step = pexpect.spawn(sys.executable, ["-c", IN_A_STEP], env=ENV, encoding="utf-8", timeout=60)
+    step.expect("begin")
+    step.sendintr()
+    step.expect("stopping after this step; Ctrl-C again leaves at once")
+    step.sendintr()
+    step.expect(pexpect.EOF)
+    step.close()
+    assert step.exitstatus == 130
+
+
+def test_control_characters_are_not_printed() -> None:
+    said = "a\x1b[31mb\x07\x00\r\n\tc\x7f\x9b2Jd caf\u00e9 \U0001f600"
+    assert printable(said) == "a[31mb\n\tc2Jd caf\u00e9 \U0001f600"
 
 
 @needs_model

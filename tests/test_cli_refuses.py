@@ -56,7 +56,7 @@ def refused(*args: str, stdin: bytes = b"") -> str:
         (["generate"], "the prompt is empty"),
         (["generate", "--prompt-file", "-"], "the prompt is empty"),
         (["generate", "--prompt-file", "no-such.txt"], "no-such.txt: No such file"),
-        (["generate", "--prompt-file", "."], "Is a directory"),
+        (["generate", "--prompt-file", "no-such/"], "no-such"),
         (["generate", "-p", "a", "--prompt", "b"], "--prompt is given twice"),
         (["generate", "--prompt", "Hi", "--model", "no-such"], "no model directory no-such"),
     ],

@@ -146,7 +146,7 @@ def test_a_digest_leaves_nothing_unread(directory, n, tmp_path):
     """ask reads the question, and says what the session says that read the text."""
     text = "".join(chr(97 + i * i % 23) for i in range(n))
     (tmp_path / "book.txt").write_text(text)
-    options = ("--model", directory, "--no-chat-template", "-o", tmp_path / "book.ahn")
+    options = ("--model", directory, "--ignore-chat-template", "-o", tmp_path / "book.ahn")
     run_digest("--prompt-file", tmp_path / "book.txt", *options)
     model, tokenizer = load(directory)
     read = Session(model, tokenizer, chat=False, step=512)

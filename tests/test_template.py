@@ -293,10 +293,12 @@ def test_another_text_or_setting_is_another_job(speaking, tmp_path):
     loaded, tokenizer = load_model(path)[0], load_tokenizer(path)
     sessions = [Session(loaded, tokenizer), Session(loaded, tokenizer, system="Be brief.")]
     sessions += [Session(loaded, tokenizer, chat=False)]
-    jobs = [_job(s, "A text.", {"bits": None}) for s in sessions]
+    jobs = [_job(s, "A text.", {"kv_bits": None, "kv_group_size": 64}) for s in sessions]
     jobs += [
-        _job(sessions[0], "Another.", {"bits": None}),
-        _job(sessions[0], "A text.", {"bits": "8"}),
+        _job(sessions[0], "Another.", {"kv_bits": None, "kv_group_size": 64}),
+        _job(sessions[0], "A text.", {"kv_bits": "8", "kv_group_size": 64}),
     ]
     assert all(a != b for a, b in pairwise(sorted(jobs)))
-    assert jobs[0] == _job(Session(loaded, tokenizer), "A text.", {"bits": None})
+    assert jobs[0] == _job(
+        Session(loaded, tokenizer), "A text.", {"kv_bits": None, "kv_group_size": 64}
+    )

@@ -19,6 +19,7 @@ from ahn_mlx.reading.text import (
     readable,
     typed_line,
     typed_path,
+    typed_paths,
 )
 
 TEXT = "Caf\u00e9 \u4e16\u754c\nnext\n"
@@ -162,6 +163,19 @@ def test_typed_paths(tmp_path, monkeypatch):
     assert typed_path("'/Volumes/A b/it'\\''s.txt'") == "/Volumes/A b/it's.txt"
     Path('"odd".txt').touch()
     assert typed_path('"odd".txt') == '"odd".txt'
+
+
+def test_typed_paths_of_several_files_and_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "my book.txt", "my other book.txt"):
+        Path(name).touch()
+    assert typed_paths("my book.txt") == ["my book.txt"]
+    assert typed_paths(r"a.txt my\ book.txt absent.txt") == ["a.txt", "my book.txt", "absent.txt"]
+    assert typed_paths("'a.txt' \"my book.txt\"") == ["a.txt", "my book.txt"]
+    assert typed_paths("no such.txt") == ["no such.txt"]
+    assert typed_path(r"my other\ book.txt") == "my other book.txt"  # half completed
+    assert typed_path(f"file://{tmp_path}/my%20book.txt") == f"{tmp_path}/my book.txt"
+    assert typed_path(f"file://localhost{tmp_path}/a.txt") == f"{tmp_path}/a.txt"
 
 
 def test_typed_lines():

@@ -1,100 +1,109 @@
 """ahn-mlx ask: a question to a digested document."""
 
+import shlex
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import AHNError
-from ..reading.text import typed_line
+from ..errors import AHNError, show
+from ..reading.text import readable, typed_line
 from .command import Command
 from .digest import load_as_read
 from .options import (
     check_numbers,
+    json_option,
     moved_model_option,
     needs_memory,
+    no_effect,
+    quiet_option,
     sampling_of,
     sampling_options,
 )
-from .terminal import say, stop_between_steps, warn_slow
+from .terminal import Left, say, waiting, warn_slow
+from .words import memory_and_question
+
+EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
 
 
 @click.command(cls=Command)
-@click.argument("question", required=False, default="")
-@click.option(
-    "--memory", "file", required=True, type=click.Path(path_type=Path), help="From ahn-mlx digest."
-)
+@click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1)
+@click.option("--memory", "file", type=click.Path(path_type=Path), help="The same as FILE.")
 @moved_model_option
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options
+@json_option
+@quiet_option
+@no_effect(
+    "interactive",
+    when=lambda options: options["as_json"],
+    why="with --json, which answers one question",
+)
 @needs_memory
-def ask(question: str, file: Path, name: str | None, interactive: bool, **options: Any) -> None:
-    """Ask about a document that ahn-mlx digest has read. The memory is not changed.
+def ask(
+    words: tuple[str, ...], file: Path | None, name: str | None, interactive: bool, **options: Any
+) -> None:
+    """Ask about FILE, which ahn-mlx digest has written. The memory is not changed.
+
+    Without a QUESTION, it is what is piped in; at a terminal you are asked for one after
+    another, and /help lists what else can be done there.
 
     \b
-    ahn-mlx ask --memory book.ahn "Who is the captain?"
-    ahn-mlx ask --memory book.ahn --interactive
+    ahn-mlx ask book.ahn "Who is the captain?"
+    ahn-mlx ask book.ahn
+    echo "Who is the captain?" | ahn-mlx ask book.ahn
+    ahn-mlx ask book.ahn "Who is the captain?" --json
     """
     check_numbers(options)
-    if not question.strip() and not interactive:
-        raise AHNError("no question; give one, or --interactive")
+    file, question = _words(words, file)
+    if question is None and not interactive:
+        question = _piped()
+        interactive = question is None and not options["as_json"]
+        if question is None and options["as_json"]:
+            raise AHNError(f"no question; give one: {EXAMPLE}")
+    if question is not None and not question.strip():
+        raise AHNError(f"no question; give one: {EXAMPLE}")
+    from .talk import Talk, print_answer
+
     session = load_session(file, name)
-    sampling = sampling_of(options)
     code = 0
-    if question.strip():
-        code = print_answer(session.fork(), question, sampling)
-    for line in _typed() if interactive else ():
-        print_answer(session.fork(), line, sampling)
+    if question is not None:
+        try:
+            code = print_answer(session.fork(), question, sampling_of(options), options["as_json"])
+        except KeyboardInterrupt as e:
+            if not isinstance(e, Left):
+                say("stopped before the answer began")
+            sys.exit(130)
+    if interactive:
+        code = Talk(session, sampling_of(options), file, keeps=False).run()
     sys.exit(code)
 
 
-def _typed() -> Iterator[str]:
-    """Lines of standard input, asked for where someone is typing."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            line = sys.stdin.readline()
-        except KeyboardInterrupt:
-            return
-        if not line:
-            return
-        if line := typed_line(line):
-            yield line
+def _words(words: tuple[str, ...], file: Path | None) -> tuple[Path, str | None]:
+    """Which of the words is the file, and which the question."""
+    found, question = memory_and_question(words)
+    if found is not None and file is not None:
+        raise AHNError(f"{show(str(found))} is a second file; a question is of one memory, {file}")
+    memory = found or file
+    if memory is None:
+        asked = shlex.quote(question) if question else '"Who is the captain?"'
+        raise AHNError(f"which memory? Give a file of ahn-mlx digest: ahn-mlx ask FILE {asked}")
+    return memory, question
+
+
+def _piped() -> str | None:
+    """The question on standard input, or None if someone sits there."""
+    return None if sys.stdin.isatty() else readable(typed_line(sys.stdin.read()))
 
 
 def load_session(file: Path, name: str | None) -> Any:
     """The session of a memory file, with its model."""
-    from ..reading import memoryfile
-    from ..reading.session import Session
+    with waiting(f"loading {file}"):
+        from ..reading import memoryfile
+        from ..reading.session import Session
 
-    facts = memoryfile.read_facts(file)
-    warn_slow()
-    model, tokenizer = load_as_read(facts, name)
-    return Session.load(file, model, tokenizer)
-
-
-@needs_memory
-def print_answer(session: Any, question: str, sampling: dict[str, Any]) -> int:
-    """Stream the answer to stdout and its numbers to stderr; the exit code."""
-    start, first, count, code = time.perf_counter(), 0.0, 0, 0
-    with stop_between_steps() as check:
-        answer = session.ask(question, progress=lambda read, total: check(), **sampling)
-        try:
-            for text in answer:
-                first = first or time.perf_counter() - start
-                count += 1
-                print(text, end="", flush=True)
-                check()
-        except KeyboardInterrupt:
-            code = 130
-        finally:
-            answer.close()
-    print(flush=True)
-    seconds = time.perf_counter() - start
-    rate = (count - 1) / (seconds - first) if count > 1 else 0
-    say(f"first token after {first:.1f} s | {count} tokens, {rate:.1f} tokens/s")
-    return code
+        facts = memoryfile.read_facts(file)
+        warn_slow()
+        model, tokenizer = load_as_read(facts, name)
+        return Session.load(file, model, tokenizer)

@@ -1,16 +1,13 @@
 """ahn-mlx chat: a conversation without end in constant memory."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import AHNError
-from ..outputs.files import OutFile
-from ..reading.text import read_file, typed_line, typed_path
-from .ask import load_session, print_answer
+from .ask import load_session
 from .command import Command
 from .options import (
     check_numbers,
@@ -23,14 +20,7 @@ from .options import (
     sampling_options,
     window_bits_options,
 )
-from .terminal import say, stop_between_steps, warn_slow
-
-HELP = """/read FILE    read a text as part of the conversation
-/save FILE    write the conversation's memory
-/load FILE    go on with a saved one
-/stats        tokens, and bytes of memory
-/reset        forget everything
-/help, /quit  (Ctrl-C stops an answer, Ctrl-D quits)"""
+from .terminal import say, warn_slow
 
 
 @click.command(cls=Command)
@@ -66,7 +56,9 @@ def chat(**options: Any) -> None:
             session.template.opening("answered")
     except TemplateError as e:
         raise AHNError(f"{e}; chat cannot do without, ahn-mlx digest and ask can") from None
-    _talk(session, options)
+    from .talk import Talk
+
+    sys.exit(Talk(session, sampling_of(options), options["memory"], keeps=True).run())
 
 
 def _session(options: dict[str, Any]) -> Any:
@@ -74,10 +66,10 @@ def _session(options: dict[str, Any]) -> Any:
     if options["memory"]:
         name = options["name"] if is_given("name") else None
         return load_session(options["memory"], name)
-    from ..reading.session import Session
-
     warn_slow()
     model, tokenizer = load_model(options)
+    from ..reading.session import Session
+
     session = Session(
         model,
         tokenizer,
@@ -91,83 +83,3 @@ def _session(options: dict[str, Any]) -> Any:
         sinks = model.ahn.sinks
         say(f"note: the system message has {beginning} tokens, of which the sinks keep {sinks}")
     return session
-
-
-def _talk(origin: Any, options: dict[str, Any]) -> None:
-    """Read lines and answer them; /reset goes back to `origin`."""
-    sampling = sampling_of(options)
-    session = origin.fork()
-    ask_user = _reader()
-    while True:
-        try:
-            line = typed_line(ask_user())
-        except EOFError:
-            return
-        except KeyboardInterrupt:  # an empty line, as in a shell
-            continue
-        if not line:
-            continue
-        command, *rest = line.split(None, 1)
-        try:
-            if not line.startswith("/"):
-                print_answer(session, line, sampling)
-                continue
-            if command == "/quit":
-                return
-            session = _command(command, typed_path("".join(rest)), session, origin)
-        except BrokenPipeError:  # nobody listens
-            raise
-        except (AHNError, OSError) as e:
-            say(f"error: {e}")
-
-
-def _command(command: str, argument: str, session: Any, origin: Any) -> Any:
-    """Carry out a line that begins with a slash. Returns the session to go on with."""
-    if command in ("/read", "/save", "/load") and not argument:
-        raise AHNError(f"{command} needs a file: {command} FILE")
-    if command == "/read":
-        text = read_file(argument)
-        other = session.fork()  # Ctrl-C leaves the conversation as it was
-        with stop_between_steps() as check:
-            try:
-                other.read(text, lambda read: check())
-            except KeyboardInterrupt:
-                say("stopped; nothing of it was kept")
-                return session
-        say(f"read {other.tokens - session.tokens:,} tokens")
-        return other
-    if command == "/save":
-        _save(session, Path(argument))
-        say(f"saved {session.tokens:,} tokens")
-    elif command == "/load":
-        return type(session).load(argument, session.model, session.tokenizer)
-    elif command == "/stats":
-        say(f"{session.tokens:,} tokens, {session.nbytes / 1e6:.1f} MB of memory")
-    elif command == "/reset":
-        return origin.fork()
-    elif command == "/help":
-        say(HELP)
-    else:
-        raise AHNError(f"no such command: {command}; /help lists them")
-    return session
-
-
-def _save(session: Any, file: Path) -> None:
-    """Write the conversation. Of what is there, only an earlier one is replaced: a digest
-    may have taken hours."""
-    from ..reading import memoryfile
-
-    def is_chat(file: Path) -> bool:
-        return memoryfile.is_memory(file) and bool(memoryfile.read_facts(file).get("talked"))
-
-    OutFile(file, "a saved conversation", is_chat).check()
-    session.save(file, talked=True)
-
-
-def _reader() -> Callable[[], str]:
-    """How to get a line from the user: with editing and history where that is possible."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return lambda: input()
-    from prompt_toolkit import PromptSession
-
-    return PromptSession("> ").prompt

@@ -4,6 +4,8 @@ What the last version called differently is refused with its new name, what is n
 answered with what is right, and what an option says can be said without it where that is clear.
 """
 
+import io
+from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
 import click
@@ -12,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from ..errors import nearest
 
+QUIET = "ahn_mlx.quiet"  # of a context: whether --quiet was given
 # Of the last version: the old spelling, and the new one where a command has it.
 RENAMED = {
     "--base": "--model",
@@ -98,6 +101,11 @@ class Command(click.Command):
             e.ctx = e.ctx or ctx  # whose help is named
             raise
         return rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it. With --quiet what anyone says on stderr is dropped; errors are said later."""
+        with redirect_stderr(io.StringIO()) if ctx.meta.get(QUIET) else nullcontext():
+            return super().invoke(ctx)
 
 
 def _refuse_dashes(args: list[str], options: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import click
 
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from ..reading.text import read_documents
 from .command import Command, Word
 from .estimate import print_table
 from .options import (
@@ -23,6 +22,7 @@ from .options import (
     text_option,
 )
 from .terminal import progress_bar
+from .words import read_typed
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison, Stretch
@@ -73,7 +73,7 @@ def compare(**options: Any) -> None:
     if options["plot"]:
         reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
         out = picture(options["plot"], tuple(filter(None, reads)), options["force"])
-    text = read_documents([options["text"]], has_prompt=False)
+    text = read_typed([options["text"]], has_prompt=False)
     import mlx.core as mx
 
     from ..measure import compare as measure

@@ -12,7 +12,6 @@ import click
 from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
-from ..reading.text import read_documents
 from .command import Command, Word
 from .options import (
     check_numbers,
@@ -27,7 +26,7 @@ from .options import (
     window_bits_options,
 )
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
-from .words import memory_name
+from .words import memory_name, read_typed
 
 
 @click.command(cls=Command)
@@ -68,7 +67,7 @@ def digest(**options: Any) -> None:
     out = options["out"] = options["out"] or memory_name(files)
     partial = out.parent / f"{out.name}.partial"  # "." has no name
     _check_out(out, partial, options["append"])
-    text = read_documents(files, has_prompt=False)
+    text = read_typed(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
     for file in (out, partial):
@@ -76,7 +75,7 @@ def digest(**options: Any) -> None:
             left.unlink(missing_ok=True)
     warn_slow()
     session = _begun(out, options)
-    name = ", ".join("standard input" if file == "-" else file for file in files or ["-"])
+    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
     if before := session.last_read(name):
         say(f"note: {before['name']} was read before, {day(before['read'])}; it is read again")
     session, done = _read(session, text, partial, options)

@@ -10,7 +10,6 @@ import click
 
 from ..errors import AHNError, show
 from ..reading.sampling import Sampling
-from ..reading.text import read_documents
 from .command import Command
 from .options import (
     check_numbers,
@@ -27,8 +26,8 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .terminal import progress_bar, say, warn_slow
-from .words import files_and_question, looks_like_file
+from .terminal import printable, progress_bar, say, warn_slow
+from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -65,7 +64,7 @@ def generate(words: tuple[str, ...], **options: Any) -> None:
     check_numbers(options)
     files, question = _typed(words, options)
     from_pipe = options["prompt"] == "-"  # then there is no document in it
-    document = read_documents(files, question is not None) if files or not from_pipe else ""
+    document = read_typed(files, question is not None) if files or not from_pipe else ""
     if not (document.strip() or question):
         raise AHNError("the prompt is empty; give a document or a question")
     # MLX and transformers take a second to import: after the checks.
@@ -118,7 +117,7 @@ def _typed(words: tuple[str, ...], options: dict[str, Any]) -> tuple[list[str], 
         if question == "-":
             if "-" in files:
                 raise AHNError("standard input is the document or the question, not both")
-            question = read_documents(["-"], has_prompt=True).strip("\n")
+            question = read_typed(["-"], has_prompt=True).strip("\n")
         if not question.strip():
             raise AHNError("the question is empty; give one, or leave it out")
     if files.count("-") > 1:
@@ -156,4 +155,4 @@ def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text), end="", flush=True)

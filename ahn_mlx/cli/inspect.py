@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 
 from ..outputs.files import OutFile
-from ..reading.text import read_documents
 from .ask import load_session
 from .command import Command, Word
 from .options import (
@@ -17,6 +16,7 @@ from .options import (
     text_option,
 )
 from .terminal import say
+from .words import read_typed
 
 
 @click.command(cls=Command)
@@ -47,7 +47,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     reads = (file, model, *([Path(text)] if text else []))
     target = OutFile(out, "a page of inspect", is_page, reads, force, (".html", ".htm"))
     target.check()
-    quoted = None if text is None else read_documents([text], has_prompt=False)
+    quoted = None if text is None else read_typed([text], has_prompt=False)
     session = load_session(file, name)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:

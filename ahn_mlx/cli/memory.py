@@ -9,6 +9,7 @@ import click
 
 from ..errors import AHNError
 from .command import Group
+from .options import json_option
 from .terminal import day, in_bytes
 
 
@@ -24,7 +25,7 @@ def memory() -> None:
 
 @memory.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def info(file: Path, as_json: bool) -> None:
     """Print what was read, by which model, and the sizes of what is kept."""
     about = describe(file)

@@ -13,8 +13,8 @@ from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
 from ..platform import enough_memory
 from ..reading.sampling import Sampling, complaint
-from .command import spelling
-from .terminal import hush, waiting
+from .command import QUIET, spelling
+from .terminal import waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -94,7 +94,7 @@ quiet_option = click.option(
     "--quiet",
     is_flag=True,
     expose_value=False,
-    callback=lambda ctx, param, value: hush(ctx) if value else None,
+    callback=lambda ctx, param, value: ctx.meta.update({QUIET: value}),
     help="Nothing on stderr but errors.",
 )
 
@@ -219,9 +219,9 @@ def _option(name: str) -> str:
 
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of the loading options."""
-    from ..hub import zoo
-
     with waiting(f"loading {options['name']}"):
+        from ..hub import zoo
+
         return zoo.load(
             options["name"],
             window=options["window"],

@@ -1,28 +1,38 @@
 """What someone who waits at a terminal sees, and how they stop it."""
 
-import io
+import os
+import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
+from threading import Thread, Timer
 from typing import Any
 
-import click
 from tqdm import tqdm
 
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
 
+# What moves a cursor, rings or changes colours: C0 but line feed and tab, DEL, C1.
+_CONTROLS = {n: None for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+
+# Seconds until a wait is mentioned, and until a step that goes on is left.
+MENTION, LEAVE = 0.3, 1.0
+
+
+class Left(KeyboardInterrupt):
+    """Ctrl-C was pressed again, or the terminal is gone: the program ends."""
+
+
+def printable(text: str) -> str:
+    """The text without control characters: what a model or a file says is shown, and does
+    nothing to the terminal."""
+    return text.translate(_CONTROLS)
+
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def hush(ctx: click.Context) -> None:
-    """Until the command ends nothing goes to stderr: notes, bars, and those of libraries. What
-    ends it is an error, and said after that."""
-    ctx.with_resource(redirect_stderr(io.StringIO()))
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def warn_slow() -> None:
@@ -47,9 +57,9 @@ def day(seconds: int) -> str:
 
 
 @contextmanager
-def waiting(line: str) -> Iterator[None]:
-    """Say what is done, on a terminal, if that takes more than a second."""
-    timer = threading.Timer(1.0, say, [line])
+def waiting(what: str) -> Iterator[None]:
+    """A line on a terminal that says what is waited for, if it takes more than a second."""
+    timer = Timer(1, say, [what])
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
@@ -75,26 +85,69 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:
 
 @contextmanager
 def stop_between_steps() -> Iterator[Any]:
-    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed or the terminal
-    closed, at a moment when it breaks nothing. A second Ctrl-C does not wait."""
-    pressed = False
+    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed, or Left if the
+    terminal closed, at a moment when it breaks nothing. A second Ctrl-C does not wait: it
+    raises Left, and if the step does not return to Python, the program ends with code 130."""
+    pressed: list[int] = []
 
-    def note(*_: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
+    def note(number: int, *_: Any) -> None:
+        pressed.append(number)
+        # A shell and the system may both say that the terminal has closed.
+        if number == signal.SIGINT and pressed.count(number) > 1:
+            raise Left
 
     def check() -> None:
         if pressed:
-            raise KeyboardInterrupt
+            raise Left if signal.SIGHUP in pressed else KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     heard = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup
     for number in heard:
         signal.signal(number, note)
     try:
-        yield check
+        with _answering_at_once() if signal.SIGINT in heard else _nothing():
+            yield check
     finally:
         for number, handler in heard.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _answering_at_once() -> Iterator[None]:
+    """A thread that hears Ctrl-C while the main thread is in a step: Python's own handlers
+    wait until it returns."""
+    end, begin = os.pipe()
+    os.set_blocking(begin, False)
+    before = signal.set_wakeup_fd(begin, warn_on_full_buffer=False)
+    watcher = Thread(target=_watch, args=(end,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(begin)
+        watcher.join()
+        os.close(end)
+
+
+def _watch(end: int) -> None:
+    interrupts, patience = 0, None
+    while True:
+        if select.select([end], [], [], patience)[0]:
+            signals = os.read(end, 64)
+            if not signals:
+                return
+            interrupts += signals.count(signal.SIGINT)
+            patience = {0: None, 1: MENTION}.get(interrupts, LEAVE)
+        elif interrupts == 1:
+            patience = None
+            if sys.stderr.isatty():
+                line = "\nstopping after this step; Ctrl-C again leaves at once"
+                tqdm.write(line, file=sys.stderr)
+        else:
+            os._exit(130)

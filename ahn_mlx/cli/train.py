@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
@@ -119,6 +118,8 @@ def train(**options: Any) -> None:
 
     output.check_out(out, options)
     if options["ahn"]:
+        from ..checkpoints.baseconfig import read_config
+
         config = AHNConfig.from_dict(read_config(options["ahn"]))
         options |= {"memory": config.memory, "query_projection": config.query_projection}
     model, tokenizer, base = output.load_base(options)

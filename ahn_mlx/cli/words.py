@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AHNError, show
-from ..reading.text import typed_path
+from ..reading.text import read_documents, typed_path
+from .terminal import progress_bar
 
 # Endings that a question does not have by itself.
 ENDINGS = "ahn|csv|docx?|epub|html?|json|jsonl|log|md|odt|pdf|rst|rtf|tex|txt|xml"
@@ -65,6 +66,17 @@ def memory_and_question(words: Sequence[str]) -> tuple[Path | None, str | None]:
     if len(files) > 1:
         raise AHNError(f"{show(files[0])} and {show(files[1])}: one memory file at a time")
     return (Path(typed_path(files[0])) if files else None), question
+
+
+def read_typed(files: Sequence[str], has_prompt: bool) -> str:
+    """The text of documents, as read_documents has it, with a bar for those of many pages."""
+    with progress_bar(0, "opening", "pages") as bar:
+
+        def progress(read: int, total: int) -> None:
+            bar.total = total
+            bar.update(read - bar.n)
+
+        return read_documents(files, has_prompt, progress)
 
 
 def memory_name(files: Sequence[str]) -> Path:

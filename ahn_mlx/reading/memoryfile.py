@@ -33,6 +33,10 @@ HEADER = 1 << 20  # bytes of it that tell what a file is
 MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 
 
+class OtherModel(AHNError):
+    """A memory that may be sound, but is not of the model that was to go on with it."""
+
+
 def model_identity(model: nn.Module) -> dict[str, str]:
     """Hashes of the settings, of names, shapes and dtypes of all weights, and of the values
     of the small ones, which differ between trainings."""
@@ -247,19 +251,19 @@ def _named(
 def _check_fits(
     file: Path, facts: Mapping[str, Any], model: nn.Module, tokenizer: TokenizerWrapper
 ) -> None:
-    """Raise AHNError, saying what differs, unless the memory is of this very model."""
+    """Raise OtherModel, saying what differs, unless the memory is of this very model."""
     ours = model_identity(model)
     theirs = facts["model"]
     name = show(theirs["name"])
     for part, value in ours.items():
         if theirs.get(part) != value:
-            raise AHNError(f"{file}: of another model, {name} ({part} differ); use that model")
+            raise OtherModel(f"{file}: of another model, {name} ({part} differ); use that model")
     if facts["tokenizer"] != tokenizer_identity(tokenizer):
-        raise AHNError(f"{file}: of another tokenizer; use {name} as it was")
+        raise OtherModel(f"{file}: of another tokenizer; use {name} as it was")
     for part in ("window", "sinks"):
         if facts[part] != getattr(model.ahn, part):
             here = getattr(model.ahn, part)
-            raise AHNError(f"{file}: has {part} {facts[part]}, not {here}; drop --{part}")
+            raise OtherModel(f"{file}: has {part} {facts[part]}, not {here}; drop --{part}")
 
 
 def _checksum(text: str, arrays: Mapping[str, mx.array]) -> str:

@@ -104,7 +104,9 @@ class Template:
     def _first_turn(self) -> None:
         text = self._first_text()
         if self.system and SYSTEM not in text:
-            raise AHNError("the chat template has no place for a --system-prompt; drop it")
+            raise AHNError(
+                "the chat template has no place for a system message; drop --system-prompt"
+            )
         whole = self._render(self.system, PROBE)
         if self._render(self.system, PROBE) != whole:
             raise TemplateError("the chat template says something else each time")

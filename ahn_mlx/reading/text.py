@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ..errors import AHNError, show
 from .documents import parts
@@ -255,19 +255,33 @@ def typed_line(line: str) -> str:
 
 def typed_path(typed: str) -> str:
     """A path as a shell would take it: quoted, with escaped spaces, or from the home
-    directory; or a file:// URL. One that is there as it was typed is taken so."""
-    if os.path.exists(typed):
-        return typed
+    directory; or the URL of a file. One that is there as it was typed is taken so."""
+    words = _words(typed)
+    plain = re.sub(r"\\(.)", r"\1", typed)
+    ways = [_path(way) for way in (typed, *(words if len(words) == 1 else ()), plain)]
+    return next((way for way in ways if os.path.exists(way)), ways[1])
+
+
+def typed_paths(typed: str) -> list[str]:
+    """As typed_path, of several with spaces between them, of which one at least is there."""
+    words = [_path(word) for word in _words(typed)]
+    whole = typed_path(typed)
+    several = len(words) > 1 and not os.path.exists(whole) and any(map(os.path.exists, words))
+    return words if several else [whole]
+
+
+def _words(typed: str) -> list[str]:
+    """As a shell would split them; none if it could not."""
     try:
-        words = shlex.split(typed)
+        return shlex.split(typed)
     except ValueError:  # an apostrophe
-        words = []
-    path = words[0] if len(words) == 1 else typed
-    if path.startswith("file://"):
-        url = urlsplit(path)
-        if url.netloc in ("", "localhost"):
-            return unquote(url.path)
-    return os.path.expanduser(path)
+        return []
+
+
+def _path(word: str) -> str:
+    if word.lower().startswith("file://"):
+        word = "/" + unquote(word[7:].partition("/")[2])  # after the host
+    return word if os.path.exists(word) else os.path.expanduser(word)
 
 
 def one_line(text: str) -> str:

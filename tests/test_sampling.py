@@ -1,0 +1,151 @@
+"""How an answer is drawn and where it ends: what is refused, and stop texts in any pieces."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import talking_model
+
+import ahn_mlx
+from ahn_mlx import AHNError, Session
+from ahn_mlx.reading.generate import Run
+from ahn_mlx.reading.sampling import Cutter, Sampling
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_tokens", [0, -1, 1.5, "8", None, True]),
+        ("temp", [-0.1, INF, NAN, 1e-9, 1e31, 10**400, "hot", None, True, [1]]),
+        ("top_p", [0, -1, 1.01, NAN, "1"]),
+        ("top_k", [-1, 2.0, NAN, "3", False]),
+        ("min_p", [-0.1, 1.1, NAN, INF]),
+        ("repetition_penalty", [0, -1, NAN, INF, "1.1"]),
+        ("repetition_context_size", [0, -5, 2.5]),
+        ("seed", [-1, 2**64, 1.0, "1"]),
+        ("stop", ["", [""], ("a", ""), [1], 5, None, {"a"}]),
+    ],
+)
+def test_what_no_answer_can_be_drawn_with_is_refused(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(AHNError, match=rf"^{name} must be .+, not ") as error:
+            Sampling(**{name: value})
+        assert "\n" not in str(error.value)
+
+
+def test_what_answers_are_drawn_with_is_taken() -> None:
+    Sampling(temp=1, top_p=1, top_k=10**9, min_p=1, repetition_penalty=1.3, seed=2**64 - 1)
+    assert Sampling(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+# --- stop texts ---
+
+
+def cut(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
+    cutter = Cutter(stops)
+    given = [cutter.add(piece) for piece in pieces]
+    return [*given, cutter.rest()], cutter.found
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "kept"),
+    [
+        ("One. Two.", ["."], "One"),
+        ("One. Two.", ["Two"], "One. "),
+        ("One. Two.", ["Three", "T", "."], "One"),
+        ("abcabd.", ["abd"], "abc"),  # its beginning comes twice
+        ("aaab", ["aab"], "a"),
+        ("xabcd", ["abcd", "bc"], "xa"),  # bc is complete first
+        ("xab", ["b", "ab"], "x"),  # both at once
+        ("stop", ["stop"], ""),
+        ("no such", ["stop"], "no such"),
+        ("one \N{GRINNING FACE} two", ["\N{GRINNING FACE}"], "one "),
+        ("unfinished st", ["stop"], "unfinished st"),
+        ("anything", [], "anything"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_text_wherever_its_pieces_end(
+    text: str, stops: list[str], kept: str
+) -> None:
+    draw = random.Random(text)
+    splits = [[text], list(text)]
+    for _ in range(20):
+        at = sorted(draw.choices(range(len(text) + 1), k=3))
+        splits.append([text[a:b] for a, b in zip([0, *at], [*at, len(text)], strict=True)])
+    for pieces in splits:
+        given, found = cut(pieces, *stops)
+        assert ("".join(given), found) == (kept, any(s in text for s in stops)), pieces
+
+
+def test_what_may_be_a_stop_text_waits_and_the_rest_does_not() -> None:
+    assert cut(["ab", "st", "x", "sto", "p", "more"], "stop")[0] == [
+        "ab",
+        "",
+        "stx",
+        "",
+        "",
+        "",
+        "",
+    ]
+
+
+# --- in an answer ---
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    path: Path = talking_model("qwen2-gdn", tmp_path_factory.mktemp("speaking"))
+    return ahn_mlx.load(path)
+
+
+def answered(speaking: tuple[Any, Any], **sampling: Any) -> tuple[str, str, int]:
+    """Text, why it ended, and how many pieces, of a session and of a run alike."""
+    session = Session(*speaking)
+    pieces = list(session.ask("Why?", **sampling))
+    prompt = Session(*speaking)._question("Why?")
+    run = Run(*speaking, prompt, Sampling(**sampling))
+    assert list(run) == pieces
+    assert run.finish_reason == session.finish_reason
+    assert run.facts()["generation_tokens"] == len(pieces)
+    return "".join(pieces), session.finish_reason, len(pieces)
+
+
+def test_a_stop_text_ends_the_answer_of_a_model(speaking: tuple[Any, Any]) -> None:
+    whole, reason, count = answered(speaking, max_tokens=24)
+    assert reason == "length" and count == 24
+    stop = whole[len(whole) // 2 :][:3]
+    text, reason, fewer = answered(speaking, max_tokens=24, stop=(stop,))
+    assert text == whole[: whole.index(stop)]
+    assert reason == "stop" and fewer < count
+
+
+def test_a_conversation_goes_on_after_a_stop_text(speaking: tuple[Any, Any]) -> None:
+    session = Session(*speaking)
+    whole = "".join(session.fork().ask("Why?", max_tokens=12))
+    list(session.ask("Why?", max_tokens=12, stop=(whole[4:6],)))
+    assert session.turn == "cut"
+    assert list(session.ask("And?", max_tokens=2))
+
+
+def test_settings_reach_the_sampler(speaking: tuple[Any, Any]) -> None:
+    greedy = answered(speaking, max_tokens=16)[0]
+    hot = {"max_tokens": 16, "temp": 5.0}
+    drawn = answered(speaking, **hot, seed=7)[0]
+    assert drawn == answered(speaking, **hot, seed=7)[0] != greedy
+    assert drawn != answered(speaking, **hot, seed=8)[0]
+    # Each of these leaves nothing but the likeliest token.
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}):
+        assert answered(speaking, **hot, **narrow, seed=7)[0] == greedy
+    assert answered(speaking, **hot, top_k=10**6, seed=7)[0] == drawn  # more than there are
+    assert answered(speaking, max_tokens=16, repetition_penalty=5.0)[0] != greedy
+
+
+def test_a_session_refuses_what_sampling_refuses(speaking: tuple[Any, Any]) -> None:
+    session = Session(*speaking)
+    with pytest.raises(AHNError, match="temp must be"):
+        next(session.ask("Why?", temp=INF))
+    assert list(session.ask("Why?", max_tokens=1))
