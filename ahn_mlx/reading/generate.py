@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..platform import default_dtype
+from .penalty import note, nothing_seen
 from .sampling import Cutter, Sampling
 from .template import Template
 from .tokens import Encoder, check_ids
@@ -82,7 +83,7 @@ class Run:
     def __iter__(self) -> Iterator[str]:
         mx.reset_peak_memory()
         start = time.perf_counter()
-        cutter = Cutter(self.sampling.stop)
+        cutter, vocabulary = Cutter(self.sampling.stop), self.model.args.vocab_size
         self._times = [start, start, start]  # start, prompt read, last token
         for response in stream_generate(
             self.model,
@@ -91,7 +92,7 @@ class Run:
             prompt_cache=self.cache,
             prefill_step_size=self.step or prefill_step(),
             prompt_progress_callback=self._count,
-            **self.sampling.begin(self.model.args.vocab_size),
+            **self.sampling.begin(vocabulary, note(nothing_seen(vocabulary), self.prompt)),
         ):
             self.generated = response.generation_tokens
             self.finish_reason = response.finish_reason or ""
