@@ -128,9 +128,9 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
                 f"--private has no effect on {repo}: it is there already; see its settings on"
                 " its page, and drop --private"
             ) from None
-        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e, None)}") from None
     except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e, None)}") from None
     return str(page)
 
 
@@ -227,7 +227,7 @@ def config_dir(repo: str) -> Path:
     try:
         return Path(hf_hub_download(repo, "config.json")).parent
     except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {_explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e, None)}") from None
 
 
 def download(repo: str, revision: str | None = None) -> Path:
@@ -238,12 +238,12 @@ def download(repo: str, revision: str | None = None) -> Path:
         if not any(path.glob("*.safetensors")):
             path = Path(snapshot_download(repo, allow_patterns=FILES + PICKLES, **options))
     except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {_explain(e, revision)}") from None
+        raise AHNError(f"{repo}: {explain(e, revision)}") from None
     _verify(repo, path)
     return path
 
 
-def _explain(error: Exception, revision: str | None) -> str:
+def explain(error: Exception, revision: str | None) -> str:
     """What a user can do about a failed download."""
     match error:
         case errors.GatedRepoError():

@@ -72,6 +72,7 @@ class Run:
     read: int = field(default=0, init=False)
     generated: int = field(default=0, init=False)
     finish_reason: str = field(default="", init=False)
+    said: list[int] = field(default_factory=list, init=False)  # ids, the end's included
     _times: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ class Run:
             **self.sampling.begin(vocabulary, note(nothing_seen(vocabulary), self.prompt)),
         ):
             self.generated = response.generation_tokens
+            self.said.append(response.token)
             self.finish_reason = response.finish_reason or ""
             self._times[2] = time.perf_counter()
             yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
