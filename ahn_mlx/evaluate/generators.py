@@ -16,7 +16,7 @@ from ..errors import AHNError
 T = TypeVar("T")
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return text.split()
 
 
@@ -24,17 +24,17 @@ NOISE = [
     *("The road is long.", "The day is warm.", "A bird sings in the hedge."),
     *("Nobody is in a hurry.", "We walk on."),
 ]
-ADJECTIVES = _words("""
+ADJECTIVES = words("""
     amber bitter broad calm copper crooked distant early faded gentle hollow iron
     jagged late lonely marble narrow olive patient quiet rusty silver tidy woven
 """)
-NOUNS = _words("""
+NOUNS = words("""
     anchor basket candle drum engine feather garden hammer island jacket kettle ladder
     mirror needle orchard pillow quarry ribbon saddle tunnel umbrella violin window yard
 """)
-PERSONS = _words("Anna Boris Carla David Edith Frank Greta Henry")
-PLACES = _words("attic bakery cellar garden harbour kitchen library market stable tower")
-THINGS = _words("coin lantern map rope spoon")
+PERSONS = words("Anna Boris Carla David Edith Frank Greta Henry")
+PLACES = words("attic bakery cellar garden harbour kitchen library market stable tower")
+THINGS = words("coin lantern map rope spoon")
 
 # The numbers that each task takes, with what they are if none is said.
 TASKS: dict[str, dict[str, int]] = {
@@ -147,14 +147,14 @@ def make_item(
     story = _STORIES[task](draws, depth, **{**TASKS[task], **numbers})
 
     def document(n: int) -> tuple[str, list[int]]:
-        return _document([haystack[(start + s) % len(haystack)] for s in range(n)], story)
+        return weave([haystack[(start + s) % len(haystack)] for s in range(n)], story)
 
     after = f"\n\n{story.question}\n{story.prefix}"
 
     def fits(n: int) -> bool:
         return count(document(n)[0] + after) + story.gen <= length
 
-    n = _largest(fits)
+    n = largest(fits)
     if n == 0 and not fits(0):
         need = count(document(0)[0] + after) + story.gen
         raise AHNError(f"{task}: its facts need {need:,} tokens, --length is {length:,}")
@@ -173,7 +173,7 @@ def make_item(
     )
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
+def largest(fits: Callable[[int], bool]) -> int:
     """The largest number that fits, by doubling and halving; 0 if none does."""
     low, high = 0, 1
     while fits(high):
@@ -184,7 +184,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _document(sentences: list[str], story: Story) -> tuple[str, list[int]]:
+def weave(sentences: list[str], story: Story) -> tuple[str, list[int]]:
     """Facts among sentences, and where each asked fact ends."""
     n = len(sentences)
     slots = [min(n, int(place * n)) for _, place in story.facts]
