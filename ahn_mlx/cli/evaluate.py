@@ -3,6 +3,7 @@
 import click
 
 from .command import Group
+from .harness import lm_eval
 from .suites import infinitebench, longbench, lveval, score
 from .synthetic import SYNTHETIC, recall
 
@@ -18,5 +19,5 @@ def evaluate() -> None:
     """
 
 
-for command in (recall, *SYNTHETIC, longbench, infinitebench, lveval, score):
+for command in (recall, *SYNTHETIC, longbench, infinitebench, lveval, score, lm_eval):
     evaluate.add_command(command)
