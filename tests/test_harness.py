@@ -20,7 +20,9 @@ TEXT = "It was the best of times, it was the worst of times." * 2
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory) -> AHNLM:
     path = talking_model("qwen2-gdn", tmp_path_factory.mktemp("model"))
-    return AHNLM(load_model(path, dtype="float32")[0], load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    tokenizer._tokenizer.eos_token = "!"  # one of the model's 256
+    return AHNLM(load_model(path, dtype="float32")[0], tokenizer)
 
 
 def requests(*args: tuple) -> list:
@@ -47,15 +49,16 @@ def test_choices_are_scored_after_their_context(lm) -> None:
 
 
 def test_what_is_likeliest_is_said_to_be(lm) -> None:
-    letters = [chr(i) for i in range(33, 127)]
-    found = dict(
-        zip(letters, lm.loglikelihood(requests(*((TEXT, x) for x in letters))), strict=True)
-    )
-    ids = mx.array([lm.tokenizer.encode(TEXT)])
-    likeliest = lm.model(ids, cache=lm.model.make_cache())[0, -1].argmax().item()
-    assert [x for x in letters if found[x][1]] == [
-        x for x in letters if lm.tokenizer.encode(x) == [likeliest]
-    ]
+    for n in range(len(TEXT), 10, -1):
+        context = TEXT[:n].rstrip()
+        ids = mx.array([lm.tokenizer.encode(context)])
+        likeliest = lm.model(ids, cache=lm.model.make_cache())[0, -1].argmax().item()
+        letter = lm.tokenizer.decode([likeliest])
+        if letter.isascii() and letter.isprintable() and lm.tokenizer.encode(letter):
+            found = lm.loglikelihood(requests((context, letter), (context, letter + "@")))
+            assert found[0][1] and found[0][0] > found[1][0]
+            return
+    raise AssertionError("no context is followed by a letter")
 
 
 def test_white_space_between_belongs_to_what_follows(lm) -> None:
@@ -83,8 +86,7 @@ def test_a_shared_context_is_read_once(lm) -> None:
 
 def test_all_of_a_text_is_scored(lm) -> None:
     (found,) = lm.loglikelihood_rolling(requests((TEXT,)))
-    end = lm.tokenizer.eos_token_id
-    ids = [end, *lm.tokenizer.encode(TEXT)]
+    ids = [lm.tokenizer.encode("!")[0], *lm.tokenizer.encode(TEXT)]
     logits = lm.model(mx.array([ids]), cache=lm.model.make_cache())[0].astype(mx.float32)
     log = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     assert abs(found - log[np.arange(len(ids) - 1), ids[1:]].sum()) < 0.05

@@ -20,7 +20,7 @@ from ..hub.zoo import load
 from ..reading.generate import Run
 from ..reading.sampling import Sampling
 from ..reading.session import Session
-from ..reading.tokens import Encoder
+from ..reading.tokens import Encoder, check_ids
 from .mixers import mixing
 
 NAME = "ahn-mlx"  # of --model
@@ -136,6 +136,7 @@ class AHNLM(LM):
 
     def _scores(self, session: Session, ids: Sequence[int]) -> Iterator[tuple[float, bool]]:
         """Of each id but the first: its log-probability, and whether it is the likeliest."""
+        check_ids(list(ids), self.model)
         for a in range(0, len(ids) - 1, session.step):
             b = min(a + session.step, len(ids) - 1)
             logits = self.model(mx.array([list(ids[a:b])]), cache=session.caches)[0].astype(
