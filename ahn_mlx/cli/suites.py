@@ -18,6 +18,7 @@ from .options import (
     load_model,
     loading_options,
     needs_memory,
+    quiet_option,
 )
 from .terminal import progress_bar, say, stop_between_steps, warn_slow
 
@@ -53,6 +54,7 @@ _SUITE = (
     _path("--prompts", "Directory with the prompts' file. Default: downloaded."),
     _path("--out", "Directory of the predictions; a run goes on there.", required=True),
     json_option,
+    quiet_option,
     needs_memory,
 )
 

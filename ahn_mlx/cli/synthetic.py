@@ -22,6 +22,7 @@ from .options import (
     loading_options,
     needs_memory,
     no_effect,
+    quiet_option,
     text_option,
 )
 from .terminal import progress_bar, warn_slow
@@ -42,6 +43,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
                 "-o", "--out", "plot", type=click.Path(path_type=Path), help="Write a picture too."
             ),
             force_option,
+            quiet_option,
             needs_memory,
         )
     ):
