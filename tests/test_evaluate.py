@@ -17,7 +17,10 @@ from checkpoints import REPO, edit_config, talking_model
 from click.testing import CliRunner, Result
 from standin import StandIn
 
+from ahn_mlx import load
 from ahn_mlx.cli import cli
+from ahn_mlx.evaluate.run import SuiteRun
+from ahn_mlx.evaluate.suites import suite_of
 
 SUITES = ("longbench", "infinitebench", "lveval")
 USUAL = {"longbench": suites.LONGBENCH, "infinitebench": suites.INFINITEBENCH}
@@ -196,6 +199,16 @@ DAMAGED = {
         ),
         "record 0 of hotpotqa has no 'answers'",
     ),
+    "answers that are a text": (
+        lambda data: suites.zipped(
+            **{
+                "hotpotqa.jsonl": suites.jsonl(
+                    [{**suites.longbench_record("hotpotqa", 0), "answers": "mill"}]
+                )
+            }
+        ),
+        "record 0 of hotpotqa answers must be a list",
+    ),
     "no JSON": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"{\n"}), "is no JSON"),
     "a list": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"[1]\n"}), "is no object"),
     "no records": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"\n"}), "has no records"),
@@ -302,8 +315,48 @@ def test_predictions_that_are_none_are_named(tmp_path, files, message) -> None:
     refused(score(predictions(tmp_path / "a", **files)), message)
 
 
+@pytest.mark.parametrize(
+    "run",
+    ["{", "[]", '{"facts": "3b"}', '{"data": {}, "deviations": [], "mixer": 5}'],
+)
+def test_a_run_that_is_none_is_named(tmp_path, run) -> None:
+    directory = predictions(tmp_path / "a", hotpotqa=[{**QA, "pred": "x"}])
+    (directory / "run.json").write_text(run)
+    refused(score(directory), "run.json: ")
+
+
 def test_no_predictions_at_all_are_named(tmp_path) -> None:
     refused(score(tmp_path / "none"), "no such directory")
     directory = predictions(tmp_path / "a", hotpotqa=[])
     (directory / "hotpotqa.jsonl").write_text("[]\n")
     refused(score(directory), "line 1 is no JSON object")
+
+
+def test_ctrl_c_ends_a_run_within_an_item_and_keeps_the_others(place, tmp_path) -> None:
+    model, tokenizer = load(place / "model")
+    suite = suite_of("longbench", "ahn", "")
+    shape = {"out": tmp_path / "out", "data": place / "longbench", "prompts": place / "prompts"}
+    run = SuiteRun(suite, model, tokenizer, suite.chosen(("hotpotqa",)), **shape)
+    calls: list[int] = []
+
+    def pressed(task: str, n: int) -> None:
+        calls.append(n)
+        if calls.count(1) and n == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.ask(pressed)
+    assert len(lines(tmp_path / "out")["hotpotqa.jsonl"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_default_model_is_asked(place, tmp_path, suite) -> None:
+    words = arguments(place, suite, tmp_path / "out", "--limit", "1")
+    words[words.index("--model") + 1] = "ahn-gdn-smollm2-135m"
+    few = {"longbench": "triviaqa", "infinitebench": "longbook_qa_eng", "lveval": "factrecall_en"}
+    result = CliRunner().invoke(cli, [*words, "--tasks", few[suite]])
+    assert result.exit_code == 0, result.exception
+    (task,) = lines(tmp_path / "out").values()
+    assert len(task) == 1 and task[0]["pred"].strip()
+    assert "is not one of the paper's models" in result.output

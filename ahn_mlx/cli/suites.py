@@ -20,7 +20,7 @@ from .options import (
     needs_memory,
     quiet_option,
 )
-from .terminal import progress_bar, say, stop_between_steps, warn_slow
+from .terminal import progress_bar, say, stop_between_steps, waiting, warn_slow
 
 LENGTHS = ("16k", "32k", "64k", "128k", "256k")
 PAPER_WINDOWS = {"longbench": (8064, 128)}  # of the others the model has the paper's
@@ -122,15 +122,12 @@ def _ask_suite(name: str, options: dict[str, Any]) -> None:
     model, tokenizer = load_model(options)
     from ..evaluate.run import SuiteRun
 
-    run = SuiteRun(
-        suite,
-        model,
-        tokenizer,
-        tasks,
-        length=options.get("length", ""),
-        **{key: options[key] for key in ("out", "protocol", "mixer", "limit", "data", "prompts")},
-    )
-    cost = run.cost()
+    given = ("out", "protocol", "mixer", "limit", "data", "prompts")
+    settings = {key: options[key] for key in given}
+    length = options.get("length", "")
+    with waiting("reading the records"):
+        run = SuiteRun(suite, model, tokenizer, tasks, length=length, **settings)
+        cost = run.cost()
     if cost.items:
         agree(cost, "of this model here")
         with (

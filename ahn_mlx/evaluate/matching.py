@@ -37,12 +37,13 @@ def qa_chn(prediction: str, label: Sequence[str]) -> float:
     return max((token_f1(said, normalize_zh(answer)) for answer in label), default=0.0)
 
 
-def sum_eng(prediction: str, label: str) -> float:
+def sum_eng(prediction: str, label: Label) -> float:
     """rouge-score's rougeLsum, whose sentences end at line feeds. Raises AHNError without it."""
     needs("rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
-    return float(RougeScorer(["rougeLsum"]).score(label, prediction)["rougeLsum"].fmeasure)
+    labels = label if isinstance(label, list) else [label]
+    return float(RougeScorer(["rougeLsum"]).score_multi(labels, prediction)["rougeLsum"].fmeasure)
 
 
 def passkey(prediction: str, label: Label) -> float:

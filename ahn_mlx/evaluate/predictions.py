@@ -3,7 +3,7 @@ a run loses nothing but the item it was at. run.json says what the run is."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,24 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise AHNError(f"{file}: cannot be read ({show(str(e))}); choose another --out") from None
-    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
+    if not isinstance(found, dict) or not all(fits(found.get(k)) for k, fits in _FACTS.items()):
         raise AHNError(f"{file}: is no run of ahn-mlx eval; choose another --out")
     return found
+
+
+def _are_facts(value: Any) -> bool:
+    """Of the model: which of the paper's it is like."""
+    known = isinstance(value, dict) and isinstance(value.get("memory"), str)
+    return known and value.get("size") in (None, "3b", "7b", "14b")
+
+
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    "data": lambda value: isinstance(value, dict),
+    "deviations": lambda value: isinstance(value, list),
+    "facts": _are_facts,
+    "mixer": ("memory", "window", "full").__contains__,
+    "protocol": ("ahn", "published").__contains__,
+}
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, Line]]:

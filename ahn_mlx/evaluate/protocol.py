@@ -1,8 +1,8 @@
 """How the paper's authors put a question and take an answer: what is cut from a prompt that is
 too long, what is a message, the penalty of the checkpoint, greedy."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -68,7 +68,7 @@ class Asker:
         half = self.limit // 2
         return self._decode(ids[:half]) + self._decode(ids[len(ids) - half :])
 
-    def answer(self, prompt: list[int], max_new: int, progress: Any = None) -> str:
+    def answer(self, prompt: list[int], max_new: int, progress: Callable[[int], None]) -> str:
         """Greedy. progress: called with the tokens read so far."""
         sampling = Sampling(
             max_tokens=max_new,
@@ -76,8 +76,7 @@ class Asker:
             repetition_context_size=0,
         )
         run = Run(self.model, self.tokenizer, prompt, sampling)
-        if progress is not None:
-            run.progress = lambda read, size: progress(read)
+        run.progress = lambda read, size: progress(read)
         for _ in run:
             pass
         ends = self.tokenizer.eos_token_ids

@@ -24,7 +24,7 @@ from .prompts import fill, read_prompts
 from .protocol import Asker, checkpoint_penalty
 from .records import count_records, digest, read_records, spaced
 from .results import model_facts, score_directory
-from .suites import Suite, Task, line_of
+from .suites import Suite, Task, line_of, score_line
 
 SAMPLE = 20_000  # characters that tell how long tokens are
 
@@ -195,10 +195,11 @@ class SuiteRun:
         for number, record in read_records(left.file, left.task.member, set(left.items)):
             try:
                 text = fill(template, record)
-                line_of(self.suite.name, self.protocol, left.task.name, record, "")
+                of = self.suite.name, self.protocol, left.task.name
+                score_line(*of, line_of(*of, record, ""))  # not only after days
             except KeyError as e:
                 raise self._bad(left, number, f"has no {show(e.args[0])}") from None
-            except (AHNError, ValueError, TypeError, IndexError) as e:
+            except (AHNError, AttributeError, IndexError, TypeError, ValueError) as e:
                 raise self._bad(left, number, str(e)) from None
             yield number, text
 
@@ -217,8 +218,8 @@ class SuiteRun:
         return step / seconds
 
     def ask(self, progress: Callable[[str, int], None] = lambda task, n: None) -> None:
-        """Ask what is left. progress: called with a task and items that were asked; what it
-        raises ends the run between items."""
+        """Ask what is left. progress: called with a task and items that were asked, and
+        while one is read with 0; what it raises ends the run, and loses the item it is at."""
         with self.predictions.working(), mixing(self.model, self.mixer):
             for left in self.left:
                 self._ask_task(left, progress)
@@ -229,7 +230,7 @@ class SuiteRun:
         with self.predictions.appending(task.out) as append:
             for number, record in read_records(left.file, task.member, set(left.items)):
                 prompt = self.asker.prompt(fill(template, record), new, task.chat)
-                pred = self.asker.answer(prompt, new)
+                pred = self.asker.answer(prompt, new, lambda read: progress(task.name, 0))
                 line = line_of(self.suite.name, self.protocol, task.name, record, pred)
                 append({**line, "item": number, "run": self.mark})
                 progress(task.name, 1)

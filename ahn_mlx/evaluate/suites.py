@@ -219,9 +219,12 @@ _INFINITEBENCH: dict[str, Callable[[str, Any], float]] = {
 
 def score_line(suite: str, protocol: str, task: str, line: Record) -> float:
     """Raises KeyError, TypeError or AttributeError for a line that is none."""
+    own = suite == "infinitebench" and protocol == "published"
+    if not own and not isinstance(line["answers"], list):
+        raise TypeError("answers must be a list")
     if suite == "lveval":
         return lveval_item(task, line["pred"], line["answers"], line["gold_ans"])
-    if suite == "infinitebench" and protocol == "published":
+    if own:
         return _INFINITEBENCH[task](line["prediction"], line["ground_truth"])
     name = f"infinitebench_{task}" if suite == "infinitebench" else task
     item = ahn_item if protocol == "ahn" else longbench_item
