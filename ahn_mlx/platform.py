@@ -9,6 +9,8 @@ import ctypes
 import importlib.util
 import os
 import re
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,8 +24,23 @@ from .errors import AHNError
 if TYPE_CHECKING:
     import mlx.core as mx
 
+
+def pip_install(*what: str) -> str:
+    """The command that installs this into the Python that runs here, wherever a bare `pip`
+    would lead: a tool of pipx or uv has an environment of its own."""
+    python = Path(sys.executable)
+    found = shutil.which("pip")
+    if found and Path(found).parent == python.parent:
+        command = ["pip", "install"]
+    elif importlib.util.find_spec("pip"):
+        command = [str(python), "-m", "pip", "install"]
+    else:
+        command = ["uv", "pip", "install", "--python", str(python)]
+    return shlex.join([*command, *what])
+
+
 # Either command makes a fast BLAS available on Linux.
-BLAS_COMMANDS = ("apt-get install libopenblas0-pthread", "pip install faiss-cpu")
+BLAS_COMMANDS = ("apt-get install libopenblas0-pthread", pip_install("faiss-cpu"))
 
 SYSTEM_OPENBLAS = "libopenblas.so.0"
 

@@ -56,7 +56,7 @@ def training(lengths: str, sizes: str) -> None:
 def speeds(kind: str) -> tuple[float, float]:
     """Tokens per second of the layer-wise stage and of a step, two sequences each."""
     options = {"base": DEFAULT, "memory": kind, "window": WINDOW, "sinks": SINKS}
-    model, tokenizer, _ = load_base(
+    model, tokenizer, *_ = load_base(
         {**options, "sink_positions": "clamped", "dtype": "float32", "seed": 0}
     )
     data = Sequences((str(DEMO),), tokenizer, SEQUENCE, 0)

@@ -204,7 +204,7 @@ def make_base(path: Path, family: str = "qwen2", **config) -> Path:
 
 def memory_of(base: Path, out: Path) -> Path:
     """What training writes before its first step."""
-    model, _, origin = load_base({**TRAINING, "base": str(base)})
+    options = {**TRAINING, "base": str(base)}
     out.mkdir()
-    write_checkpoint(out, model, origin, TRAINING)
+    write_checkpoint(out, load_base(options), options)
     return out

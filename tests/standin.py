@@ -2,9 +2,11 @@
 real huggingface-hub client, remembers what was asked, and fails as told."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,11 @@ class StandIn:
 
     token: what every request must bring, if anything. gated: repositories that need consent.
     cut: file -> bytes after which the connection breaks, once. altered: files with one byte
-    wrong. asked: (method, path, Range header) of all requests. stored: large files that were
+    wrong. stop: file -> bytes after which nothing more comes, though the connection stays.
+    drip: seconds between two bytes of weights. mute: nothing is answered, to any request. busy: so
+    many requests are answered 503 first. portal: a page of HTML is the answer to everything;
+    pages: to requests for these files. sizes: what is listed instead of a file's size.
+    asked: (method, path, Range header) of all requests. stored: large files that were
     uploaded, by checksum.
     """
 
@@ -32,6 +38,14 @@ class StandIn:
         self.gated: set[str] = set()
         self.cut: dict[str, int] = {}
         self.altered: set[str] = set()
+        self.stop: dict[str, int] = {}
+        self.drip = 0.0
+        self.mute = False
+        self.busy = 0
+        self.portal = False
+        self.pages: set[str] = set()
+        self.sizes: dict[str, int] = {}
+        self.closing = threading.Event()
         self.asked: list[tuple[str, str, str]] = []
         self.stored: dict[str, bytes] = {}
         self.hold = threading.Event()  # downloads of weights wait for it
@@ -44,6 +58,7 @@ class StandIn:
 
     def close(self) -> None:
         self.hold.set()
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -71,11 +86,18 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # who asked has left
+            super().handle()
+
     def do_GET(self) -> None:
         self._answer()
 
     def do_HEAD(self) -> None:
         self._answer()
+
+    def do_CONNECT(self) -> None:
+        self._send(407, b"")
 
     def do_PUT(self) -> None:
         self.hub.stored[self.path.rsplit("/", 1)[1]] = self._body()
@@ -131,6 +153,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range") or ""))
+        if self.hub.mute:
+            self.hub.closing.wait()
+            self.close_connection = True
+            return None
+        if self.hub.portal:
+            return self._send(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
+        if self.hub.busy:
+            self.hub.busy -= 1
+            return self._send(503, b"")
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._fail(401, "RepoNotFound")
         parts = path.strip("/").split("/")
@@ -158,7 +189,13 @@ class _Handler(BaseHTTPRequestHandler):
         entry = {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
         if name.endswith(LFS):
             oid = hashlib.sha256(data).hexdigest()
-            entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
+            # What git has of it is a pointer.
+            pointer = (
+                f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n"
+            )
+            entry["oid"] = git_sha1(pointer.encode())
+            size = self.hub.sizes.get(name, len(data))
+            entry["lfs"] = {"oid": oid, "size": size, "pointerSize": len(pointer)}
         return entry
 
     def _file(self, repo: str, name: str, commit: str) -> None:
@@ -167,6 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(404, "EntryNotFound")
         lfs = name.endswith(LFS)
         etag = hashlib.sha256(data).hexdigest() if lfs else git_sha1(data)
+        if name in self.hub.pages and self.command == "GET":
+            return self._send(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
         if name in self.hub.altered:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = 0
@@ -192,6 +231,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(2)
             return
+        if name in self.hub.stop:
+            self.wfile.write(data[start : self.hub.stop[name]])
+            self.wfile.flush()
+            self.hub.closing.wait()
+        while lfs and self.hub.drip and start < len(data) and not self.hub.closing.is_set():
+            self.wfile.write(data[start : start + 1])
+            start += 1
+            time.sleep(self.hub.drip)
         self.wfile.write(data[start:])
 
     def _json(self, value: object) -> None:

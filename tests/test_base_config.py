@@ -31,8 +31,9 @@ from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import load_plain
 from ahn_mlx.cli.estimate import config_of
+from ahn_mlx.hub import zoo
 from ahn_mlx.measure.cost import shape_of
-from ahn_mlx.train.output import load_base, load_trained
+from ahn_mlx.train.output import load_base
 
 
 def expected(path: Path, **config) -> mx.array:
@@ -58,10 +59,9 @@ def through_all_doors(base: Path, tmp_path: Path) -> dict[str, mx.array]:
     """Logits of the base as each command sees it, within the window."""
     memory = memory_of(base, tmp_path / "memory")
     convert(base, memory, tmp_path / "out")
-    trained = {"name": str(base), "dtype": "float32"}
     models = {
         "train": load_base({**TRAINING, "base": str(base)})[0],
-        "compare": load_trained(memory, trained)[0],
+        "compare": zoo.load(base, ahn=memory, dtype="float32")[0],
         "plain": load_plain(base)[0],
         "convert": load_model(tmp_path / "out", dtype="float32")[0],
     }
@@ -336,7 +336,7 @@ def doors(base: Path, memory: Path, out: Path) -> dict[str, object]:
     options = {"name": str(base), "window": None, "sinks": None, "memory": None}
     return {
         "train": lambda: load_base({**TRAINING, "base": str(base)}),
-        "compare": lambda: load_trained(memory, {"name": str(base), "dtype": None}),
+        "compare": lambda: zoo.load(base, ahn=memory),
         "convert": lambda: convert(base, memory, out),
         "estimate": lambda: shape_of(config_of(options)),
     }
@@ -397,7 +397,7 @@ def test_a_window_that_is_not_in_use(fields, tmp_path):
 def test_what_is_accepted_runs_past_the_window(scaling, tmp_path):
     """The compiled step gives what a whole prefill does."""
     base = make_base(tmp_path / "base", rope_scaling=scaling)
-    model, _, _ = load_base({**TRAINING, "window": 8, "base": str(base)})
+    model = load_base({**TRAINING, "window": 8, "base": str(base)}).model
     model.eval()
     whole = model(IDS)[0]
     cache = model.make_cache()
@@ -414,7 +414,7 @@ def test_the_same_base_in_another_spelling(tmp_path):
     new = shutil.copytree(tmp_path / "old", tmp_path / "new")
     edit_config(new, rope_theta=None, rope_parameters={"rope_theta": 500000})
     convert(new, memory, tmp_path / "out")
-    load_trained(memory, {"name": str(new), "dtype": None})
+    zoo.load(new, ahn=memory)
 
 
 @pytest.mark.parametrize(

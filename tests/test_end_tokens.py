@@ -55,7 +55,7 @@ def test_no_end_token_is_lost(in_config, in_generation, ends, boms, tmp_path):
     assert read_config(base)["eos_token_id"] == ends
     memory = memory_of(base, tmp_path / "memory")
     convert(base, memory, tmp_path / "out")
-    _, tokenizer, _ = load_base({**TRAINING, "base": str(base)})
+    tokenizer = load_base({**TRAINING, "base": str(base)}).tokenizer
     known = {*ends, tokenizer.eos_token_id}  # the tokenizer has one of its own
     assert tokenizer.eos_token_ids == load(tmp_path / "out")[1].eos_token_ids == known
     assert spoken(tmp_path / "out") == known

@@ -1,5 +1,6 @@
 """The page on a memory: its numbers against direct ones, and the page in a browser."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from ahn_mlx import AHNError, load_model
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.trace import BLOCK
+from ahn_mlx.outputs.pages import COLORS
 from ahn_mlx.reading import inspect as report
 from ahn_mlx.reading.session import Session
 
@@ -89,10 +91,34 @@ def test_the_same_whatever_the_steps_and_after_a_file(loaded, tmp_path):
 
 def test_quotes_only_from_the_text_that_was_read(loaded):
     session = read(loaded, 16)
-    assert "far better thing" in report.page(session, "a<b>", TEXT).split("strongly")[1]
+    assert "far better thing" in report.page(session, "a<b>", TEXT).split("most strongly")[1]
     assert "a&lt;b&gt;" in report.page(session, "a<b>")
     with pytest.raises(AHNError, match="--text is another text"):
         report.page(session, "a", "Call me Ishmael. " + TEXT)
+
+
+def test_places_are_where_tokens_are(loaded):
+    session = read(loaded, 16)
+    window, sinks = session.model.ahn.window, session.model.ahn.sinks
+    total = len(Session(session.model, session.tokenizer).encode(TEXT))
+    expected = (sinks, total - sinks - window, window)
+    assert total % 16 and report.places(session) == expected
+    page = report.page(session, "a")
+    assert f"tokens {sinks:,} to {total - window - 1:,}: left the window" in page
+    assert f"tokens {total - window:,} to {total - 1:,}: the last tokens" in page
+
+
+def test_the_map_over_the_text_is_blank_where_nothing_was_written(loaded):
+    session = read(loaded, 16)
+    layers = report.measure(session)
+    values, names = report.over_text(layers, session.tokens)
+    ends = [tuple(int(x.replace(",", "")) for x in name.split(" to ")) for name in names]
+    assert ends[0][0] == 0 and ends[-1][1] == session.tokens - 1
+    assert all(a[1] + 1 == b[0] for a, b in itertools.pairwise(ends))
+    sinks, memory, _ = report.places(session)
+    for (first, end), column in zip(ends, values.T, strict=True):
+        written = first < sinks + memory and end >= sinks
+        assert np.isfinite(column).all() == written == np.isfinite(column).any()
 
 
 def test_nothing_written_yet(loaded):
@@ -116,9 +142,9 @@ def test_in_a_browser(loaded, tmp_path):
     dom, picture = browse(tmp_path)
     assert dom.count("<svg") == page.count("<svg") >= 4
     assert "far better thing" in dom
-    # Drawn, not only there: the darkest cell of a map is on the picture.
-    dark = np.abs(picture[..., :3] * 255 - np.array(report.DARK)).max(axis=-1) < 2
-    assert dark.sum() > 20
+    # Drawn, not only there: the brightest cell of a map is on the picture.
+    bright = np.abs(picture[..., :3] * 255 - np.array(COLORS[-1])).max(axis=-1) < 2
+    assert bright.sum() > 20
 
 
 def browse(directory: Path) -> tuple[str, np.ndarray]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ahn_mlx.checkpoints.load import cast
 from ahn_mlx.cli.digest import _resume, load_as_read
 from ahn_mlx.hub.zoo import ZOO
 from ahn_mlx.model.augment import memory_layers
+from ahn_mlx.outputs import pages
 from ahn_mlx.reading import inspect, memoryfile
 from ahn_mlx.reading.session import Session
 
@@ -595,9 +597,10 @@ def test_a_page_is_drawn_of_numbers_without_sense(loaded, honest, tmp_path, name
 
 
 def drawn(session: Session) -> int:
-    """Maps on a page that have a darkest cell."""
+    """Maps on a page that have a brightest cell."""
     page = inspect.page(session, "a\udce4").encode().decode()
-    return sum('fill="#08306b"' in part for part in page.split("<svg")[1:])
+    bright = f'fill="{pages.color(1)}"'
+    return sum(bright in part for part in page.split("<svg")[1:])
 
 
 def test_no_page_of_what_was_not_counted(loaded):
@@ -689,3 +692,27 @@ def test_a_memory_that_names_no_model_asks_for_one(honest):
     facts["model"]["name"] = ""
     with pytest.raises(AHNError, match="give --model"):
         load_as_read(facts, None)
+
+
+def test_the_system_message_comes_back(loaded, tmp_path):
+    """Also before anything was read: it is what is read first."""
+    for text in ("", "It was the best of times."):
+        session = Session(*loaded, step=16, system="Be brief.")
+        if text:
+            session.read(text)
+        again = saved(session, tmp_path / "a.ahn")
+        assert again.template.system == "Be brief."
+        assert again.encode("Hi") == session.encode("Hi")
+        assert memoryfile.read_facts(tmp_path / "a.ahn")["system"] == "Be brief."
+
+
+@pytest.mark.parametrize("settings", [{"sink_positions": "absolute"}, {"memory": "deltanet"}])
+def test_a_memory_is_of_a_model_with_its_settings(loaded, tmp_path, settings):
+    """Also where their weights are the same."""
+    model = small()
+    session = Session(model, loaded[1], step=16)
+    session.read_ids([7] * 40)
+    session.save(tmp_path / "a.ahn")
+    model.ahn = replace(model.ahn, **settings)
+    with pytest.raises(AHNError, match=r"another model.*\(settings differ\)"):
+        Session.load(tmp_path / "a.ahn", model, loaded[1])

@@ -125,6 +125,8 @@ def test_one_thing_has_one_spelling() -> None:
         (["generate", "--model", "ahn-gdn3b", "Hi"], "did you mean ahn-gdn-3b?"),
         (["generate", "--model", "AHN-DN-7B", "Hi"], "did you mean ahn-dn-7b?"),
         (["estimate", "ahn_mamba2_3b"], "did you mean ahn-mamba2-3b?"),
+        (["train", "pyproject.toml", "--model", "ahn-gdn3b", "-o", "no-such"], "mean ahn-gdn-3b?"),
+        (["train", "pyproject.toml", "--model", "ahn-gdn-3b", "-o", "no-such"], "Qwen/Qwen2.5-3B"),
         (["pull", "ahn-gdn-14"], "did you mean ahn-gdn-14b?"),
         (["inspect", "-o", "a.html"], "Missing argument FILE (or --memory)"),
         (["train", "-o", "a"], "Missing argument DATA (or --data)"),
@@ -183,6 +185,7 @@ def test_help_as_a_word() -> None:
         ("train a.txt b.txt -o c", "train --data a.txt --data b.txt --out c"),
         ("estimate a/b", "estimate --model a/b"),
         ("bench a/b", "bench --model a/b"),
+        ("chat a.ahn", "chat --memory a.ahn"),
         ("generate -m 5 -p Hi", "generate --max-tokens 5 --prompt Hi"),
     ],
 )
@@ -247,8 +250,15 @@ def test_a_memory_and_a_question_in_either_order(place: Path) -> None:
     for words in (["book.ahn", "Who?"], ["Who?", "book.ahn"]):
         assert memory_and_question(words) == (Path("book.ahn"), "Who?")
     assert memory_and_question(["Who?"]) == (None, "Who?")
+    with pytest.raises(AHNError, match="no such file; ahn-mlx digest writes one"):
+        memory_and_question(["absent.ahn", "Who?"])
     with pytest.raises(AHNError, match="one memory file"):
         memory_and_question(["book.ahn", "book.txt", "Who?"])
+
+
+def test_a_memory_is_no_document(place: Path) -> None:
+    for args in (["generate", "book.ahn", "Who?"], ["digest", "book.ahn", "-o", "two.ahn"]):
+        assert "ahn-mlx ask reads it" in refusal(*args)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +325,7 @@ def test_one_object_for_a_program(place: Path, model: str) -> None:
 
 def test_quiet_leaves_errors_alone(place: Path, model: str) -> None:
     line = [sys.executable, "-m", "ahn_mlx", "generate", "--model", model, "-m", "2"]
-    for options, code in ((["Who?"], 0), (["--verbose", "Who?"], 0), (["absent.txt"], 2)):
+    for options, code in ((["Who?"], 0), (["absent.txt"], 2)):
         done = subprocess.run(
             [*line, "-q", *options], env=ENV, stdin=subprocess.DEVNULL, capture_output=True
         )

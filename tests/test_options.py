@@ -59,6 +59,10 @@ IDLE = [
     *((a, ["--q-bits", "8"], f"on {DEFAULT}: it is converted") for a in (generate, ["chat"])),
     *((a, ["--q-bits", "4"], f"on {DEFAULT}: it is converted") for a in (digest, compare)),
     (["bench"], ["--q-bits", "0"], f"on {DEFAULT}: it is converted"),
+    ([*generate, "--quiet"], ["--verbose"], "with --quiet"),
+    *((a, [o, 1], "at --temp 0") for a in (generate, ask) for o in ("--top-k", "--min-p")),
+    (generate, ["--repetition-context-size", 9], "without --repetition-penalty"),
+    (["bench", "--json"], ["--chip", "m1"], "with --json"),
     ([*generate, "--model", "me/mine"], ["--q-bits", "8"], "on me/mine: it is converted"),
     ([*generate, "--model", str(GDN)], ["--q-bits", "8"], "it is converted"),
     (["pull", "me/mine"], ["--q-bits", "8"], "on me/mine: it is converted"),
@@ -69,7 +73,10 @@ IDLE = [
     (["estimate", "--compare", "full"], ["--kv-bits", "8"], "on full attention"),
     (["estimate", "--compare", "full,window"], ["--kind", "mamba2"], "without ahn"),
     *((a, ["--force"], "without --out") for a in (["estimate"], compare)),
-    ([*compare, "--ahn", "a"], ["--q-bits", "8"], "with --ahn"),
+    *(
+        ([*a, "--ahn", "a"], ["--q-bits", "8"], "with --ahn")
+        for a in (compare, generate, ["bench"])
+    ),
     ([*compare, "--ahn", "a", "--model", "ahn-gdn-3b"], ["--q-bits", "8"], "with --ahn"),
     ([*compare, "--stream", 99], ["--segments", 2], "with --stream"),
     ([*compare, "--stream", 99], ["--seq-len", 64], "with --stream"),
@@ -96,6 +103,9 @@ WORKING = [
     ([*generate, "--kv-bits", "8"], ["--kv-group-size", 32]),
     (generate, ["--system-prompt", "Be kind."]),
     (generate, ["--ignore-chat-template"]),
+    ([*generate, "--temp", 1], ["--top-k", 5, "--min-p", 0.1]),
+    (generate, ["--repetition-penalty", 1.2, "--repetition-context-size", 9, "--stop", "."]),
+    (generate, ["--verbose", "--json"]),
     (generate, ["--window", 9, "--sinks", 2, "--dtype", "float16"]),
     (["chat"], ["--window", 9, "--sinks", 2, "--kv-bits", "4", "--system-prompt", "Be kind."]),
     (["chat", "--temp", 1], ["--seed", 1, "--top-p", 0.5]),
@@ -159,7 +169,7 @@ def test_a_moved_model_is_given_with_a_memory(moved, tmp_path, file):
         (["digest", "-o", memory, "--append", "--prompt-file", text], "tokens in"),
     ]
     for command, _ in commands if file == "book.ahn" else ():
-        with pytest.raises(AHNError, match="is not there; --model says"):
+        with pytest.raises(AHNError, match="is not there; --model says where"):
             run(*command, said="/stats\n")
     for command, message in commands:
         assert message in run(*command, "--model", model, said="/stats\n")

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import mlx.core as mx
@@ -77,11 +79,34 @@ def test_doctor_measures_every_fact() -> None:
     findings = {f.name: f for f in doctor.examine()}
     assert list(findings) == [
         *("system", "device", "MLX", "dtype", "BLAS", "compile", "default model"),
+        *doctor.EXTRAS,
         *([c.name for c in doctor.KERNELS] if mx.metal.is_available() else ["kernels"]),
     ]
     assert mx.__version__ in findings["MLX"].value
     assert "GFLOP/s" in findings["BLAS"].value
     assert doctor.matmul_gflops() > 0.1
+
+
+def test_extras_of_the_doctor_are_those_of_the_package() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["optional-dependencies"]
+    for name, (_, packages) in doctor.EXTRAS.items():
+        assert list(packages) == [re.split("[<>=]", p)[0] for p in declared[name]]
+
+
+def test_what_is_missing_is_named_with_a_command_for_this_python() -> None:
+    finding = doctor._extra("x", "pictures of it", ("numpy", "no-such-package"))
+    assert finding.value.startswith("no pictures of it; ")
+    assert finding.value.endswith("pip install no-such-package")
+    # Without pip, as in an environment of uv; and where no pip of ours is on the path.
+    code = """
+from ahn_mlx.platform import pip_install
+print(pip_install("--no-deps", "a b"))
+"""
+    assert python(code, PATH="/bin") == f"{sys.executable} -m pip install --no-deps 'a b'"
+    bare = 'import sys; sys.modules["pip"] = None' + code
+    expected = f"uv pip install --python {sys.executable} --no-deps 'a b'"
+    assert python(bare, PATH="/bin") == expected
 
 
 def test_doctor_names_the_command_for_what_is_missing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from test_training import SETTINGS, base_model, place, sequences  # noqa: F401
 
 from ahn_mlx import AHNError
 from ahn_mlx.train import loop
-from ahn_mlx.train.output import write_curves
+from ahn_mlx.train.curves import write_curves
 
 SHORT = dataclasses.replace(SETTINGS, steps=3, seq_len=64, window=8, sinks=2)
 
@@ -56,6 +56,12 @@ def put(end, change):
 
 
 DAMAGE = {
+    "a setting of another type": (
+        lambda state, facts: facts.update(
+            settings=json.dumps({**json.loads(facts["settings"]), "window": True})
+        ),
+        "not a training state ('its window is True')",
+    ),
     "another shape": (put("1.self_attn.ahn.gain", lambda x: x[:2]), "gain is"),
     "another dtype": (put("1.self_attn.ahn.gain", lambda x: x.astype(mx.float16)), "gain is"),
     "no number": (put("1.self_attn.ahn.gain", lambda x: x * mx.nan), "gain holds NaN"),
@@ -89,7 +95,7 @@ DAMAGE = {
         lambda state, facts: facts.update(
             settings=json.dumps({**json.loads(facts["settings"]), "loss": "\x1b[2J"})
         ),
-        r"trained with --loss '\x1b[2J', not kl",
+        r"not a training state (",
     ),
 }
 
@@ -136,6 +142,47 @@ def test_an_honest_state_is_gone_on_from(run, tmp_path, steps, warmup):
         assert again.train_step() == once.train_step()
 
 
+def rates(trainer, steps: int) -> list[float]:
+    """Learning rates of the gates at the next steps."""
+    schedule = trainer._schedule(1.0)
+    return [schedule(mx.array(trainer.step + n)).item() for n in range(steps)]
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_a_run_goes_on_to_another_end(run, steps):
+    """Its last steps are those of a run that had so many from the start."""
+    new, directory = run
+    longer = new(directory, steps=steps)
+    assert longer.step == 2
+    assert rates(longer, steps - 2) == rates(new(steps=steps), steps)[2:]
+    before = parts(directory)[0]
+    again = new(directory)
+    assert all(mx.array_equal(x, before[name]) for name, x in again._state().items())
+    losses = [longer.train_step() for _ in range(steps - 2)]
+    assert len(losses) == steps - 2
+    if losses:
+        # What it has seen, and the rate at which it learned: the first is as without more steps.
+        assert losses[0] == again.train_step()
+
+
+def test_a_longer_run_can_be_interrupted_again(run, tmp_path):
+    new, directory = run
+    once = new(directory, steps=4)
+    expected = [once.train_step() for _ in range(2)]
+    twice = new(directory, steps=4)
+    first = twice.train_step()
+    twice.save(tmp_path)
+    assert [first, new(tmp_path, steps=4).train_step()] == expected
+
+
+def test_fewer_steps_than_were_made_are_refused(run):
+    new, directory = run
+    with pytest.raises(AHNError, match="has made 2 steps; give --steps 2 or more"):
+        new(directory, steps=1)
+    with pytest.raises(AHNError, match=r"trained with --window 8, not 9"):
+        new(directory, window=9)
+
+
 LINE = {"step": 0, "loss": 2.0, "window": 8, "sinks": 2, "tokens_per_second": 5.0}
 
 
@@ -170,7 +217,7 @@ def test_metrics_whose_first_lines_are_gone_go_on_at_their_step(tmp_path):
 def test_other_damage_to_metrics_is_named_and_nothing_is_lost(tmp_path, line):
     file = metrics(tmp_path / loop.METRICS, LINE, line, {**LINE, "step": 2})
     before = file.read_bytes()
-    for act in (lambda: loop.Metrics(file, 3), lambda: write_curves(tmp_path)):
+    for act in (lambda: loop.Metrics(file, 3), lambda: write_curves(tmp_path, "kl")):
         with pytest.raises(AHNError, match=r"metrics\.jsonl: line 2 says no step and loss"):
             act()
     assert file.read_bytes() == before and not (tmp_path / "curves.png").exists()

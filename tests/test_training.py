@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -23,14 +24,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import phi3, qwen3
 from mlx_lm.models.cache import KVCache
 
+import ahn_mlx
 from ahn_mlx import AHNError, load_model
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.measure.compare import compare, silenced, stream
 from ahn_mlx.model.augment import memory_layers
 from ahn_mlx.model.cache import AHNCache
-from ahn_mlx.train import layerwise, loop
+from ahn_mlx.train import layerwise, loop, validation
 from ahn_mlx.train.data import Sequences
-from ahn_mlx.train.output import load_base, load_trained
+from ahn_mlx.train.output import load_base
 from ahn_mlx.train.streams import install, trainable
 
 BOOK = Path(__file__).parent.parent / "ahn_mlx/demo/pride-and-prejudice.txt"
@@ -301,7 +303,7 @@ def test_output_is_the_published_layout_and_converts(place, tmp_path):
     convert(place / "base", tmp_path / "out", tmp_path / "model")
     converted, _ = load_model(tmp_path / "model", dtype="float32")
     assert converted.ahn.sink_positions == "clamped"
-    trained, _ = load_trained(tmp_path / "out", {"name": str(place / "base"), "dtype": "float32"})
+    trained, _ = ahn_mlx.load(place / "base", ahn=tmp_path / "out", dtype="float32")
     tokens = mx.arange(100)[None] * 7 % 256
     assert mx.allclose(converted(tokens), trained(tokens), atol=1e-5)
     with silenced(trained):
@@ -449,14 +451,88 @@ def test_options_are_refused_in_one_line(place, tmp_path):
     assert done.returncode == 0, done.stderr
     done = train(place, tmp_path / "made", "--steps", 2, "--layerwise", 0)
     assert done.returncode == 2 and "has a training already" in done.stderr
-    done = train(place, tmp_path / "made", "--steps", 3, "--layerwise", 0, "--resume")
-    assert done.returncode == 2 and "--steps 2, not 3" in done.stderr
+    done = train(place, tmp_path / "made", "--steps", 1, "--layerwise", 0, "--resume")
+    assert done.returncode == 2 and "give --steps 2 or more" in done.stderr
+    done = train(place, tmp_path / "made", "--layerwise", 1, "--resume")
+    assert done.returncode == 2 and "--layerwise 0, not 1" in done.stderr
     state: Any = mx.load(str(tmp_path / "made" / loop.STATE), return_metadata=True)
     older = {n: x for n, x in state[0].items() if not n.startswith("sizes.")}
     mx.eval(older)
     mx.save_safetensors(str(tmp_path / "made" / loop.STATE), older, state[1])
     done = train(place, tmp_path / "made", "--steps", 2, "--layerwise", 0, "--resume")
     assert done.returncode == 2 and "or an older version" in done.stderr
+
+
+def test_from_training_to_use(place, tmp_path):
+    """What is printed last can be typed, and --resume knows what was typed before."""
+    out, text = tmp_path / "my memory", place / "held.txt"
+    done = train(place, out, "--steps", 1, "--layerwise", 0, "--memory", "mamba2")
+    assert done.returncode == 0, done.stderr
+    short = ["train", "--data", place / "text.txt", "--out", out, "--resume", "--steps", 3]
+    done = ahn(*short)
+    assert done.returncode == 0, done.stderr
+    assert len(losses_of(out)) == 3
+    settings, step = loop.read_settings(out)
+    assert (settings["window"], settings["lr"], settings["steps"], step) == (12, 1e-3, 3, 3)
+    measured = validation.read_validation(out / validation.VALIDATION)
+    assert [line["step"] for line in measured] == [0, 1, 3]
+    assert f"KL {measured[-1]['kl']:.4f} with the memory" in done.stderr
+    lines = [shlex.split(line) for line in done.stderr.splitlines() if line.startswith("  ahn-mlx")]
+    assert [line[1] for line in lines] == ["generate", "compare"]
+    for line in lines:
+        words = [{"FILE": str(text), "QUESTION": "Why?"}.get(word, word) for word in line[1:]]
+        words = [str(tmp_path / "c.png") if word == "compare.png" else word for word in words]
+        few = ["--max-tokens", 2] if words[0] == "generate" else ["--segments", 2, "--seq-len", 99]
+        done = ahn(*words, *few)
+        assert done.returncode == 0, done.stderr
+    assert "The memory " in done.stdout or "No difference" in done.stdout
+    assert f"wrote {tmp_path / 'c.png'}" in done.stderr
+
+
+def ahn(*args):
+    command = [sys.executable, "-m", "ahn_mlx", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_validation_is_the_divergence_of_what_was_held_out(place, tmp_path):
+    model, tokenizer = base_model(place)
+    data = sequences(place, tokenizer)
+    layerwise.fit(model, data, 2, 12, 4)
+    file = tmp_path / "validation.jsonl"
+    measuring = validation.Validation(file, model, data, SETTINGS, 0)
+    measuring.measure(0)
+    measuring.measure(0)
+    (line,) = validation.read_validation(file)
+    plain, _ = mlx_lm.utils.load_model(place / "base")
+    model.eval()
+    assert len(data.held_out) == 2
+    found = {"kl": [], "window_kl": []}
+    for row in data.held_out:
+        tokens = mx.array(row)[None]
+        p = nn.log_softmax(plain(tokens, cache=[KVCache() for _ in plain.layers])[0, 16:], axis=-1)
+        with silenced(model):
+            alone = model(tokens)[0, 16:]
+        for name, logits in (("kl", model(tokens)[0, 16:]), ("window_kl", alone)):
+            q = nn.log_softmax(logits, axis=-1)
+            found[name].append((mx.exp(p) * (p - q)).sum(axis=-1).mean().item())
+    for name, values in found.items():
+        assert line[name] == pytest.approx(np.mean(values), rel=1e-3)
+    again = validation.Validation(file, model, data, SETTINGS, 0)
+    again.measure(0)
+    again.measure(4)
+    assert [x["step"] for x in again.lines] == [0, 4]
+    validation.Validation(file, model, data, SETTINGS, 3)
+    assert [x["step"] for x in validation.read_validation(file)] == [0]
+
+
+def test_what_is_held_out_is_not_trained_on(place):
+    _, tokenizer = base_model(place)
+    data = sequences(place, tokenizer)
+    seen = {data[n].tolist()[0].__str__() for n in range(data.count)}
+    held = {row.tolist().__str__() for row in data.held_out}
+    assert len(held) == 2 and not held & seen
+    few = sequences(place, tokenizer, "held.txt")  # of fewer than 20 all are needed
+    assert few.count == 15 and not len(few.held_out)
 
 
 def test_every_token_is_seen_once_an_epoch(place):

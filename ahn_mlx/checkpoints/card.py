@@ -78,6 +78,13 @@ def read_origins(directory: Path) -> list[Origin]:
     return [Origin(*map(_line, origin)) for origin in found]
 
 
+def base_model(directory: Path) -> str:
+    """The first repository that a card names as the base, or ""."""
+    named = _front_matter(directory).get("base_model")
+    first = named[0] if isinstance(named, list) and named else named
+    return _line(first) if isinstance(first, str) else ""
+
+
 def write_card(directory: Path, title: str, origins: list[Origin]) -> None:
     """Describe the model in `directory`, which has its config.json already."""
     text = card(directory, title, origins)

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError, show
+from ..platform import pip_install
 from . import gguf
 from .directory import Source
 from .ggufheader import Header, Tensor
@@ -261,7 +262,7 @@ def _dequantize(file: Path, name: str, kind: str, rows: np.ndarray) -> np.ndarra
         return dequantize(rows, GGMLQuantizationType[kind]).astype(np.float16)
     except ImportError:
         raise AHNError(
-            f"{file}: tensor {show(name)} is {kind}; pip install gguf, which expands it"
+            f"{file}: tensor {show(name)} is {kind}; {pip_install('gguf')}, which expands it"
         ) from None
     except Exception as e:  # of many kinds, by its version
         reason = show(str(e))

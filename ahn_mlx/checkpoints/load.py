@@ -49,6 +49,8 @@ def load_model(
     window, sinks: override the config's. dtype: "float32", "bfloat16" or "float16";
     by default the checkpoint's own on Metal and float32 on the CPU, where it is fast.
     Returns the model and its config in the normal form. Raises AHNError on a bad directory.
+
+    >>> model, config = ahn_mlx.load_model("path/to/converted/model", window=4096)
     """
     path = Path(path)
     config, sources = describe(path)

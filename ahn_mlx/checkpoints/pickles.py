@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AHNError, show
+from ..platform import pip_install
 from . import directory
 from .directory import Files, Source, check_member
 from .safetensors import STORED, TensorInfo
@@ -37,7 +38,7 @@ def load(file: Path) -> dict[str, Any]:
         import torch
     except ImportError:
         raise AHNError(
-            f"{file}: reading it takes torch; pip install torch, or save it as safetensors"
+            f"{file}: reading it takes torch; {pip_install('torch')}, or save it as safetensors"
         ) from None
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

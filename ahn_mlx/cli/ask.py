@@ -13,7 +13,9 @@ from .command import Command
 from .digest import load_as_read
 from .options import (
     check_numbers,
+    complete_file,
     json_option,
+    moved_ahn_option,
     moved_model_option,
     needs_memory,
     no_effect,
@@ -28,9 +30,11 @@ EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
 
 
 @click.command(cls=Command)
-@click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1)
+@click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1, shell_complete=complete_file)
 @click.option("--memory", "file", type=click.Path(path_type=Path), help="The same as FILE.")
+@click.option("-p", "--prompt", help="The same as QUESTION.")
 @moved_model_option
+@moved_ahn_option
 @click.option("--interactive", is_flag=True, help="Several questions, each of the same memory.")
 @sampling_options
 @json_option
@@ -56,7 +60,7 @@ def ask(
     ahn-mlx ask book.ahn "Who is the captain?" --json
     """
     check_numbers(options)
-    file, question = _words(words, file)
+    file, question = _words(words, file, options["prompt"])
     if question is None and not interactive:
         question = _piped()
         interactive = question is None and not options["as_json"]
@@ -66,7 +70,7 @@ def ask(
         raise AHNError(f"no question; give one: {EXAMPLE}")
     from .talk import Talk, print_answer
 
-    session = load_session(file, name)
+    session = load_session(file, name, options["ahn"])
     code = 0
     if question is not None:
         try:
@@ -80,9 +84,14 @@ def ask(
     sys.exit(code)
 
 
-def _words(words: tuple[str, ...], file: Path | None) -> tuple[Path, str | None]:
-    """Which of the words is the file, and which the question."""
+def _words(
+    words: tuple[str, ...], file: Path | None, prompt: str | None
+) -> tuple[Path, str | None]:
+    """The file and the question, given as words or by their options."""
     found, question = memory_and_question(words)
+    if question is not None and prompt is not None:
+        raise AHNError(f"{show(question)} and --prompt: one question at a time")
+    question = question if prompt is None else prompt
     if found is not None and file is not None:
         raise AHNError(f"{show(str(found))} is a second file; a question is of one memory, {file}")
     memory = found or file
@@ -97,13 +106,14 @@ def _piped() -> str | None:
     return None if sys.stdin.isatty() else readable(typed_line(sys.stdin.read()))
 
 
-def load_session(file: Path, name: str | None) -> Any:
-    """The session of a memory file, with its model."""
+def load_session(file: Path, name: str | None, ahn: Path | None) -> Any:
+    """The session of a memory file, with its model. name, ahn: where that is now, if not as the
+    file says."""
     with waiting(f"loading {file}"):
         from ..reading import memoryfile
         from ..reading.session import Session
 
         facts = memoryfile.read_facts(file)
         warn_slow()
-        model, tokenizer = load_as_read(facts, name)
+        model, tokenizer = load_as_read(facts, name, ahn)
         return Session.load(file, model, tokenizer)

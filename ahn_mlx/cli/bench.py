@@ -9,7 +9,7 @@ import click
 from ..errors import AHNError
 from ..measure.chips import CHIPS
 from .command import Command, Word
-from .estimate import CHIP, CHIP_HELP, config_of, print_table
+from .estimate import CHIP, CHIP_HELP, print_table
 from .options import (
     check_numbers,
     json_option,
@@ -46,13 +46,12 @@ def bench(**options: Any) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from ..measure import cost
+    from ..measure import cost, speed
     from ..reading.generate import prefill_step
 
     warn_slow()
     model, _ = load_model(options)
-    memory = {"window": model.ahn.window, "sinks": model.ahn.sinks, "memory": None}
-    shape = cost.shape_of(config_of({**options, **memory}))
+    shape = cost.shape_of({**vars(model.args), "ahn": model.ahn.to_dict()})
     context, tokens = options["context"], options["tokens"]
     dtype = model.layers[0].input_layernorm.weight.dtype
     cache = model.make_cache()
@@ -75,10 +74,11 @@ def bench(**options: Any) -> None:
     decoded = (time.perf_counter() - start) / tokens
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(x.nbytes for _, x in parameters)
-    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype).values())
+    counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype.size).values())
     moved = weights + counted_cache
     prefill = sum(cost.flops(shape, "ahn", context).values())
     step = sum(cost.flops(shape, "ahn", 1, before=context).values())
+    speed.record(options["name"], prefill / read)
     if options["as_json"]:
         facts = {
             "model": options["name"],

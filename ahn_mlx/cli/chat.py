@@ -8,7 +8,7 @@ import click
 
 from ..errors import AHNError
 from .ask import load_session
-from .command import Command
+from .command import Command, Word
 from .options import (
     check_numbers,
     is_given,
@@ -24,6 +24,7 @@ from .terminal import say, warn_slow
 
 
 @click.command(cls=Command)
+@click.argument("memory", cls=Word, metavar="FILE")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
     when=lambda options: options["memory"],
@@ -44,7 +45,7 @@ def chat(**options: Any) -> None:
 
     \b
     ahn-mlx chat
-    ahn-mlx chat --memory book.ahn
+    ahn-mlx chat book.ahn
     ahn-mlx chat --model ahn-gdn-3b --system-prompt "You are a patient teacher."
     """
     check_numbers(options)
@@ -65,7 +66,7 @@ def _session(options: dict[str, Any]) -> Any:
     """The one to begin with: of a file, or new."""
     if options["memory"]:
         name = options["name"] if is_given("name") else None
-        return load_session(options["memory"], name)
+        return load_session(options["memory"], name, options["ahn"])
     warn_slow()
     model, tokenizer = load_model(options)
     from ..reading.session import Session
@@ -73,7 +74,6 @@ def _session(options: dict[str, Any]) -> Any:
     session = Session(
         model,
         tokenizer,
-        origin={k: options[k] for k in ("name", "dtype", "q_bits")},
         system=options["system"],
         kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
         kv_group_size=int(options["kv_group_size"]),

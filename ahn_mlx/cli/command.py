@@ -44,6 +44,9 @@ class Word(click.Argument):
         self.option, self.needed = declarations[0], needed
         super().__init__([f"{self.option}_word"], required=False, **attributes)
 
+    def make_metavar(self, ctx: click.Context) -> str:
+        return self.metavar or "" if self.needed else f"[{self.metavar}]"
+
     def merge(self, ctx: click.Context) -> None:
         """Give the option its value. Raises click.UsageError if it has one, or there is none."""
         option = self._option(ctx)
@@ -125,7 +128,8 @@ def _refuse_lost(parsed: tuple[Any, list[str], list[Any]], options: dict[str, An
     for parameter in given:
         value = values.get(parameter.name)
         taken = value if isinstance(value, list | tuple) else [value]
-        if "" in taken and parameter.name not in TEXTS:
+        is_name = isinstance(parameter.type, click.Path) or parameter.type is click.STRING
+        if "" in taken and is_name and parameter.name not in TEXTS:
             raise click.UsageError(f"{_name(parameter)} is empty; give a name or leave it out.")
         if not isinstance(parameter, click.Option):
             continue

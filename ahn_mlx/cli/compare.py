@@ -21,20 +21,26 @@ from .options import (
     quiet_option,
     text_option,
 )
-from .terminal import progress_bar
+from .terminal import progress_bar, say
 from .words import read_typed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+
     from ..measure.compare import Comparison, Stretch
+
+SENTENCES = {
+    "helps": "The memory helps.",
+    "harms": "The memory harms.",
+    "noise": "No difference that could not be chance: take more of the text.",
+}
+ERRORS = "±: standard error over tokens; noise: less than two of them away from 0"
 
 
 @click.command(cls=Command)
 @click.argument("text", cls=Word, needed=True, metavar="TEXT")
-@no_effect(
-    "q_bits",
-    when=lambda options: options["ahn"],
-    why="with --ahn, whose base is as it is",
-)
 @no_effect(
     *("segments", "seq_len"),
     when=lambda options: options["tokens"] is not None,
@@ -43,7 +49,6 @@ if TYPE_CHECKING:
 @no_effect("stream_from", when=lambda options: options["tokens"] is None, why="without --stream")
 @no_effect("force", when=lambda options: not options["plot"], why="without --out")
 @loading_options
-@click.option("--ahn", type=click.Path(path_type=Path), help="Memory from a directory of train.")
 @text_option(help="A text it was not trained on.")
 @click.option("--segments", default=8, show_default=True, help="Parts of the text to measure.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens of each.")
@@ -57,8 +62,8 @@ if TYPE_CHECKING:
 def compare(**options: Any) -> None:
     """Measure full attention, window alone and window with memory on a text.
 
-    NLL (nats per token) and perplexity of the next token, and the divergence (KL) from full
-    attention, at the positions beyond window and sinks.
+    NLL of the next token and the divergence (KL) from full attention, in nats per token, at the
+    positions beyond window and sinks, and whether the memory helps there.
 
     \b
     ahn-mlx compare book.txt --window 256 --sinks 32
@@ -79,12 +84,7 @@ def compare(**options: Any) -> None:
     from ..measure import compare as measure
     from ..reading.tokens import Encoder
 
-    if options["ahn"]:
-        from ..train.output import load_trained
-
-        model, tokenizer = load_trained(options["ahn"], options)
-    else:
-        model, tokenizer = load_model(options)
+    model, tokenizer = load_model(options)
     encoder = Encoder(tokenizer)
     ids, begin = encoder("", text), encoder.begin
     if options["tokens"]:
@@ -108,7 +108,7 @@ def compare(**options: Any) -> None:
 
 
 def _stream(model: Any, ids: Any, options: dict[str, Any], out: OutFile | None) -> None:
-    from ..measure.compare import stream
+    from ..measure.compare import judge, stream
 
     n, first = options["tokens"], options["stream_from"]
     if ids.size < n or not 0 <= first < n - 1:
@@ -118,31 +118,36 @@ def _stream(model: Any, ids: Any, options: dict[str, Any], out: OutFile | None) 
     if options["as_json"]:
         click.echo(json.dumps([s._asdict() for s in result], indent=2))
     else:
-        rows = [_row(s) for s in result]
-        weights = [s.end - s.first for s in result]
-        means = [
-            sum(w * s.nll[kind] for w, s in zip(weights, result, strict=True)) / sum(weights)
-            for kind in ("window", "memory")
-        ]
-        rows.append(["all", *(f"{x:.4f}" for x in means), f"{means[1] - means[0]:+.4f}"])
-        print_table(["positions", "NLL, window", "NLL, memory", "difference"], rows)
-    if out:
-        _plot(
-            out,
-            [s.first for s in result],
-            {k: [s.nll[k] for s in result] for k in result[0].nll},
-            "NLL",
+        whole = _whole(result)
+        rows = [[f"{s.first:,} to {s.end:,}", *_cells(s)] for s in result]
+        print_table(
+            ["positions", "NLL, window", "NLL, memory", "difference", "memory"],
+            [*rows, ["all", *_cells(whole)]],
         )
+        click.echo(SENTENCES[judge(whole.difference, whole.error)])
+        click.echo(ERRORS)
+    if out:
+        _draw(out, draw_stream, result, options)
 
 
-def _row(s: "Stretch") -> list[str]:
-    difference = s.nll["memory"] - s.nll["window"]
-    values = (f"{s.nll['window']:.4f}", f"{s.nll['memory']:.4f}", f"{difference:+.4f}")
-    return [f"{s.first:,} to {s.end:,}", *values]
+def _whole(result: "list[Stretch]") -> "Stretch":
+    """All stretches as one."""
+    weights = [s.end - s.first for s in result]
+    parts = [w / sum(weights) for w in weights]
+    pairs = list(zip(parts, result, strict=True))
+    nll = {kind: sum(p * s.nll[kind] for p, s in pairs) for kind in result[0].nll}
+    error = sum((p * s.error) ** 2 for p, s in pairs) ** 0.5
+    return type(result[0])(result[0].first, result[-1].end, nll, error)
+
+
+def _cells(s: "Stretch") -> list[str]:
+    from ..measure.compare import judge
+
+    means = [f"{s.nll[kind]:.4f}" for kind in ("window", "memory")]
+    return [*means, f"{s.difference:+.4f} ± {s.error:.4f}", judge(s.difference, s.error)]
 
 
 def _show(result: "Comparison", options: dict[str, Any], out: OutFile | None) -> None:
-    buckets = [*result.buckets, result.total]
     if options["as_json"]:
         facts = {
             "buckets": [b._asdict() for b in result.buckets],
@@ -153,34 +158,87 @@ def _show(result: "Comparison", options: dict[str, Any], out: OutFile | None) ->
         }
         click.echo(json.dumps(facts, indent=2))
     else:
-        from math import exp
-
-        rows = []
-        for b in buckets:
-            name = "all" if b is result.total else f"{b.first:,} to {b.end:,}"
-            nll = [f"{x:.4f}" for x in b.nll.values()]
-            kl = [f"{x:.4f}" for x in b.kl.values()]
-            ppl = [f"{exp(x):.2f}" for x in b.nll.values()]
-            rows.append([name, *nll, *ppl, *kl, f"{b.kl['memory'] / b.kl['window']:.3f}"])
-        kinds = list(result.total.nll)
-        names = [f"{what}, {kind}" for what in ("NLL", "perplexity") for kind in kinds]
-        names += [f"KL, {kind}" for kind in kinds[1:]]
-        print_table(["positions", *names, "KL ratio"], rows)
-        click.echo(
-            f"KL with memory is {result.ratio:.3f} of the window's (segments"
-            f" {min(result.ratios):.3f} to {max(result.ratios):.3f});"
-            f" {result.gap_closed:.1%} of the NLL gap is closed"
-        )
+        _print(result)
     if out:
-        curves = {k: [b.kl[k] for b in result.buckets] for k in result.total.kl}
-        _plot(out, [b.first for b in result.buckets], curves, "KL from full attention")
+        _draw(out, draw_buckets, result, options)
 
 
-def _plot(out: OutFile, positions: list[int], curves: dict[str, list[float]], label: str) -> None:
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
-    for name, values in curves.items():
-        axes.plot(positions, values, marker="o", label=name)
-    axes.set(xlabel="position", ylabel=f"{label} (nats per token)")
-    axes.legend()
+def _print(result: "Comparison") -> None:
+    rows = []
+    for b in (*result.buckets, result.total):
+        name = "all" if b is result.total else f"{b.first:,} to {b.end:,}"
+        losses = [f"{x:.4f}" for x in (*b.nll.values(), *b.kl.values())]
+        difference = f"{b.kl['memory'] - b.kl['window']:+.4f} ± {b.error['kl']:.4f}"
+        ratio = f"{b.kl['memory'] / b.kl['window']:.3f}"
+        rows.append([name, f"{b.tokens:,}", *losses, difference, ratio, b.verdict])
+    names = [f"NLL, {kind}" for kind in result.total.nll]
+    names += [f"KL, {kind}" for kind in result.total.kl]
+    print_table(["positions", "tokens", *names, "difference", "KL ratio", "memory"], rows)
+    total = result.total
+    gap = (
+        f"{result.gap_closed:.1%} of the NLL gap is closed"
+        if total.has_gap
+        else "the window alone is as good in NLL, as far as so few tokens tell"
+    )
+    click.echo(
+        f"{SENTENCES[total.verdict]} KL with memory is {result.ratio:.3f} of the window's"
+        f" (segments {min(result.ratios):.3f} to {max(result.ratios):.3f}); {gap}"
+    )
+    click.echo(ERRORS)
+
+
+def _draw(
+    out: OutFile, draw: "Callable[[Figure, Any, str], None]", result: Any, options: dict[str, Any]
+) -> None:
+    figure = new_figure(8, 4.5)
+    draw(figure, result, f"{options['ahn'] or options['name']} on {Path(options['text']).name}")
     save_picture(figure, out, 120)
+    say(f"wrote {out.path}")
+
+
+def draw_buckets(figure: "Figure", result: "Comparison", name: str) -> None:
+    """KL of window alone and with memory as bars, by position; over them their ratio."""
+    from ..measure.compare import SURE
+
+    buckets = [*result.buckets, result.total]
+    axes = figure.subplots()
+    places = range(len(buckets))
+    window, memory = ([b.kl[kind] for b in buckets] for kind in ("window", "memory"))
+    axes.bar([x - 0.2 for x in places], window, 0.4, color="C7", label="window alone")
+    errors = [SURE * b.error["kl"] for b in buckets]
+    label = f"with memory, ± {SURE:g} standard errors of the difference"
+    bars = axes.bar(
+        [x + 0.2 for x in places], memory, 0.4, yerr=errors, capsize=4, color="C1", label=label
+    )
+    marks = [
+        f"{b.kl['memory'] / b.kl['window']:.2f}" + ("\nnoise" if b.verdict == "noise" else "")
+        for b in buckets
+    ]
+    axes.bar_label(bars, marks, padding=3)
+    ticks = [f"{b.first:,}\nto {b.end:,}" for b in result.buckets]
+    axes.set_xticks(list(places), [*ticks, "all"])
+    axes.axvline(len(buckets) - 1.5, color="C7", lw=0.8)
+    axes.margins(y=0.25)
+    axes.set(
+        xlabel="position in the text, tokens", ylabel="KL from full attention (nats per token)"
+    )
+    axes.set_title(f"{name}\nthe lower, the nearer to full attention; numbers: memory / window")
+    axes.legend(loc="upper left")
+
+
+def draw_stream(figure: "Figure", result: "list[Stretch]", name: str) -> None:
+    """By how much the memory lowers the NLL, by position."""
+    from ..measure.compare import SURE
+
+    axes = figure.subplots()
+    gains, errors = [-s.difference for s in result], [SURE * s.error for s in result]
+    axes.bar(range(len(result)), gains, 0.7, yerr=errors, capsize=4, color="C1")
+    axes.axhline(0, color="C7", lw=0.8)
+    ticks = [f"{s.first:,}\nto {s.end:,}" for s in result]
+    every = -(-len(ticks) // 8)
+    axes.set_xticks(range(0, len(ticks), every), ticks[::every])
+    axes.set(
+        xlabel="position in the text, tokens",
+        ylabel="NLL of window alone minus with memory\n(nats per token)",
+    )
+    axes.set_title(f"{name}\nabove 0 the memory helps; bars show ± {SURE:g} standard errors")

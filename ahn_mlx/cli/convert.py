@@ -11,7 +11,7 @@ from .options import quiet_option
 
 @click.command(cls=Command)
 @click.argument("ahn", cls=Word, needed=True, metavar="AHN")
-@click.option("--base", type=click.Path(path_type=Path), help="Base model: a directory or GGUF.")
+@click.option("--base", help="Base model: a directory, a GGUF file, ORG/NAME or a name of ours.")
 @click.option(
     "--ahn",
     type=click.Path(path_type=Path),
@@ -34,7 +34,7 @@ from .options import quiet_option
 @click.option("--yarn", type=float, metavar="FACTOR", help="Stretch the base's positions by YaRN.")
 @click.option("--force", is_flag=True, help="Replace a model that is at --out.")
 @quiet_option
-def convert(q_bits: str, **options: Any) -> None:
+def convert(base: str | None, q_bits: str, **options: Any) -> None:
     """Convert a checkpoint of the PyTorch release of AHN to MLX.
 
     AHN holds the parameters of the memory, and --base the model that they are for.
@@ -42,9 +42,11 @@ def convert(q_bits: str, **options: Any) -> None:
     \b
     ahn-mlx convert AHN-GDN-for-Qwen-2.5-Instruct-3B \\
       --base Qwen2.5-3B-Instruct -o ahn-gdn-3b
+    ahn-mlx convert my-memory --base Qwen/Qwen2.5-3B-Instruct -o my-model
     ahn-mlx convert merged -o ahn-gdn-3b --dtype bfloat16    # base included
     """
     from ..checkpoints.convert import convert
+    from ..hub.bases import find_base
 
-    convert(q_bits=int(q_bits), **options)
+    convert(find_base(base) if base else None, q_bits=int(q_bits), **options)
     click.echo(f"wrote {options['out']}")

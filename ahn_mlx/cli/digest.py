@@ -99,7 +99,8 @@ def _begun(out: Path, options: dict[str, Any]) -> Any:
 
     if options["append"]:
         facts = memoryfile.read_facts(out)
-        model, tokenizer = load_as_read(facts, options["name"] if is_given("name") else None)
+        name = options["name"] if is_given("name") else None
+        model, tokenizer = load_as_read(facts, name, options["ahn"])
         return Session.load(out, model, tokenizer)
     model, tokenizer = load_model(options)
     try:
@@ -166,9 +167,12 @@ def _check_out(out: Path, partial: Path, append: bool) -> None:
         OutFile(file, "a memory", is_memory).check()
 
 
-def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer that fit a memory. name: where they are now, if not as it says."""
-    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits")}
+def load_as_read(
+    facts: dict[str, Any], name: str | None, ahn: Path | None = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer that fit a memory. name, ahn: where they are now, if not as it says."""
+    options = {k: facts["model"].get(k) for k in ("name", "dtype", "q_bits", "ahn")}
+    options["ahn"] = ahn or options["ahn"]
     options |= {"window": facts["window"], "sinks": facts["sinks"]}
     if name is not None:
         options["name"] = name
@@ -176,10 +180,15 @@ def load_as_read(facts: dict[str, Any], name: str | None) -> tuple[Any, Any]:
             options["q_bits"] = None
     if not options["name"]:
         raise AHNError("the memory does not say which model it is of; give --model")
-    if name is None and os.path.isabs(options["name"]) and not os.path.isdir(options["name"]):
+    if name is None and os.path.isabs(options["name"]) and not os.path.exists(options["name"]):
         gone = show(options["name"])
         raise AHNError(f"the memory's model, {gone}, is not there; --model says where it is now")
-    return load_model(options)
+    try:
+        return load_model(options)
+    except AHNError as e:
+        if name is not None or os.path.exists(options["name"]):
+            raise
+        raise AHNError(f"{e}; --model says where the memory's model is now") from None
 
 
 def _job(session: Any, text: str, options: dict[str, Any]) -> str:

@@ -3,25 +3,47 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import AHNError
-from ..measure.chips import CHIPS
+from ..measure.chips import CHIPS, USABLE, this_chip
 from ..model.config import PUBLISHED_NAMES
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
 from .command import Command, Word
 from .options import check_numbers, force_option, json_option, model_option, no_effect
+from .terminal import say
 
 CHIP = click.Choice(list(CHIPS), case_sensitive=False)
 CHIP_HELP = f"Give bounds for it: {', '.join(CHIPS)}."
 KINDS = ("full", "window", "ahn")
-MACS = (8, 16, 24, 32, 64)  # GB
-USABLE = 0.75  # of a Mac's memory that Metal gives to one process by default
+MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 256, 512)  # GB
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub, of which config.json is enough
 CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
+# As contexts are named: 128k is 131,072. A page of a novel has some 300 words.
+UNITS = {"": 1, "k": 1024, "m": 1024**2, "p": 400}
+LONGEST = 10**12
+
+
+class Tokens(click.ParamType):
+    """A number of tokens: 200000, 128k, 1.5M, or 500p for pages."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip().lower().replace(",", "").replace("_", "")
+        found = re.fullmatch(r"(-?\d+(?:\.\d+)?) *([kmp]?)", text, re.ASCII)
+        if found is None:
+            self.fail(f"{value!r} is not a number of tokens, such as 200000, 128k, 1M or 500p")
+        tokens = float(found[1]) * UNITS[found[2]]
+        if not 1 <= tokens <= LONGEST:
+            self.fail(f"must be from 1 to {LONGEST:,} tokens, not {value!r}")
+        return round(tokens)
 
 
 @click.command(cls=Command)
@@ -45,7 +67,13 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 )
 @no_effect("force", when=lambda options: not options["plot"], why="without --out")
 @model_option
-@click.option("--context", default=128_000, show_default=True, help="Tokens read.")
+@click.option(
+    "--context",
+    type=Tokens(),
+    default="128k",
+    show_default=True,
+    help="Tokens read. k is 1,024, M is k times k, 500p are pages of 400.",
+)
 @click.option("--window", type=int, help="Default: the model's.")
 @click.option("--sinks", type=int, help="Default: the model's.")
 @click.option(
@@ -64,7 +92,7 @@ CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
     help="Of all weights; 0: 16 bits.",
 )
 @click.option("--compare", default="full,window,ahn", show_default=True, help="Of these three.")
-@click.option("--chip", type=CHIP, metavar="NAME", help=CHIP_HELP)
+@click.option("--chip", type=CHIP, metavar="NAME", help=f"{CHIP_HELP} Default: this Mac's.")
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
 @json_option
 @click.option(
@@ -76,24 +104,20 @@ def estimate(**options: Any) -> None:
 
     \b
     ahn-mlx estimate ahn-gdn-3b
-    ahn-mlx estimate ahn-gdn-7b --context 500000 --window 16384 --chip m4-pro
+    ahn-mlx estimate ahn-gdn-3b --context 500p
+    ahn-mlx estimate ahn-gdn-7b --context 1M --window 16384 --chip m4-pro
     ahn-mlx estimate --paper
     """
     check_numbers(options)
     kinds = options["compare"].split(",")
     if not set(kinds) <= set(KINDS):
         raise AHNError(f"--compare takes {', '.join(KINDS)}, not {options['compare']!r}")
-    if options["context"] < 1:
-        raise AHNError(f"--context must be at least 1, not {options['context']}")
     if options["paper"]:
         _paper()
         return
     plot, name = options["plot"], Path(options["name"])
     out = picture(plot, (name,), options["force"]) if plot else None
-    from ..checkpoints.load import built
-    from ..measure.cost import shape_of
-
-    shape = built(options["name"], shape_of, config_of(options))
+    shape = _shape(options)
     found = {kind: _count(shape, kind, options["context"], options) for kind in kinds}
     curve = {n: {kind: _count(shape, kind, n, options) for kind in kinds} for n in CURVE}
     if options["as_json"]:
@@ -101,30 +125,52 @@ def estimate(**options: Any) -> None:
     else:
         _print(shape, found, curve, options)
     if out:
-        _plot(out, curve, kinds)
+        _plot(out, options["name"], curve, kinds)
+        say(f"wrote {out.path}")
+
+
+def _shape(options: dict[str, Any]) -> Any:
+    """Sizes of what was named. A name of ours needs neither MLX nor a network."""
+    from ..hub.published import MODELS
+    from ..measure.cost import shape_by_name, shape_of
+
+    name = options["name"]
+    if name in MODELS and not Path(name).is_dir():
+        return shape_by_name(name, replace(MODELS[name].settings, **_chosen(options)))
+    from ..checkpoints.load import built
+
+    return built(name, shape_of, config_of(options))
+
+
+def _chosen(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: options[k] for k in ("window", "sinks", "memory") if options[k] is not None}
 
 
 def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
     from ..checkpoints.formats import describe_config, is_gguf
-    from ..hub.download import config_dir
+    from ..hub.disk import variants
     from ..hub.published import MODELS, no_such_model
     from ..model.config import AHNConfig
 
     name = options["name"]
-    if name in MODELS:
-        entry = MODELS[name]
-        config, ahn = entry.base.config, entry.ahn.to_dict()
-        if not entry.repo:
-            ahn |= {"window": 1024, "sinks": 64}
-    elif (path := Path(name)).is_dir() or is_gguf(path) or REPOSITORY.fullmatch(name):
-        config = describe_config(path if path.exists() else config_dir(name))
-        has_memory = "ahn" in config or "_ahn_implementation" in config
-        ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
+    if (path := Path(name)).is_dir() or is_gguf(path):
+        config = describe_config(path)
+    elif name in MODELS:
+        config = {**MODELS[name].base.config, "ahn": MODELS[name].settings.to_dict()}
+    elif REPOSITORY.fullmatch(name):
+        here = variants(name)
+        if here:
+            config = describe_config(here[0])
+        else:
+            from ..hub.download import config_dir
+
+            config = describe_config(config_dir(name))
     else:
         raise AHNError(no_such_model(name))
-    chosen = {k: options[k] for k in ("window", "sinks", "memory") if options[k] is not None}
-    return {**config, "ahn": {**ahn, **chosen}}
+    has_memory = "ahn" in config or "_ahn_implementation" in config
+    ahn = (AHNConfig.from_dict(config) if has_memory else AHNConfig()).to_dict()
+    return {**config, "ahn": {**ahn, **_chosen(options)}}
 
 
 def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +181,7 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
     cache = cost.cache_bytes(shape, kind, tokens, kv_bits=bits)
     weights = cost.weight_bytes(shape, _bits(options))
     if kind != "ahn":
-        weights -= 2 * (shape.gates + shape.readout)
+        weights -= 2 * shape.memory_parameters
     return {
         "prefill_flops": cost.flops(shape, kind, tokens),
         "decode_flops": cost.flops(shape, kind, 1, before=tokens),
@@ -157,9 +203,8 @@ def _print(
 ) -> None:
     ahn = shape.ahn
     click.echo(
-        f"{options['name']}: {shape.parameters / 1e6:,.0f}M parameters,"
-        f" window {ahn.window:,} + {ahn.sinks:,} sinks, {ahn.memory};"
-        f" after {options['context']:,} tokens\n"
+        f"{options['name']}: {shape.parameters / 1e6:,.0f}M parameters, {ahn.memory},\n"
+        f"window {ahn.window:,} + {ahn.sinks:,} sinks; after {options['context']:,} tokens\n"
     )
 
     def rows(title: str, unit: float, values: dict[str, Any]) -> list[str]:
@@ -180,37 +225,58 @@ def _print(
     parts = ("keys, values", "gates", "state")
     table += [rows(f"  {name}", 1e9, part("cache_bytes", name)) for name in parts]
     table += [rows("decode, GB/token", 1e9, {k: c["decode_bytes"] for k, c in found.items()})]
-    if options["chip"]:
-        table += _bounds(found, options["chip"])
-    table += [["fits in, GB", *(_fits(c) for c in found.values())]]
-    print_table(["", *found], table)
-    click.echo()
+    table += [["fits Macs from, GB", *(_fits(c) for c in found.values())]]
+    speeds, notes = _speeds(options["name"], found, options["chip"] or this_chip())
+    print_table(["", *found], table + speeds)
+    for note in notes:
+        click.echo(note)
+    click.echo("\nBy context: GB of cache, and GFLOP (GF) for one more token.")
     contexts = [
         [f"{n:,}"]
         + [f"{sum(c['cache_bytes'].values()) / 1e9:.3f}" for c in at.values()]
         + [f"{sum(c['decode_flops'].values()) / 1e9:.2f}" for c in at.values()]
         for n, at in curve.items()
     ]
-    heads = [f"{kind}, cache GB" for kind in found] + [f"{kind}, GFLOP/token" for kind in found]
+    heads = [f"{kind} GB" for kind in found] + [f"{kind} GF" for kind in found]
     print_table(["context", *heads], contexts)
 
 
-def _bounds(found: dict[str, Any], name: str) -> list[list[str]]:
-    """Roofline: no program can be faster than memory and arithmetic allow."""
-    chip = CHIPS[name]
-    speed = [f"{1e9 * chip.bandwidth / c['decode_bytes']:.1f}" for c in found.values()]
-    rows = [[f"{name}, bound: tokens/s at most", *speed]]
-    if chip.tflops:
-        peak = 1e12 * chip.tflops
-        wait = [f"{sum(c['prefill_flops'].values()) / peak:.1f}" for c in found.values()]
-        rows.append([f"{name}, bound: first token after at least, s", *wait])
-    return rows
+def _speeds(
+    name: str, found: dict[str, Any], chip: str | None
+) -> tuple[list[list[str]], list[str]]:
+    """Rows of times, and what stands below the table about them. A chip gives bounds: no program
+    can be faster than its memory and arithmetic allow."""
+    from ..measure.speed import recall
+
+    work = {kind: sum(c["prefill_flops"].values()) for kind, c in found.items()}
+    rows, notes = [], []
+    measured = recall(name)
+    if measured:
+        rows.append(["reads it in about", *(_duration(w / measured) for w in work.values())])
+        notes.append(f"about: at the {measured / 1e9:,.1f} GFLOP/s that bench measured here")
+    else:
+        notes.append("`ahn-mlx bench` measures this machine; then this says how long reading takes")
+    if chip:
+        peak, bandwidth = CHIPS[chip].tflops, CHIPS[chip].bandwidth
+        if peak:
+            least = (_duration(w / (1e12 * peak)) for w in work.values())
+            rows.append(["reads it in at least", *least])
+        most = (f"{1e9 * bandwidth / c['decode_bytes']:,.1f}" for c in found.values())
+        rows.append(["tokens/s, at most", *most])
+        limits = f"{bandwidth:g} GB/s" + (f", {peak:g} TFLOP/s" if peak else "")
+        notes.append(f"at least, at most: bounds of an {chip} ({limits}), not measured")
+    return rows, notes
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:,.1f} h"
 
 
 def _fits(count: dict[str, Any]) -> str:
     needed = count["weight_bytes"] + sum(count["cache_bytes"].values())
-    fitting = [str(size) for size in MACS if needed <= USABLE * size * 1e9]
-    return ", ".join(fitting) or "none of these"
+    return next((str(size) for size in MACS if needed <= USABLE * size * 1e9), "none")
 
 
 def _paper() -> None:
@@ -253,15 +319,50 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("| " + " | ".join(cells) + " |")
 
 
-def _plot(out: OutFile, curve: dict[int, dict[str, Any]], kinds: list[str]) -> None:
-    figure = new_figure(10, 4)
-    for axes, key, unit in zip(
-        figure.subplots(1, 2), ("cache_bytes", "decode_flops"), ("GB", "GFLOP"), strict=True
+# Colours that people who confuse some can tell apart; lines and marks differ in print too.
+STYLES = {
+    "full": ("full attention", "#D55E00", "-", "o"),
+    "window": ("window alone", "#0072B2", "--", "s"),
+    "ahn": ("window and memory", "#009E73", "-.", "^"),
+}
+
+
+def _plot(out: OutFile, name: str, curve: dict[int, dict[str, Any]], kinds: list[str]) -> None:
+    figure = new_figure(11, 4.5)
+    figure.suptitle(f"{name}, by how many tokens it has read")
+    pair = figure.subplots(1, 2)
+    for axes, key, title, unit in (
+        (pair[0], "cache_bytes", "memory for its cache", "GB"),
+        (pair[1], "decode_flops", "work for one more token", "GFLOP"),
     ):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ends = {}
         for kind in kinds:
             ys = [sum(at[kind][key].values()) / 1e9 for at in curve.values()]
-            axes.plot(list(curve), ys, marker="o", label=kind)
-        axes.set(xlabel="tokens read", ylabel=unit, xscale="log", yscale="log")
-        axes.set_title("cache" if key == "cache_bytes" else "one decoded token")
-        axes.legend()
+            _, colour, line, mark = STYLES[kind]
+            axes.plot(list(curve), ys, color=colour, linestyle=line, marker=mark)
+            ends[kind] = ys[-1]
+        _label_ends(axes, ends)
+        axes.set_xticks(list(curve), [_short(n) for n in curve])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.set(title=title, xlabel="tokens read", ylabel=unit)
     save_picture(figure, out)
+
+
+def _label_ends(axes: Any, ends: dict[str, float]) -> None:
+    """Write each line's name at its end: the lowest below it, the others above theirs."""
+    lowest = min(ends, key=lambda kind: ends[kind])
+    for kind, y in ends.items():
+        label, colour, *_ = STYLES[kind]
+        offset = (4, -16) if kind == lowest and len(ends) > 1 else (4, 9)
+        axes.annotate(
+            label, (CURVE[-1], y), offset, textcoords="offset points", ha="right", color=colour
+        )
+    axes.margins(y=0.15)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024**2}M" if tokens >= 1024**2 else f"{tokens // 1024}k"

@@ -19,6 +19,7 @@ from .options import (
     load_model,
     loading_options,
     needs_memory,
+    no_effect,
     prompt_file_option,
     quiet_option,
     sampling_of,
@@ -35,6 +36,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 @click.command(cls=Command)
 @click.argument("words", nargs=-1, metavar="[FILE]... [QUESTION]", shell_complete=complete_file)
+@no_effect("verbose", when=lambda options: is_given("quiet"), why="with --quiet")
 @loading_options
 @prompt_file_option
 @click.option("-p", "--prompt", help="The question, put after the text; - reads it from a pipe.")

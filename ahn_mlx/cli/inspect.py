@@ -10,6 +10,7 @@ from .command import Command, Word
 from .options import (
     force_option,
     memory_option,
+    moved_ahn_option,
     moved_model_option,
     needs_memory,
     quiet_option,
@@ -27,10 +28,13 @@ from .words import read_typed
 )
 @text_option(help="What was digested first, to quote from it.")
 @moved_model_option
+@moved_ahn_option
 @force_option
 @quiet_option
 @needs_memory
-def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bool) -> None:
+def inspect(
+    file: Path, out: Path, text: str | None, name: str | None, ahn: Path | None, force: bool
+) -> None:
     """Draw what a memory holds: one HTML page that needs no network.
 
     By layer and head: the state's norm, how many tokens it lasts, how strongly tokens were
@@ -48,7 +52,7 @@ def inspect(file: Path, out: Path, text: str | None, name: str | None, force: bo
     target = OutFile(out, "a page of inspect", is_page, reads, force, (".html", ".htm"))
     target.check()
     quoted = None if text is None else read_typed([text], has_prompt=False)
-    session = load_session(file, name)
+    session = load_session(file, name, ahn)
     drawn = page(session, file.name, quoted)
     with target.writing() as part:
         part.write_text(drawn, encoding="utf-8", errors="replace")

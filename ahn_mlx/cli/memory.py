@@ -96,7 +96,10 @@ def _rows(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if about["earlier_texts"]:
         yield "read", f"{about['earlier_texts']:,} earlier texts"
     for text in about["texts"]:
-        yield "read", f"{day(text['read'])}  {text['tokens']:,} tokens  {text['name']}"
+        yield (
+            "read",
+            f"{day(text['read'])}  {text['tokens']:,} tokens  {text['name'] or '(no name)'}",
+        )
     for part, size in about["bytes"].items():
         if size:
             yield part, in_bytes(size)

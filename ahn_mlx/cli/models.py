@@ -1,92 +1,161 @@
-"""ahn-mlx models, pull, rm: which models there are, and which are on this machine."""
+"""ahn-mlx models, pull, rm: which models there are, which are on this machine and fit it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..errors import AHNError
 from .command import Command
 from .options import complete_model, json_option, quiet_option
+
+STEP = 2048  # tokens read at once
+Q_BITS = 4 + 32 / 64  # of a base: 4, and 16 of a scale and of a bias for each group of 64
+# Bytes of a number that is not quantized: float32 serves on a CPU, 16 bits on a Mac.
+NUMBER = 2 if sys.platform == "darwin" else 4
 
 
 @click.command(cls=Command)
 @json_option
 def models(as_json: bool) -> None:
-    """List the models that have a name, and what is on this machine.
+    """List the models that have a name, what they take, and what is on this machine.
 
     \b
     ahn-mlx models
     ahn-mlx models --json
     """
-    from ..hub import download as hub
-    from ..hub.published import MODELS, models_dir, parameters
+    from ..hub.published import models_dir
+    from ..measure.chips import USABLE, machine_memory
 
-    others, facts = hub.on_disk(), []
-    rows = [("name", "base", "memory", "base + memory", "download", "on this machine")]
-    for name, entry in MODELS.items():
-        base, memory = parameters(name)
-        found = hub.variants(name) if entry.repo else _embedded()
-        others = [path for path in others if path not in found]
-        # Two bytes each, as published.
-        download = f"{2 * (base + memory) / 1e9:.1f} GB" if entry.repo else "-"
-        count = f"{base / 1e6:,.0f}M + {memory / 1e6:.1f}M"
-        facts.append(_facts(name, entry.base.repo, entry.memory, base, memory, found))
-        rows.append((name, entry.base.repo, entry.memory, count, download, _sizes(found)))
-    for path in others:
-        facts.append(_facts(path.name.replace("--", "/", 1), None, None, None, None, [path]))
-        rows.append((path.name.replace("--", "/", 1), "-", "-", "-", "-", _sizes([path])))
-    if as_json:
-        click.echo(json.dumps({"models": facts, "directory": str(models_dir())}))
-        return
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = _rows()
+    has = machine_memory()
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        click.echo("  ".join(cells).rstrip())
-    click.echo(f"converted models: {models_dir()}")
+        row["fits"] = row["memory_bytes"] and row["memory_bytes"] <= USABLE * has
+    if as_json:
+        found = {"models": rows, "directory": str(models_dir()), "machine_bytes": has}
+        click.echo(json.dumps(found))
+        return
+    cells = [("name", "weights", "download", "disk", "memory", "fits", "here"), *map(_cells, rows)]
+    widths = [max(len(cell[i]) for cell in cells) for i in range(1, 7)]
+    for name, *rest in cells:
+        if len(name) > 23:  # takes a line of its own
+            click.echo(name)
+            name = ""
+        ends = zip(rest, widths, strict=True)
+        line = [name.ljust(23)] + [x.ljust(n) if n == widths[-1] else x.rjust(n) for x, n in ends]
+        click.echo("  ".join(line).rstrip())
+    click.echo(
+        "\ndisk, memory: with a base of 4 bits and a full window; memory is an estimate."
+        f"\nfits: into {USABLE:.0%} of the {has / 1e9:.0f} GB that this machine has."
+        f"\nconverted models are in {models_dir()}"
+    )
+
+
+def _rows() -> list[dict[str, Any]]:
+    from ..hub import disk
+    from ..hub.published import MODELS, parameters
+    from ..measure import cost
+
+    rows = []
+    others = disk.on_disk()
+    for name, entry in MODELS.items():
+        found = disk.variants(name) if entry.repo else _embedded()
+        others = [path for path in others if path not in found]
+        shape = cost.shape_by_name(name, entry.settings)
+        # One that comes with a package is expanded when it is loaded.
+        weights = cost.weight_bytes(shape, Q_BITS if entry.repo else 8 * NUMBER)
+        rows.append(
+            {
+                "name": name,
+                "base": entry.base.repo,
+                "kind": entry.memory,
+                "base_parameters": parameters(name)[0],
+                "memory_parameters": parameters(name)[1],
+                # Two bytes each, as published.
+                "download_bytes": 2 * sum(parameters(name)) if entry.repo else None,
+                "disk_bytes": weights if entry.repo else sum(map(_size, found)) or None,
+                "memory_bytes": _needs(shape, entry.base.config, weights),
+                "on_this_machine": [_place(path) for path in found],
+            }
+        )
+    return rows + [_own(path) for path in others]
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """A model that was fetched or converted by another name."""
+    row: dict[str, Any] = {
+        "name": path.name.replace("--", "/", 1),
+        **dict.fromkeys(("base", "kind", "base_parameters", "memory_parameters")),
+        **dict.fromkeys(("download_bytes", "memory_bytes")),
+        "disk_bytes": _size(path),
+        "on_this_machine": [_place(path)],
+    }
+    from ..checkpoints.formats import describe_config
+    from ..measure.cost import shape_of
+
+    try:
+        config = describe_config(path)
+        shape = shape_of(config)
+    except AHNError:  # whoever loads it is told why
+        return row
+    needs = _needs(shape, config, row["disk_bytes"])
+    return {
+        **row,
+        "kind": shape.ahn.memory,
+        "base_parameters": shape.parameters - shape.memory_parameters,
+        "memory_parameters": shape.memory_parameters,
+        "memory_bytes": needs,
+    }
+
+
+def _needs(shape: Any, config: dict[str, Any], weights: int) -> int:
+    """Bytes with the window full, while it reads."""
+    from ..measure import cost
+
+    cache = cost.cache_bytes(shape, "ahn", shape.ahn.capacity + 1, NUMBER)
+    sizes = config["hidden_size"], config["intermediate_size"]
+    return weights + sum(cache.values()) + cost.working_bytes(shape, *sizes, STEP, NUMBER)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def size(key: str) -> str:
+        return f"{row[key] / 1e9:.1f} GB" if row[key] else "-"
+
+    if row["base_parameters"] is None:
+        weights = "?"
+    else:
+        count = row["base_parameters"] + row["memory_parameters"]
+        weights = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+    fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
+    here = ", ".join(f"{p['bits']}bit" if p["bits"] else "yes" for p in row["on_this_machine"])
+    sizes = map(size, ("download_bytes", "disk_bytes", "memory_bytes"))
+    return (row["name"], weights, *sizes, fits, here or "-")
 
 
 def _embedded() -> list[Path]:
     """The default model's file, if its package is installed."""
-    from ..errors import AHNError
-    from ..hub import zoo
+    from ..hub import disk
 
     try:
-        return [zoo.smollm2_gguf()]
+        return [disk.smollm2_gguf()]
     except AHNError:
         return []
 
 
-def _facts(
-    name: str,
-    base: str | None,
-    memory: str | None,
-    base_parameters: int | None,
-    memory_parameters: int | None,
-    paths: list[Path],
-) -> dict[str, Any]:
-    """A row for a program."""
+def _place(path: Path) -> dict[str, Any]:
+    bits = path.name.rsplit("-", 1)[-1].removesuffix("bit") if path.name.endswith("bit") else ""
     return {
-        "name": name,
-        "base": base,
-        "kind": memory,
-        "base_parameters": base_parameters,
-        "memory_parameters": memory_parameters,
-        "on_this_machine": [{"path": str(p), "bytes": _bytes(p)} for p in paths],
+        "path": str(path),
+        "bits": int(bits) if bits.isdigit() else None,
+        "bytes": _size(path),
     }
 
 
-def _bytes(path: Path) -> int:
-    return sum(f.stat().st_size for f in (path.iterdir() if path.is_dir() else [path]))
-
-
-def _sizes(paths: list[Path]) -> str:
-    sizes = []
-    for path in paths:
-        size = f"{_bytes(path) / 1e9:.1f} GB"
-        bits = path.name.rsplit("-", 1)[-1] if path.name.endswith("bit") else ""
-        sizes.append(f"{bits} {size}".strip())
-    return ", ".join(sizes) or "-"
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
 
 
 @click.command(cls=Command)

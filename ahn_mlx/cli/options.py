@@ -49,6 +49,20 @@ def no_effect(*names: str, when: Callable[[dict[str, Any]], Any], why: str) -> D
     return add
 
 
+def _on_its_base(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A trained memory knows the base that it belongs to."""
+
+    @functools.wraps(command)
+    def named(**options: Any) -> Any:
+        if options["ahn"] and not is_given("name"):
+            from ..hub.bases import base_of
+
+            options["name"] = base_of(options["ahn"])
+        return command(**options)
+
+    return named
+
+
 def complete_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
@@ -74,6 +88,9 @@ def _model(**attributes: Any) -> Decorator:
 model_option = _model(default=DEFAULT, show_default=True)
 plain_model_option = _model()
 moved_model_option = _model(help="Where the model is now. Default: as when digested.")
+moved_ahn_option = click.option(
+    "--ahn", type=click.Path(path_type=Path), help="Where its trained memory is now."
+)
 text_option = functools.partial(
     click.option, "--text", metavar="FILE", shell_complete=complete_file
 )
@@ -100,6 +117,11 @@ quiet_option = click.option(
 
 _LOADING = (
     model_option,
+    click.option(
+        "--ahn",
+        type=click.Path(path_type=Path),
+        help="Memory from ahn-mlx train, put on --model; by default on the base it was trained on.",
+    ),
     click.option("--window", type=int, help="Tokens kept losslessly. Default: the model's."),
     click.option("--sinks", type=int, help="First tokens kept for ever. Default: the model's."),
     click.option(
@@ -112,11 +134,13 @@ _LOADING = (
         type=click.Choice(["0", "4", "8"]),
         help="Base of a published name. [default: 4]",
     ),
+    no_effect("q_bits", when=lambda options: options["ahn"], why="with --ahn: a base is as it is"),
     no_effect(
         "q_bits",
         when=lambda options: not has_bits_to_choose(options["name"]),
         why=f"on {{name}}: {CONVERTED}",
     ),
+    _on_its_base,
 )
 _SAMPLING = (
     click.option("-m", "--max-tokens", default=256, show_default=True, help="Longest answer."),
@@ -231,4 +255,5 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
             sinks=options["sinks"],
             dtype=options["dtype"],
             q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
+            ahn=options["ahn"],
         )

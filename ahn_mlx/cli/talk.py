@@ -12,10 +12,11 @@ import click
 
 from ..errors import AHNError, nearest
 from ..outputs.files import OutFile
-from ..reading.text import read_file, typed_line, typed_path, typed_paths
+from ..reading.text import typed_line, typed_path, typed_paths
 from .options import check_numbers, needs_memory, sampling_options
 from .prompt import Prompt
 from .terminal import Left, printable, progress_bar, say, stop_between_steps, waiting
+from .words import read_typed
 
 # Name -> (argument, line of the help, whether it changes the conversation or keeps it).
 COMMANDS = {
@@ -165,10 +166,11 @@ class Talk:
             self.session = after
 
     def _read(self, argument: str) -> None:
-        texts = [read_file(path) for path in typed_paths(argument)]
+        files = typed_paths(argument)
+        text = read_typed(files, has_prompt=False)
         after = self.session.fork()  # Ctrl-C leaves the conversation as it was
         with stop_between_steps() as check:
-            ids = after.encode("\n\n".join(text.rstrip("\n") for text in texts))
+            ids = after.encode(text)
             check()
             with progress_bar(len(ids), "reading", "tokens") as bar:
 
@@ -178,6 +180,7 @@ class Talk:
 
                 after.read_ids(ids, progress)
         read = after.tokens - self.session.tokens
+        after.note_text(", ".join(files), len(ids))
         self.session, self.last = after, None
         self.unsaved += read
         say(f"read {read:,} tokens")

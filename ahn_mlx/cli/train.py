@@ -1,5 +1,6 @@
 """ahn-mlx train: a memory for a model, from texts."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
 from ..platform import enough_memory
 from .command import Command, Word
-from .options import complete_file, complete_model, no_effect, quiet_option
+from .options import complete_file, complete_model, is_given, no_effect, quiet_option
 from .terminal import progress_bar, say, stop_between_steps
 
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
@@ -93,83 +94,163 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.")
 @click.option("--save-every", default=20, show_default=True, help="Steps between saves.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--resume", is_flag=True, help="Go on where --out stopped.")
+@click.option("--resume", is_flag=True, help="Go on where --out stopped, with its settings.")
 @quiet_option
 @enough_memory("take a smaller --seq-len, --grad-checkpoint or a smaller model")
 def train(**options: Any) -> None:
     """Train a memory: the model learns to see through it what its window has lost.
 
     The model itself stays as it is. OUT gets a checkpoint of the memory alone, in the layout
-    of the PyTorch release, which `ahn-mlx convert --ahn OUT` takes; metrics.jsonl and
+    of the PyTorch release, which `ahn-mlx generate --ahn OUT` takes; what was measured, and
     curves.png; and the state that --resume goes on from. Ctrl-C saves all of them.
 
     \b
     ahn-mlx train books/*.txt -o my-memory
-    ahn-mlx train books/*.txt -o my-memory --resume
+    ahn-mlx train books/*.txt -o my-memory --resume --steps 1000
     ahn-mlx train texts.jsonl --model Qwen/Qwen2.5-3B-Instruct --kind deltanet \\
       --seq-len 8192 --grad-checkpoint -o ahn-dn-3b-mine
     ahn-mlx train more.txt --ahn my-memory -o better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
-    _check(options)
     out: Path = options["out"]
+    from ..hub import bases
     from ..train import loop, output
     from ..train.data import Sequences
 
+    if options["resume"]:
+        _as_before(options)
+    _check(options)
     output.check_out(out, options)
     if options["ahn"]:
-        from ..checkpoints.baseconfig import read_config
-
-        config = AHNConfig.from_dict(read_config(options["ahn"]))
-        options |= {"memory": config.memory, "query_projection": config.query_projection}
-    model, tokenizer, base = output.load_base(options)
+        _take_memory(options, options["ahn"])
+        if not is_given("base"):
+            options["base"] = bases.base_of(options["ahn"])
+    drawable = _can_draw(out)
+    base = output.load_base(options)
     if options["ahn"]:
-        output.install_trained(model, options["ahn"], base)
+        bases.put_memory(base, options["ahn"])
         options["layerwise"] = 0
     names = loop.Settings.__dataclass_fields__
     settings = loop.Settings(**{k: v for k, v in options.items() if k in names})
-    data = Sequences(options["data"], tokenizer, settings.seq_len, settings.seed)
-    trainer = loop.Trainer(model, data, settings, out if options["resume"] else None)
+    data = Sequences(options["data"], base.tokenizer, settings.seq_len, settings.seed)
+    trainer = loop.Trainer(base.model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
         say(f"layer-wise: the memory explains {trainer.explained:.1%} of what the window misses")
-    main = trainer.world.rank() == 0
-    if main:
+    if trainer.world.rank() == 0:
         output.check_out(out, options)  # again, an hour may have passed
         out.mkdir(parents=True, exist_ok=True)
         for left in output.leftovers(out):
             left.unlink()
-    metrics = loop.Metrics(out / loop.METRICS, trainer.step) if main else None
+    run = _Run(trainer, base, options, drawable)
+    try:
+        run.to_the_end()
+    except KeyboardInterrupt:
+        run.save(measured=False)
+        say(f"stopped after {trainer.step} of {settings.steps} steps; --resume goes on")
+        sys.exit(130)
+    if trainer.world.rank() == 0:
+        _say_what_next(out, run.validation.summary())
 
-    def save() -> None:
-        if main:
-            trainer.save(out)
-            output.write_checkpoint(out, model, base, options)
-            output.write_curves(out)
 
-    with (
-        stop_between_steps() as check,
-        progress_bar(settings.steps, "training", "steps", trainer.step) as bar,
-    ):
-        try:
+class _Run:
+    """Steps of a trainer, and what is written of them, by one of several machines."""
+
+    def __init__(self, trainer: Any, base: Any, options: dict[str, Any], drawable: bool):
+        from ..train import loop
+        from ..train.validation import VALIDATION, Validation
+
+        self.trainer, self.base, self.options, self.drawable = trainer, base, options, drawable
+        self.main, out = trainer.world.rank() == 0, options["out"]
+        if self.main:
+            self.metrics = loop.Metrics(out / loop.METRICS, trainer.step)
+            self.validation = Validation(
+                out / VALIDATION, base.model, trainer.data, trainer.settings, trainer.step
+            )
+
+    def to_the_end(self) -> None:
+        """Raises KeyboardInterrupt between two steps."""
+        from ..train import loop
+
+        trainer, settings = self.trainer, self.trainer.settings
+        with (
+            stop_between_steps() as check,
+            progress_bar(settings.steps, "training", "steps", trainer.step) as bar,
+        ):
             if trainer.step == 0:
-                save()
+                self.save()
             while trainer.step < settings.steps:
                 step = trainer.step
-                loss = trainer.train_step()
+                loss, speed = trainer.train_step(), 0.0
                 tokens = settings.seq_len * settings.accumulate * trainer.world.size()
                 window, sinks = loop.draw_window(settings, step)
-                speed = metrics.write(step, loss, tokens, window, sinks) if metrics else 0.0
+                if self.main:
+                    speed = self.metrics.write(step, loss, tokens, window, sinks)
                 bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
                 bar.update()
-                if trainer.step % options["save_every"] == 0:
-                    save()
+                if trainer.step % self.options["save_every"] == 0:
+                    self.save()
                 check()
-        except KeyboardInterrupt:
-            save()
-            say(f"stopped after {trainer.step} of {settings.steps} steps; --resume goes on")
-            sys.exit(130)
-    save()
+            self.save()
+
+    def save(self, measured: bool = True) -> None:
+        """measured: also on what was held out, which takes as long as a step."""
+        from ..train import curves, output
+
+        if not self.main:
+            return
+        out: Path = self.options["out"]
+        self.trainer.save(out)
+        output.write_checkpoint(out, self.base, self.options)
+        if measured:
+            self.validation.measure(self.trainer.step)
+        if self.drawable:
+            curves.write_curves(out, self.options["loss"])
+
+
+def _as_before(options: dict[str, Any]) -> None:
+    """What was not typed is as it was in the run that goes on."""
+    from ..hub.bases import base_of
+    from ..train import loop
+
+    out = options["out"]
+    before, _ = loop.read_settings(out)
+    if not options["ahn"]:
+        _take_memory(options, out)
+    if not is_given("base"):
+        before["base"] = base_of(out)
+    options |= {k: v for k, v in before.items() if not is_given(k)}
+
+
+def _take_memory(options: dict[str, Any], directory: Path) -> None:
+    """The settings of a trained memory that are not to be chosen again."""
+    from ..checkpoints.baseconfig import read_config  # imports MLX
+
+    config = AHNConfig.from_dict(read_config(directory))
+    found = {"memory": config.memory, "sink_positions": config.sink_positions}
+    options |= {k: v for k, v in found.items() if not is_given(k)}
+    options["query_projection"] = config.query_projection
+
+
+def _can_draw(out: Path) -> bool:
+    from ..outputs.pictures import check_drawing
+    from ..train.curves import CURVES
+
+    try:
+        check_drawing(str(out / CURVES))
+    except AHNError as e:
+        say(f"note: {e}; training goes on without")
+        return False
+    return True
+
+
+def _say_what_next(out: Path, measured: str) -> None:
+    name = shlex.quote(str(out))
     say(f"wrote {out}")
+    if measured:
+        say(measured)
+    say("use it, and measure it on a text that it has not seen:")
+    say(f"  ahn-mlx generate FILE QUESTION --ahn {name}")
+    say(f"  ahn-mlx compare FILE --ahn {name} -o compare.png")
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -37,17 +37,18 @@ def looks_like_file(word: str) -> bool:
     return bool(_ENDS.search(word) or (not re.search(r"\s", word) and _PATH.search(word)))
 
 
-def files_and_question(words: Sequence[str]) -> tuple[list[str], str | None]:
+def files_and_question(
+    words: Sequence[str], mend: str = "if it is the question, give it with --prompt"
+) -> tuple[list[str], str | None]:
     """The files among some words, in their order, and the question, if there is one.
 
-    Raises AHNError if a file is not there, or for more than one question.
+    mend: what to do about a file that is not there. Raises AHNError then, and for more than
+    one question.
     """
     files = [w for w in words if is_there(w)]
     others = [w for w in words if not is_there(w)]
     for missing in filter(looks_like_file, others):
-        raise AHNError(
-            f"{show(missing)}: no such file; if it is the question, give it with --prompt"
-        )
+        raise AHNError(f"{show(missing)}: no such file; {mend}")
     if len(others) > 1:
         if all(w.strip() and not re.search(r"\s", w) for w in others):
             raise AHNError(f'a question of several words goes in quotes: "{" ".join(others)}"')
@@ -62,7 +63,7 @@ def memory_and_question(words: Sequence[str]) -> tuple[Path | None, str | None]:
 
     Raises AHNError as files_and_question does, and for more than one file.
     """
-    files, question = files_and_question(words)
+    files, question = files_and_question(words, "ahn-mlx digest writes one")
     if len(files) > 1:
         raise AHNError(f"{show(files[0])} and {show(files[1])}: one memory file at a time")
     return (Path(typed_path(files[0])) if files else None), question
@@ -70,6 +71,9 @@ def memory_and_question(words: Sequence[str]) -> tuple[Path | None, str | None]:
 
 def read_typed(files: Sequence[str], has_prompt: bool) -> str:
     """The text of documents, as read_documents has it, with a bar for those of many pages."""
+    for file in files:
+        if file.lower().endswith(".ahn") and os.path.isfile(file):
+            raise AHNError(f"{file}: is a memory, not a document; ahn-mlx ask reads it")
     with progress_bar(0, "opening", "pages") as bar:
 
         def progress(read: int, total: int) -> None:

@@ -44,9 +44,8 @@ def paper_row(suite: str, mixer: str, model: Mapping[str, Any] | None, length: s
     it, `size` and `memory`."""
     if not model or not model.get("size") or (suite == "lveval" and length != "128k"):
         return {}
-    column = {"window": "sinks_swa", "full": "full"}.get(mixer) or PAPER_MEMORIES.get(
-        model["memory"], ""
-    )
+    others = {"window": "sinks_swa", "full": "full"}
+    column = others.get(mixer) or PAPER_MEMORIES.get(model["memory"], "")
     names = {v: k for k, v in PAPER_TASKS.items()}
     table = paper_tables()[PAPER_SUITES[suite]][model["size"]]
     return {names.get(t, t): row[column] for t, row in table.items() if column in row}

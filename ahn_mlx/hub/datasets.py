@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 
 from ..errors import AHNError
 from ..outputs.files import replacing
-from .download import explain
+from .fetch import explain
 from .published import models_dir
 
 LONGEST = 1 << 20  # bytes of a text that is fetched by its check sum

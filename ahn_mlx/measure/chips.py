@@ -1,5 +1,9 @@
-"""Apple chips: what the fastest variant of each can do at most."""
+"""Apple chips: what the fastest variant of each can do at most; and the memory of this machine."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -33,3 +37,30 @@ CHIPS = {
     "m5-pro": Chip(307, 20, None),
     "m5-max": Chip(614, 40, None),
 }
+
+# Of a machine's memory, for one model. Metal gives a process about so much by default, and
+# elsewhere the system and other programs need the rest.
+USABLE = 0.75
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+
+
+def this_chip() -> str | None:
+    """The key of this Mac's chip, or None elsewhere and of a chip that is not in the table."""
+    if sys.platform != "darwin":
+        return None
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        name = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    key = "-".join(name.lower().removeprefix("apple").split())
+    return key if key in CHIPS else None
+
+
+def machine_memory() -> int:
+    """Bytes that this machine, or the container in which this runs, has."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(found, int(LIMIT.read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return found

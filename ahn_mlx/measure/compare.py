@@ -6,8 +6,8 @@ counted: there all three are equal.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..errors import AHNError
 from ..train.losses import ROWS, divergence
-from ..train.streams import head, install, study, teach, trainable
+from ..train.streams import head, silenced, study, teach
 
 KINDS = ("full", "window", "memory")
 
@@ -23,14 +23,40 @@ KINDS = ("full", "window", "memory")
 STEP = 2048
 
 
+# Differences of fewer standard errors than that may be chance.
+SURE = 2.0
+
+
+def judge(difference: float, error: float) -> str:
+    """A loss with memory minus that of the window alone, and its standard error, in a word."""
+    if not abs(difference) > SURE * error:
+        return "noise"
+    return "helps" if difference < 0 else "harms"
+
+
 class Bucket(NamedTuple):
-    """Positions first <= t < end of all segments: NLL by kind, KL(full || kind), and how many."""
+    """Positions first <= t < end of all segments: NLL by kind, KL(full || kind), and how many.
+
+    error: standard errors over tokens, as if each were drawn alone: "nll" and "kl" of memory minus
+    window, "gap" of the NLL of the window minus that of full attention. NaN for one token.
+    """
 
     first: int
     end: int
     tokens: int
     nll: dict[str, float]
     kl: dict[str, float]
+    error: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """Whether the memory brings the model nearer to full attention."""
+        return judge(self.kl["memory"] - self.kl["window"], self.error["kl"])
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the window alone is surely worse than full attention in NLL."""
+        return self.nll["window"] - self.nll["full"] > SURE * self.error["gap"]
 
 
 class Comparison(NamedTuple):
@@ -92,7 +118,16 @@ def _bucket(table: mx.array, first: int, end: int) -> Bucket:
     means: Any = table.mean(axis=(0, 2)).tolist()
     count = table.shape[0] * table.shape[2]
     nll, kl = dict(zip(KINDS, means[:3], strict=True)), dict(zip(KINDS[1:], means[3:], strict=True))
-    return Bucket(first, end, count, nll, kl)
+    full, alone, memory, kl_alone, kl_memory = (table[:, n] for n in range(5))
+    pairs = {"nll": memory - alone, "kl": kl_memory - kl_alone, "gap": alone - full}
+    return Bucket(first, end, count, nll, kl, {k: _error(x) for k, x in pairs.items()})
+
+
+def _error(x: mx.array) -> float:
+    """Standard error of the mean."""
+    if x.size < 2:
+        return math.nan
+    return math.sqrt(float(mx.var(x, ddof=1).item()) / x.size)  # type: ignore[arg-type]
 
 
 def _measure(model: nn.Module, tokens: mx.array, window: int, sinks: int) -> mx.array:
@@ -117,24 +152,18 @@ def _measure(model: nn.Module, tokens: mx.array, window: int, sinks: int) -> mx.
     return mx.concatenate(blocks, axis=1)
 
 
-@contextmanager
-def silenced(model: nn.Module) -> Iterator[None]:
-    """The memory adds nothing in here: a window alone."""
-    parameters = trainable(model)
-    zeros = {n: mx.zeros_like(x) for n, x in parameters.items() if n.endswith("o_proj.weight")}
-    install(model, zeros)
-    try:
-        yield
-    finally:
-        install(model, parameters)
-
-
 class Stretch(NamedTuple):
-    """Tokens first <= t < end of one long text: NLL of window alone and with memory."""
+    """Tokens first <= t < end of one long text: NLL of window alone and with memory, and the
+    standard error of their difference."""
 
     first: int
     end: int
     nll: dict[str, float]
+    error: float
+
+    @property
+    def difference(self) -> float:
+        return self.nll["memory"] - self.nll["window"]
 
 
 def stream(
@@ -151,9 +180,11 @@ def stream(
     memory = _stream(model, tokens, first, progress)
     stretches = []
     for a in range(0, alone.size, 8192):
-        means = [float(x[a : a + 8192].mean().item()) for x in (alone, memory)]  # type: ignore[arg-type]
+        parts = [x[a : a + 8192] for x in (alone, memory)]
+        means = [float(x.mean().item()) for x in parts]  # type: ignore[arg-type]
         end = first + min(a + 8192, alone.size)
-        stretches.append(Stretch(first + a, end, dict(zip(KINDS[1:], means, strict=True))))
+        nll = dict(zip(KINDS[1:], means, strict=True))
+        stretches.append(Stretch(first + a, end, nll, _error(parts[1] - parts[0])))
     return stretches
 
 

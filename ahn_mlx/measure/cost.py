@@ -1,7 +1,7 @@
 """What a model costs, counted without its weights: FLOPs and bytes.
 
-Shapes are those of the model that `build` makes of a config, and bytes those of real
-caches on arrays that are never evaluated: there is no second description of either.
+Shapes are those of the model that `build` makes of a config; those of models that have a name
+are written down, so that nothing need be imported for them. Bytes are those of real caches.
 
 Two ways to count. The honest one: a prompt needs one row of logits, looking up an embedding
 is no arithmetic, tokens that stay in the window cost the memory nothing but their gates.
@@ -10,23 +10,22 @@ included, is applied to every token, and a recurrence costs nothing.
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AHNError
-from ..memory import MEMORIES
-from ..model.augment import build
-from ..model.cache import AHNCache
+from ..hub.published import MODELS, counts
 from ..model.config import AHNConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 KINDS = ("full", "window", "ahn")
 
 # State elements are multiplied and added so often per token: recall, write and read; Mamba2
 # writes and reads.
 PASSES = {"gated_deltanet": 3, "deltanet": 3, "mamba2": 2}
+GATES = {"gated_deltanet": 2, "deltanet": 1, "mamba2": 1}  # per token and head
+STEP = 256  # slots by which caches grow
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Shape:
     gates: int
     readout: int
     vectors: int
+    memory_vectors: int
     embedding: int
     tied: bool
 
@@ -58,14 +58,49 @@ class Shape:
     def parameters(self) -> int:
         """Of base and memory."""
         head = 0 if self.tied else self.embedding
-        matrices = self.projections + self.mlp + self.gates + self.readout
-        return matrices + self.vectors + self.embedding + head
+        base = self.projections + self.mlp + self.vectors + self.embedding + head
+        return base + self.memory_parameters
+
+    @property
+    def memory_parameters(self) -> int:
+        return self.gates + self.readout + self.memory_vectors
+
+
+def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
+    """Of a model that has a name, with other AHN settings perhaps."""
+    base = MODELS[name].base
+    published = next(e.ahn for e in MODELS.values() if (e.base, e.memory) == (base, ahn.memory))
+    special = ("fa_layer_ids", "router", "query_projection")
+    if any(getattr(ahn, field) != getattr(published, field) for field in special):
+        return shape_of({**base.config, "ahn": ahn.to_dict()})
+    found, config = counts(name, ahn.memory), base.config
+    tied = config["tie_word_embeddings"]
+    return Shape(
+        ahn=ahn,
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["hidden_size"] // config["num_attention_heads"],
+        projections=found.projections,
+        mlp=found.mlp,
+        gates=found.gates,
+        readout=found.readout,
+        vectors=found.vectors,
+        memory_vectors=found.memory_vectors,
+        embedding=found.embedding if tied else found.embedding // 2,
+        tied=tied,
+    )
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """Count a config.json with AHN fields. Raises AHNError as build does."""
+    from mlx.utils import tree_flatten
+
+    from ..model.augment import build
+
     model = build(config)
-    found = dict.fromkeys(("projections", "mlp", "gates", "readout", "vectors", "embedding"), 0)
+    groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "embedding")
+    found = dict.fromkeys(groups, 0)
     parameters: Any = tree_flatten(model.parameters())
     for name, x in parameters:
         found[_group(name, x)] += x.size
@@ -84,10 +119,11 @@ def shape_of(config: dict[str, Any]) -> Shape:
     )
 
 
-def _group(name: str, x: mx.array) -> str:
+def _group(name: str, x: "mx.array") -> str:
+    ours = ".self_attn.ahn." in name
     if x.ndim < 2:
-        return "vectors"
-    if ".self_attn.ahn." in name:
+        return "memory_vectors" if ours else "vectors"
+    if ours:
         # The output's projection, and what reads with a query of its own.
         reads = any(part in name for part in (".o_proj.", ".q_proj."))
         return "readout" if reads else "gates"
@@ -140,34 +176,31 @@ def cache_bytes(
     shape: Shape,
     kind: str,
     tokens: int,
-    dtype: mx.Dtype = mx.bfloat16,
+    number: int = 2,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
 ) -> dict[str, int]:
-    """Bytes of all caches after `tokens` tokens: keys and values, gates, state."""
+    """Bytes of all caches after `tokens` tokens: keys and values, gates, state.
+
+    number: bytes of one that is not quantized. The state is float32.
+    """
     _check(kind, tokens, 0)
     found = {"keys, values": 0, "gates": 0, "state": 0}
     if not tokens:
         return found
-    heads = (1, shape.kv_heads)
-    for layer in range(shape.layers):
-        if kind == "full" or layer in shape.ahn.fa_layer_ids:
-            full = KVCache()
-            full.update_and_fetch(*_nothing((*heads, tokens, shape.head_dim), dtype))
-            found["keys, values"] += full.nbytes
-            continue
-        cache = AHNCache(shape.ahn.window, shape.ahn.sinks, kv_bits, kv_group_size)
-        held = min(tokens, cache.capacity)
-        count = MEMORIES[shape.ahn.memory].gate_count
-        gates = mx.zeros((1, shape.heads, held, count), dtype)
-        cache.update(*_nothing((*heads, held, shape.head_dim), dtype), gates)
-        assert cache.buffers is not None
-        *kept, gates = cache.buffers
-        found["keys, values"] += sum(x.nbytes for x in kept)
-        if kind == "ahn":
-            found["gates"] += gates.nbytes
-            if tokens > cache.capacity:
-                found["state"] += 4 * shape.heads * shape.head_dim**2
+    full = shape.layers if kind == "full" else len(shape.ahn.fa_layer_ids)
+    slots = -(-tokens // STEP) * STEP
+    held = min(slots, shape.ahn.capacity)
+    plain = number * shape.head_dim
+    row = plain
+    if kv_bits is not None:  # and a scale and a bias for each group
+        row = kv_bits * shape.head_dim // 8 + 2 * number * (shape.head_dim // kv_group_size)
+    rest = shape.layers - full
+    found["keys, values"] = 2 * shape.kv_heads * (full * slots * plain + rest * held * row)
+    if kind == "ahn":
+        found["gates"] = rest * shape.heads * held * GATES[shape.ahn.memory] * number
+        if tokens > shape.ahn.capacity:
+            found["state"] = rest * 4 * shape.heads * shape.head_dim**2
     return found
 
 
@@ -184,13 +217,20 @@ def weight_bytes(shape: Shape, bits: float, memory_bytes: int = 2) -> int:
     """Bytes of all weights: matrices of the base at `bits` per element, the rest 16 bits."""
     head = 0 if shape.tied else shape.embedding
     base = shape.projections + shape.mlp + shape.embedding + head
-    rest = memory_bytes * (shape.gates + shape.readout) + 2 * shape.vectors
+    rest = memory_bytes * shape.memory_parameters + 2 * shape.vectors
     return int(base * bits / 8) + rest
 
 
-def _nothing(size: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Keys and values that are never evaluated, and so take no memory."""
-    return mx.zeros(size, dtype), mx.zeros(size, dtype)
+def working_bytes(shape: Shape, hidden: int, wide: int, step: int, number: int = 2) -> int:
+    """About what reading takes beside weights and cache: what `step` tokens are in one layer, a
+    second copy of its window, and scores of one tile.
+
+    hidden, wide: sizes of the model and its MLP. number: bytes of one.
+    """
+    held = shape.ahn.capacity + step
+    tile = 256 * shape.heads * held * number
+    window = 2 * shape.kv_heads * held * shape.head_dim * number
+    return step * (6 * hidden + 3 * wide) * number + window + tile
 
 
 def _check(kind: str, tokens: int, before: int) -> None:

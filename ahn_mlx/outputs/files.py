@@ -32,8 +32,6 @@ class OutFile:
     def check(self) -> None:
         """Raise AHNError unless the file can be written and nothing is lost by it."""
         check_named(self.path)
-        if self.endings and self.path.suffix.lower() not in self.endings:
-            raise AHNError(f"{self.path}: give a name that ends in {', '.join(self.endings)}")
         real = real_path(self.path)
         # A pipe has no real path, and a path through what is not there has no other.
         for path in (self.path, real):
@@ -45,6 +43,8 @@ class OutFile:
             except OSError as e:
                 reason = f"cannot be written ({e.strerror})"
                 raise AHNError(f"{self.path}: {reason}; choose another name") from None
+        if self.endings and self.path.suffix.lower() not in self.endings:
+            raise AHNError(f"{self.path}: give a name that ends in {', '.join(self.endings)}")
         check_writable(real.parent)
 
     def _check_replaced(self, path: Path, mode: int) -> None:

@@ -1,11 +1,13 @@
 """Pictures as files, drawn by matplotlib where it is installed."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AHNError
+from ..platform import pip_install
 from .files import OutFile
 
 if TYPE_CHECKING:
@@ -22,10 +24,20 @@ LARGEST = 1 << 26  # bytes of a file that may be a picture
 
 def picture(path: Path, reads: tuple[Path, ...] = (), force: bool | None = None) -> OutFile:
     """A picture that can be written. Raises AHNError if it cannot, or without matplotlib."""
+    check_drawing(str(path))
     out = OutFile(path, "a picture of ours", is_picture, reads, force, tuple(MARKS))
     out.check()
     new_figure(1, 1)
     return out
+
+
+def check_drawing(what: str) -> None:
+    """Raise AHNError, which says what helps, unless pictures can be drawn here: before hours of
+    work that end in one."""
+    figure = new_figure(1, 1, what)
+    with _drawing(what):
+        figure.subplots().set_title("1")
+        figure.savefig(io.BytesIO(), format="png")
 
 
 def is_picture(file: Path) -> bool:
@@ -35,9 +47,9 @@ def is_picture(file: Path) -> bool:
     return MARKS[file.suffix.lower()][1] in file.read_bytes()
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float, what: str = "a picture") -> "Figure":
     """An empty figure, in inches. Raises AHNError without a matplotlib that works."""
-    with _drawing("a picture"):
+    with _drawing(what):
         from matplotlib.figure import Figure
 
         return Figure(figsize=(width, height), layout="constrained")
@@ -56,7 +68,7 @@ def _drawing(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise AHNError(f"{what} needs matplotlib: pip install 'ahn-mlx[plot]'") from None
+        raise AHNError(f"{what} needs matplotlib: {pip_install('matplotlib')}") from None
     except OSError:  # the file's
         raise
     except Exception as e:  # whatever fonts, backends and settings make of it

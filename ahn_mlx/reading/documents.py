@@ -18,17 +18,14 @@ from ..errors import AHNError, foreign, show
 from .encoding import decode_page
 from .kinds import Kind
 
-# Of the parts with text, together. The longest novels are some 10 MB of markup.
+# Bytes of the parts with text, together and of one. The longest novels are 10 MB of markup
+# in a hundred chapters; Word keeps a document in one part, some 10 kB a page.
 UNPACKED = 200 * 10**6
+LARGEST = 30 * 10**6
 
-# What programs of typesetting make of letters, and what PDFium puts for a hyphen at a line's
-# end. Control characters come from fonts that do not say what their glyphs are.
-_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl"} | {
-    0xFB05: "st",
-    0xFB06: "st",
-}
-_CONTROLS: dict[int, str | None] = {n: None for n in range(32) if chr(n) not in "\t\n\r\f"}
-_PDF_SIGNS = _CONTROLS | _LIGATURES | {0xFFFE: None, 0x0C: "\n"}
+# PDFium takes ligatures apart, and puts U+0002 for a hyphen that divides a word at a line's
+# end; other controls come from fonts that do not say what their glyphs are.
+_PDF_SIGNS = {n: None for n in range(32) if chr(n) not in "\t\n\r"}
 # In XHTML an element may be closed where it begins, which HTML has for these alone.
 _CLOSED = re.compile(
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr)\b)"
@@ -126,9 +123,8 @@ def _text_of_page(page: str, name: str) -> str:
             output_format="plain", extract_metadata=False, skip_images=True
         )
         found = html_to_markdown.convert(page, options)
-    # Parts that are nested too deeply are left out, and named there.
-    for warning in found.warnings:
-        _note(f"{name}: {show(warning.message)}")
+    for warning in found.warnings:  # parts that are nested too deeply
+        _note(f"{name}: something was left out ({show(warning.message)})")
     text = (found.content or "").strip()
     return f"{text}\n\n" if text else ""
 
@@ -165,11 +161,10 @@ class _Archive:
             info = self.archive.getinfo(part)
             # zipfile gives no more than the directory says.
             self.left -= info.file_size
-            if self.left < 0:
-                raise AHNError(
-                    f"{self.name}: unpacks to more than {UNPACKED / 1e6:,.0f} MB of text; "
-                    "split it, or give its text"
-                )
+            if info.file_size > LARGEST or self.left < 0:
+                much = LARGEST if info.file_size > LARGEST else UNPACKED
+                more = f"unpacks to more than {much / 1e6:,.0f} MB of text"
+                raise AHNError(f"{self.name}: {more}; split it, or give it as plain text")
             if info.flag_bits & 1:
                 raise AHNError(f"{self.name}: has a password; save it without one")
             return self.archive.read(info)

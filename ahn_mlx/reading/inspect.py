@@ -2,7 +2,6 @@
 
 import html
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +13,23 @@ from ..memory import DeltaNet, Mamba2, Memory
 from ..model.augment import memory_layers
 from ..model.cache import AHNCache
 from ..model.trace import BLOCK
+from ..outputs import pages
 from .session import Session
 
 COLUMNS = 160  # of the map over the text; more would be narrower than a pixel
 PASSAGES = 12
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1b2733;background:#fff;margin:2em auto;
-max-width:62em;padding:0 1em}
-h1{font-size:1.5em}h2{font-size:1.15em;margin:2em 0 .2em}p{margin:.3em 0;color:#46566a}
-dl{display:grid;grid-template-columns:9em 1fr;gap:.1em 1em}dt{color:#46566a}dd{margin:0}
-svg{width:100%;height:auto;margin-top:.5em}text{font:11px system-ui,sans-serif;fill:#46566a}
-.maps{display:grid;grid-template-columns:1fr 1fr;gap:0 2em}
-table{border-collapse:collapse}td,th{padding:.3em .8em .3em 0;text-align:left;
-vertical-align:top;border-bottom:1px solid #dde3ea}td.n{text-align:right}
-"""
+# Mean share of the output, at most, and what that is.
+LOUDNESS = (
+    (0.001, "is hardly heard"),
+    (0.1, "speaks softly"),
+    (0.5, "is loud"),
+    (math.inf, "drowns what the window says"),
+)
+
+# Of the parts of a text, on light and on dark.
+SINKS, MEMORY, WINDOW = "#e69f00", "#2a8f8a", "#7a8fd4"
+
 MARK = '<meta name="generator" content="ahn-mlx inspect">'
 
 
@@ -87,37 +88,23 @@ def page(session: Session, name: str, text: str | None = None) -> str:
     Raises AHNError if that begins otherwise, or if nothing has left the window.
     """
     layers = measure(session)
-    ids = None
-    if text is not None:
-        template = session.template
-        fresh = Session(
-            session.model,
-            session.tokenizer,
-            system=template.system if template else "",
-            chat=template is not None,
-        )
-        ids = fresh.encode(text)
-        if fresh.preview != session.preview:
-            raise AHNError(f"--text is another text; the one digested begins {session.preview!r}")
-    shares = np.mean([layer.share for layer in layers])
+    ids = None if text is None else _ids(session, text)
     facts = {
         "model": f"{session.origin['name']}, {session.model.ahn.memory}",
-        "tokens": f"{session.tokens:,}",
-        "window + sinks": f"{session.model.ahn.window:,} + {session.model.ahn.sinks:,}",
-        "kept in memory": f"{session.nbytes / 1e6:.1f} MB",
-        "memory's share": f"{shares:.1%} of the output, mean of all heads",
-        "begins": session.preview,
+        "read": f"{session.tokens:,} tokens",
+        "kept": f"{session.nbytes / 1e6:.1f} MB, whatever the length of the text",
+        "begins": f"{session.preview} ...",
     }
     rows = "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
-    title = html.escape(name)
-    text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8">{MARK}<title>{title}</title>'
-        f"<style>{STYLE}</style><h1>What the memory holds of {title}</h1><dl>{rows}</dl>"
-        f'<div class="maps">{_by_head(layers)}</div>{_over_text(layers)}'
-        f"{_passages(session, layers, ids)}</html>\n"
-    )
-    # A file's name need not be UTF-8.
-    return text.encode(errors="replace").decode()
+    body = [
+        f"<dl>{rows}</dl>",
+        _in_short(session, layers),
+        _where(session),
+        *_by_head(session, layers),
+        _over_text(session, layers),
+        _passages(session, layers, ids),
+    ]
+    return pages.document(f"What the memory holds of {name}", MARK, "".join(body))
 
 
 def is_page(file: Path) -> bool:
@@ -126,32 +113,123 @@ def is_page(file: Path) -> bool:
         return MARK.encode() in f.read(1000)
 
 
-def _by_head(layers: list[Layer]) -> str:
-    numbers = [layer.number for layer in layers]
-    maps = [
-        ("State norm", "Frobenius norm of each head's state.", [x.norm for x in layers]),
-        (
-            "Share of the output",
-            "Squares of the memory's part over all.",
-            [x.share for x in layers],
-        ),
-        ("Write strength", "Mean over all tokens written.", [x.strength for x in layers]),
-    ]
-    lengths = [x.length for x in layers if x.length is not None]
-    note = "Tokens until decay leaves 1/e."
+def _ids(session: Session, text: str) -> list[int]:
+    """What of that text was read first, as tokens."""
+    template = session.template
+    fresh = Session(
+        session.model,
+        session.tokenizer,
+        system=template.system if template else "",
+        chat=template is not None,
+    )
+    ids = fresh.encode(text)
+    if fresh.preview != session.preview:
+        raise AHNError(f"--text is another text; the one digested begins {session.preview!r}")
+    return ids
+
+
+class Places(NamedTuple):
+    """Tokens of the text, one after the other: in the sinks, in the memory, in the window."""
+
+    sinks: int
+    memory: int
+    window: int
+
+
+def places(session: Session) -> Places:
+    read, ahn = session.tokens, session.model.ahn
+    memory = max(0, read - ahn.sinks - ahn.window)
+    sinks = min(ahn.sinks, read)
+    return Places(sinks, memory, read - sinks - memory)
+
+
+def _in_short(session: Session, layers: list[Layer]) -> str:
+    """The two things that one wants to know first."""
+    share = float(np.mean([layer.share for layer in layers]))
+    loud = next(word for most, word in LOUDNESS if share <= most)
+    lines = [f"It {loud}: {share:.2%} of the output of attention, in squares, is the memory's."]
+    lengths = [layer.length for layer in layers if layer.length is not None]
     if lengths:
-        maps.insert(1, ("Memory length", f"{note} Colours are logarithmic.", lengths))
-    parts = [
-        f"<section><h2>{title}</h2><p>{text}</p>"
-        + heat_map(np.array(values), numbers, "head", title == "Memory length")
-        + "</section>"
-        for title, text, values in maps
-    ]
-    if not lengths:
-        parts.append(
-            f"<section><h2>Memory length</h2><p>{note} This memory has no decay.</p></section>"
+        all_heads, held = np.concatenate(lengths), places(session).memory
+        long = float(np.mean(all_heads >= held))
+        lines.append(
+            f"Half of the heads keep a token for {np.median(all_heads):,.0f} tokens or longer;"
+            f" {long:.0%} of them last for all {held:,} tokens that have left the window."
         )
-    return "".join(parts)
+    else:
+        lines.append("This memory has no decay: a token stays until others write over it.")
+    return "<h2>In short</h2><ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
+
+
+def _where(session: Session) -> str:
+    """What of the text is kept as it was, and what is compressed."""
+    sinks, memory, window = places(session)
+    shares = [
+        ("sinks", sinks, SINKS, "the first tokens, kept as they were for ever"),
+        ("memory", memory, MEMORY, "left the window, and is kept in outline alone"),
+        ("window", window, WINDOW, "the last tokens, kept as they were"),
+    ]
+    first, items = 0, []
+    for name, size, color, what in shares:
+        if size:
+            span = f"tokens {first:,} to {first + size - 1:,}"
+            items.append(f"<li>{pages.key(color)}<b>{name}</b>, {span}: {what}.</li>")
+            first += size
+    bar = pages.parts([share[:3] for share in shares], "Tokens of the text")
+    return f"<section><h2>Where the text is</h2>{bar}<ul>{''.join(items)}</ul></section>"
+
+
+def _by_head(session: Session, layers: list[Layer]) -> list[str]:
+    numbers = [str(layer.number) for layer in layers]
+    heads = [str(n) for n in range(layers[0].norm.size)]
+
+    def head_map(title: str, values: list[Any], unit: str, logarithmic: bool = False) -> pages.Map:
+        return pages.Map(
+            title, np.array(values), "layer", numbers, "head", heads, unit, logarithmic
+        )
+
+    lengths = [x.length for x in layers if x.length is not None]
+    held = places(session).memory
+    figures = []
+    if lengths:
+        figures.append(
+            pages.figure(
+                head_map("How long it remembers", lengths, "tokens until 1/e is left", True),
+                "A bright cell is a head that keeps what it wrote for long, a bright row a layer"
+                " that does; dark ones forget soon. What is bright, the bar says: where all numbers"
+                f" are below {held:,}, which is how many tokens had to be kept here, the beginning"
+                " of the text is fading everywhere.",
+            )
+        )
+    else:
+        figures.append(
+            "<section><h2>How long it remembers</h2><p>This memory has no decay: what is written"
+            " stays until something with a similar key is written over it.</p></section>"
+        )
+    figures.append(
+        pages.figure(
+            head_map("Share of the output", [x.share for x in layers], "share of the squares"),
+            "How much of a head's output comes from the memory: bright heads listen to it, dark"
+            " ones do not, and what is stored there does not matter. Above 0.5 it drowns the"
+            " window, which is good only where the window has nothing to say.",
+        )
+    )
+    figures.append(
+        pages.figure(
+            head_map("How strongly it writes", [x.strength for x in layers], "mean write strength"),
+            "Mean over all tokens written. Bright heads take in much of each token, and write over"
+            " older ones sooner; dark heads take in little, and keep it. Neither is better: a row"
+            " of both keeps old and new.",
+        )
+    )
+    figures.append(
+        pages.figure(
+            head_map("How much is stored", [x.norm for x in layers], "norm of the state"),
+            "Frobenius norm of each head's state. Zero is an empty head. Bright heads hold much;"
+            " that is good only if their share of the output, above, is not dark.",
+        )
+    )
+    return figures
 
 
 def relative(layers: list[Layer]) -> np.ndarray[Any, Any]:
@@ -161,8 +239,12 @@ def relative(layers: list[Layer]) -> np.ndarray[Any, Any]:
     return np.asarray(blocks / np.where(means > 0, means, 1))
 
 
-def _over_text(layers: list[Layer]) -> str:
-    values = relative(layers)
+def over_text(layers: list[Layer], tokens: int) -> tuple[np.ndarray[Any, Any], list[str]]:
+    """[layers, columns] of a whole text: mean of `relative`, NaN where nothing was written; and
+    the tokens of each column."""
+    blocks = relative(layers)
+    values = np.full((blocks.shape[0], max(-(-tokens // BLOCK), blocks.shape[1])), np.nan)
+    values[:, : blocks.shape[1]] = blocks
     parts = np.array_split(np.arange(values.shape[1]), min(COLUMNS, values.shape[1]))
     with np.errstate(invalid="ignore"):
         sums, counts = (
@@ -170,82 +252,50 @@ def _over_text(layers: list[Layer]) -> str:
             for f in (np.nan_to_num, lambda x: ~np.isnan(x))
         )
         columns = sums / counts
-    names = [f"token {p[0] * BLOCK:,}" for p in parts]
-    tokens = f"{len(parts[0]) * BLOCK:,}"
-    return (
-        "<section><h2>Write strength over the text</h2><p>1 is the mean of the layer. One column"
-        f" is {tokens} tokens; sinks and window have not been written.</p>"
-        + heat_map(columns, [layer.number for layer in layers], names)
-        + "</section>"
+    ends = [min(tokens, (p[-1] + 1) * BLOCK) - 1 for p in parts]
+    return columns, [f"{p[0] * BLOCK:,} to {end:,}" for p, end in zip(parts, ends, strict=True)]
+
+
+def _over_text(session: Session, layers: list[Layer]) -> str:
+    columns, names = over_text(layers, session.tokens)
+    drawn = pages.Map(
+        "What it wrote down",
+        columns,
+        "layer",
+        [str(layer.number) for layer in layers],
+        "tokens",
+        names,
+        "times the layer's mean write strength",
     )
+    says = (
+        "The text from left to right. 1 is the mean of a layer; a bright column is a passage that"
+        " many layers took in more strongly than others. Rows that are alike along their whole"
+        " length do not choose: those layers write all of the text alike."
+    )
+    blank = (
+        "not written into the memory. The beginning is in the sinks and the end in the window,"
+        " word for word; answers, which are made token by token, are not counted."
+    )
+    return pages.figure(drawn, says, blank)
 
 
 def _passages(session: Session, layers: list[Layer], ids: list[int] | None) -> str:
     """The blocks written most strongly, in words if the text is there."""
     means = relative(layers).mean(axis=0)
-    found = [int(b) for b in np.argsort(-np.nan_to_num(means))[:PASSAGES]]
-    rows = []
+    order = np.argsort(-np.nan_to_num(means))[:PASSAGES]
+    found = [int(b) for b in order if math.isfinite(means[b])]
+    items = []
     for b in found:
-        quote = "" if ids is None else session.tokenizer.decode(ids[b * BLOCK : (b + 1) * BLOCK])
-        rows.append(
-            f'<tr><td class="n">{b * BLOCK:,}</td><td class="n">{means[b]:.3f}</td>'
-            f"<td>{html.escape(quote)}</td></tr>"
-        )
-    hint = "" if ids else "<p>Give the text with --text to read them here.</p>"
+        first, end = b * BLOCK, (b + 1) * BLOCK
+        said = f"<b>tokens {first:,} to {end - 1:,}</b>, {means[b]:.2f} times the mean"
+        if ids is not None:
+            quote = session.tokenizer.decode(ids[first:end])
+            said += f"<blockquote>{html.escape(quote)}</blockquote>"
+        items.append(f"<li>{said}</li>")
+    hint = "" if ids is not None else "<p>With --text FILE they can be read here.</p>"
+    spread = float(np.nanmax(means) - np.nanmin(means))
+    plain = " They hardly differ: the memory did not choose." if spread < 0.1 else ""
     return (
-        f"<section><h2>Written most strongly</h2>{hint}<table><tr><th>token</th><th>strength</th>"
-        f"<th></th></tr>{''.join(rows)}</table></section>"
+        "<section><h2>Passages written most strongly</h2><p>What the memory took in most, over"
+        f" the mean of all layers.{plain}</p>{hint}<ol>{''.join(items)}</ol></section>"
     )
-
-
-def heat_map(
-    values: np.ndarray[Any, Any],
-    rows: Sequence[int],
-    columns: str | list[str],
-    logarithmic: bool = False,
-) -> str:
-    """values [R, C] as SVG; a cell says its number when pointed at. rows: layers' numbers.
-    columns: a name for each, or one name for all that are counted."""
-    R, C = values.shape
-    names = [f"{columns} {c}" for c in range(C)] if isinstance(columns, str) else columns
-    width, height = 560 / C if isinstance(columns, str) else 1180 / C, 12
-    scaled = np.log(np.maximum(values, 1e-12)) if logarithmic else values
-    # Squares of what a file says may be larger than any float.
-    finite = scaled[np.isfinite(scaled)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    cells = []
-    for r in range(R):
-        for c in range(C):
-            if not math.isfinite(scaled[r, c]):
-                continue
-            color = _color((scaled[r, c] - low) / (high - low) if high > low else 0.5)
-            cells.append(
-                f'<rect x="{50 + c * width:.1f}" y="{r * height}" width="{width:.1f}"'
-                f' height="{height}" fill="{color}"><title>layer {rows[r]}, {names[c]}:'
-                f" {values[r, c]:.4g}</title></rect>"
-            )
-    labels = [
-        f'<text x="44" y="{r * height + 10}" text-anchor="end">{rows[r]}</text>'
-        for r in range(0, R, 5)
-    ]
-    bottom, right = R * height + 14, 50 + C * width
-    light, dark = (math.exp(x) if logarithmic else x for x in (low, high))
-    legend = f"{light:.3g} (light) to {dark:.3g} (dark)"
-    labels += [
-        f'<text x="50" y="{bottom}">{names[0]}</text>',
-        f'<text x="{right:.0f}" y="{bottom}" text-anchor="end">{names[-1]}</text>',
-        f'<text x="{(50 + right) / 2:.0f}" y="{bottom}" text-anchor="middle">{legend}</text>',
-        f'<text x="8" y="{R * height / 2}" transform="rotate(-90 8 {R * height / 2})">layer</text>',
-    ]
-    box = f"0 0 {right:.0f} {bottom + 6}"
-    drawn = "".join(cells + labels)
-    return f'<svg viewBox="{box}" role="img" shape-rendering="crispEdges">{drawn}</svg>'
-
-
-# From light to dark, readable without colour vision.
-LIGHT, DARK = (226, 238, 249), (8, 48, 107)
-
-
-def _color(part: float) -> str:
-    r, g, b = (round(a + (z - a) * part) for a, z in zip(LIGHT, DARK, strict=True))
-    return f"#{r:02x}{g:02x}{b:02x}"

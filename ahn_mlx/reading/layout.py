@@ -75,7 +75,8 @@ def _is_model(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     name = value.get("name")
-    named = isinstance(name, str) and len(name) <= 4096 and _encodes(name, os.fsencode)
+    paths = (name, value.get("ahn") or "")
+    named = all(isinstance(x, str) and len(x) <= 4096 and _encodes(x, os.fsencode) for x in paths)
     loaded = value.get("dtype") in (None, *DTYPES)
     return named and loaded and value.get("q_bits") in (None, "0", "4", "8", 0, 4, 8)
 

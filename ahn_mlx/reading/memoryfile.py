@@ -15,12 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import load_safetensors
 from ..checkpoints.safetensors import WRITTEN, Layout, TensorWriter, bits, read_header_and_metadata
 from ..errors import AHNError, show
+from ..model.augment import FullCache
 from ..model.cache import AHNCache
 from ..model.trace import Trace
 from ..outputs.files import OutFile
@@ -221,7 +221,7 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     name = f"layers.{i}."
     buffers = _numbered(name, arrays)
     if len(layer) == 1:
-        full = KVCache()
+        full = FullCache()
         if buffers:
             full.state = (*buffers, layer[0])
         return full

@@ -36,7 +36,7 @@ from .text import readable
 from .tokens import Encoder, check_ids
 
 # How a model was got.
-ORIGIN = ("name", "dtype", "q_bits")
+ORIGIN = ("name", "dtype", "q_bits", "ahn")
 
 
 class _End:
@@ -62,6 +62,11 @@ class Session:
 
     Raises AHNError if there is no chat template that can be taken apart, and with `system`
     but without `chat`.
+
+    >>> session = ahn_mlx.Session(model, tokenizer, system="Be brief.")
+    >>> session.read("Call me Ishmael.")
+    >>> session.turn
+    'read'
     """
 
     def __init__(
@@ -107,6 +112,10 @@ class Session:
         self._whole = True  # no layer is ahead of another
         self._answering = False  # what is read or asked meanwhile would be lost
 
+    def __repr__(self) -> str:
+        name = self.origin["name"] or "a model without a name"
+        return f"<Session of {name}: {self.tokens:,} tokens, turn {self.turn!r}>"
+
     @property
     def tokens(self) -> int:
         """Tokens read and generated so far."""
@@ -121,7 +130,12 @@ class Session:
         self, text: str, progress: Callable[[int], None] = lambda read: None, *, name: str = ""
     ) -> None:
         """Read more of the user's message. progress: called with tokens read of this text.
-        name: of the text, which a file lists."""
+        name: of the text, which a file lists.
+
+        >>> session.read("It was the best of times.", name="book.txt")
+        >>> session.texts[-1]["name"]
+        'book.txt'
+        """
         self._check()
         ids = self.encode(text)
         self.read_ids(ids, progress)
@@ -149,15 +163,16 @@ class Session:
         opening: of the run that began to read it; what a template prints may be of its time.
         """
         opening = self.opening() if opening is None else opening
-        if not self.preview:
-            self.preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
-        text = self.space + text if self.turn == "read" else text
+        preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
+        text, space = self.space + text if self.turn == "read" else text, ""
         if self.template:
             text = text if self.turn == "read" else self.template.begin(text)
             text, space = self.template.end(text)
-            self.space = space[:MAX_SPACE]
-        begin, self.turn = self._begin(), "read"
-        return [*begin, *self.encoder(*opening, text)]
+        ids = [*self._begin(), *self.encoder(*opening, text)]
+        # Not before a text that cannot be read is refused.
+        self.preview = self.preview or preview
+        self.space, self.turn = space[:MAX_SPACE], "read"
+        return ids
 
     def read_ids(self, ids: list[int], progress: Callable[[int], None] = lambda read: None) -> None:
         """Read token ids: from the last full step on, in full steps, and the tail at the end.
@@ -205,7 +220,10 @@ class Session:
 
         sampling: what Sampling takes. Each piece is a token's, and may be empty.
         Closing the iterator ends the answer there. Any other exception before or in it
-        leaves the session as it was. Raises AHNError if there is nothing to answer.
+        leaves the session as it was. Without a chat template an empty question lets the text
+        go on from its tail. Raises AHNError if there is nothing to answer.
+
+        >>> answer = "".join(session.ask("Who speaks?", max_tokens=4))
         """
         self._check()
         settings = Sampling(**sampling)
@@ -249,7 +267,11 @@ class Session:
             self.turn = "answered" if finish == "stop" else "cut"
 
     async def stream(self, question: str, **options: Any) -> AsyncIterator[str]:
-        """As ask, for asynchronous code: the event loop stays free."""
+        """As ask, for asynchronous code: the event loop stays free.
+
+        >>> async def answer(question):
+        ...     return "".join([text async for text in session.stream(question, max_tokens=4)])
+        """
         loop = asyncio.get_running_loop()
         answer = self.ask(question, **options)
         with ThreadPoolExecutor(max_workers=1) as worker:
@@ -261,14 +283,22 @@ class Session:
                 await loop.run_in_executor(worker, mx.clear_streams)
 
     def fork(self) -> "Session":
-        """Another session with the same past. It costs nothing until one of them goes on."""
+        """Another session with the same past. It costs nothing until one of them goes on.
+
+        >>> fork = session.fork()
+        >>> fork.read("It was the worst of times.")
+        >>> fork.tokens > session.tokens
+        True
+        """
         other = copy.copy(self)
         other.caches = _fork(self.caches)
         other._answering = False
         return other
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Write all of it to one file, by a temporary name.
+        """Write all of it to one file, by a temporary name. facts: more to write down, as JSON.
+
+        >>> session.save("book.ahn")
 
         Raises AHNError if that cannot be, would replace what is no memory, or could not be
         loaded again, which holds for numbers that are not finite.
@@ -300,7 +330,13 @@ class Session:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper) -> "Session":
         """Go on where a saved session was. Raises AHNError if the file is damaged or of
-        another model, tokenizer, window or version."""
+        another model, tokenizer, window or version.
+
+        >>> session.save("book.ahn")
+        >>> again = ahn_mlx.Session.load("book.ahn", model, tokenizer)
+        >>> again.tokens == session.tokens
+        True
+        """
         caches, tail, seen, facts = memoryfile.load(Path(path), model, tokenizer)
         session = cls(
             model,

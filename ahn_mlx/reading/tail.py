@@ -65,7 +65,7 @@ def redo(
     memory, trace: after it, None if it changed neither."""
     end = cache.offset + n
     if isinstance(cache, KVCache):
-        other = KVCache()
+        other = type(cache)()
         if not cache.empty():
             other.state = (*map(mx.array, held(cache)), cache.offset)  # it changes these
         other.update_and_fetch(*tokens)
@@ -110,7 +110,7 @@ def _with(
 ) -> Cache:
     """A cache with the settings of this one."""
     if isinstance(cache, KVCache):
-        full = KVCache()
+        full = type(cache)()
         if buffers:
             full.state = (*buffers, offset)
         return full

@@ -14,11 +14,15 @@ from ..errors import AHNError
 from ..reading.text import read_texts
 from ..reading.tokens import Encoder
 
+# Sequences that are not trained on: at most so many, and one in so many.
+HELD, ONE_IN = 2, 20
+
 
 class Sequences:
     """All texts one after the other, each ended, cut into sequences of `length` tokens.
 
     patterns: files or globs; a .jsonl file has an object with "text" in each line.
+    held_out: [n, length], a few of them, evenly from the texts, that are not trained on.
     Raises AHNError if a file cannot be read or all are shorter than one sequence.
     """
 
@@ -41,7 +45,12 @@ class Sequences:
             )
         rows = np.array(tokens[: self.count * body], dtype=np.int32).reshape(-1, body)
         begins = np.tile(np.array(encoder.begin, dtype=np.int32), (self.count, 1))
-        self.tokens = np.concatenate([begins, rows], axis=1)
+        whole = np.concatenate([begins, rows], axis=1)
+        held = min(HELD, self.count // ONE_IN)
+        # Not the last ones: the end of a book is often a licence.
+        places = [(n + 1) * self.count // (held + 1) for n in range(held)]
+        self.held_out, self.tokens = whole[places], np.delete(whole, places, axis=0)
+        self.count -= held
 
     def __getitem__(self, n: int) -> mx.array:
         """The n-th sequence to train on, [1, length]; each epoch has its own order."""

@@ -41,7 +41,9 @@ FRESH = 1e-3
 @dataclass(frozen=True)
 class Settings:
     """What a run is made of. loss: one of losses.NAMES. lr: of the gates' projections.
-    random_window: draw window and sinks anew each step, as the paper does."""
+    random_window: draw window and sinks anew each step, as the paper does. steps: alone may
+    grow or shrink when a run goes on: the learning rates of what is left are those of a run that
+    had so many from its start."""
 
     window: int
     sinks: int
@@ -208,10 +210,8 @@ class Trainer:
         """Go on from a saved state. Raises AHNError if it is of a run with other settings, or
         anything that this run could not have saved."""
         file = directory / STATE
-        if not file.is_file():
-            raise AHNError(f"{file}: no such file; train without --resume")
-        _, facts = read_header_and_metadata(file)
-        step = _read_step(file, facts, self.settings)
+        theirs, step = read_settings(directory)
+        _check_same(file, theirs, step, self.settings)
         if step:  # before the first step it has nothing of the parameters
             self.optimizer.init(_tree(self.parameters))
         state, fresh = load_safetensors(file), self._state()
@@ -230,20 +230,38 @@ class Trainer:
         self.step = step
 
 
-def _read_step(file: Path, facts: dict[str, str], settings: Settings) -> int:
-    """The step of a state, if its settings are these."""
+def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
+    """Settings of the run that was saved there, and how many steps it has made.
+
+    Raises AHNError if there is none, or what no run can have had.
+    """
+    file = directory / STATE
+    if not file.is_file():
+        raise AHNError(f"{file}: no such file; train without --resume")
+    _, facts = read_header_and_metadata(file)
     try:
-        theirs, step = json.loads(facts["settings"]), int(facts["step"])
-        theirs = {field.name: theirs[field.name] for field in fields(Settings)}
+        found, step = json.loads(facts["settings"]), int(facts["step"])
+        theirs = {field.name: found[field.name] for field in fields(Settings)}
+        for field in fields(Settings):
+            if type(theirs[field.name]) is not field.type:
+                raise ValueError(f"its {field.name} is {theirs[field.name]!r}")
+        if theirs["loss"] not in losses.NAMES:
+            raise ValueError(f"its loss is {theirs['loss']!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise AHNError(f"{file}: not a training state ({show(str(e))})") from None
+    if not 0 <= step <= theirs["steps"]:
+        raise AHNError(f"{file}: damaged, it is of step {step} of {theirs['steps']}")
+    return theirs, step
+
+
+def _check_same(file: Path, theirs: dict[str, Any], step: int, settings: Settings) -> None:
+    """Raise AHNError unless a run of these settings can go on from that step."""
     for name, ours in asdict(settings).items():
-        if theirs[name] != ours:
+        if theirs[name] != ours and name != "steps":
             option = name.replace("_", "-")
             raise AHNError(f"{file}: trained with --{option} {show(theirs[name])}, not {ours}")
-    if not 0 <= step <= settings.steps:
-        raise AHNError(f"{file}: damaged, it is of step {step} of {settings.steps}")
-    return step
+    if step > settings.steps:
+        raise AHNError(f"{file}: has made {step} steps; give --steps {step} or more")
 
 
 def _wrong(state: Parameters, fresh: Parameters, step: int) -> str:
@@ -316,29 +334,29 @@ class Metrics:
         return speed
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path, number: str = "loss") -> list[dict[str, Any]]:
     """The lines of a metrics file; a last one that was cut short is left out.
 
-    Raises AHNError for any other line that is not of a step.
+    Raises AHNError for any other line that does not say a step and this number.
     """
     lines = []
     found = file.read_bytes().split(b"\n") if file.is_file() else []
     for n, line in enumerate(found, 1):
         try:
-            lines.append(_metric(json.loads(line)))
+            lines.append(_metric(json.loads(line), number))
         except (ValueError, RecursionError):
             if n < len(found):
                 raise AHNError(
-                    f"{file}: line {n} says no step and loss; mend it, or move the file away"
+                    f"{file}: line {n} says no step and {number}; mend it, or move the file away"
                 ) from None
     return lines
 
 
-def _metric(line: Any) -> Any:
-    """The line, if it says a step and its loss."""
-    step, loss = (line.get("step"), line.get("loss")) if isinstance(line, dict) else (None, None)
+def _metric(line: Any, number: str) -> Any:
+    """The line, if it says a step and this number."""
+    step, value = (line.get("step"), line.get(number)) if isinstance(line, dict) else (None, None)
     if type(step) is not int or not 0 <= step < 1 << 53:
         raise ValueError
-    if not isinstance(loss, float) or not math.isfinite(loss):
+    if not isinstance(value, float) or not math.isfinite(value):
         raise ValueError
     return line

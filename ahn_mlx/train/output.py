@@ -1,33 +1,24 @@
 """From a base to a model that can be trained, and from that to a checkpoint."""
 
 import glob
-import sys
-from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.baseconfig import check_same_base, read_config
-from ..checkpoints.card import Origin, origin
-from ..checkpoints.directory import read_tensors
 from ..checkpoints.export import release_config
-from ..checkpoints.formats import is_gguf
-from ..checkpoints.load import built, finish, load_plain
+from ..checkpoints.load import built, finish
 from ..checkpoints.shards import write_json
-from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import AHNError
-from ..hub import download as hub
-from ..hub import zoo
+from ..hub import bases
+from ..hub.bases import Base
 from ..model.augment import augment, memory_layers
 from ..model.config import PUBLISHED_NAMES, AHNConfig
-from ..model.names import published_name, rename_published
+from ..model.names import published_name
 from ..outputs.directories import check_kind, nearest
 from ..outputs.files import (
-    OutFile,
     check_writable,
     is_read,
     parts_of,
@@ -35,12 +26,15 @@ from ..outputs.files import (
     replacing,
     same_file,
 )
-from ..outputs.pictures import new_figure, save_picture
-from .loop import METRICS, STATE, read_metrics
-from .streams import Parameters, install, trainable
+from .curves import CURVES
+from .loop import METRICS, STATE
+from .streams import Parameters, trainable
+from .validation import VALIDATION
 
-CURVES = "curves.png"
-FILES = (STATE, METRICS, "model.safetensors", "config.json", "README.md", CURVES)
+FILES = (
+    *(STATE, METRICS, VALIDATION, CURVES),
+    *("model.safetensors", "config.json", "README.md"),
+)
 
 CARD = """\
 ---
@@ -56,8 +50,8 @@ An [Artificial Hippocampus Network](https://arxiv.org/abs/2510.07318), in the la
 PyTorch release: {kind}, {count:,} parameters, trained with a window of {window:,} tokens and
 {sinks:,} sinks on {data}.
 
+    ahn-mlx generate book.txt --model BASE --ahn {name}
     ahn-mlx convert {name} --base BASE -o {name}-mlx
-    ahn-mlx generate book.txt --model {name}-mlx
 
 Settings of the training: {settings}
 """
@@ -66,36 +60,25 @@ Settings of the training: {settings}
 QUANTIZED = ("quantization", "quantization_config")  # which a memory is not
 
 
-def load_base(options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[dict[str, Any], Origin]]:
-    """The base with a memory, its tokenizer, and its config.json and origin.
+def load_base(options: dict[str, Any]) -> Base:
+    """The base with a memory that says nothing yet.
 
     options: base, memory, window, sinks, sink_positions, dtype of `ahn-mlx train`; and
     query_projection, which is otherwise chosen where base and memory can have one.
     """
     mx.random.seed(options["seed"])
-    name = options["base"]
-    if name in zoo.ZOO:
-        path = zoo.smollm2_gguf()
-        model, tokenizer = zoo.smollm2_base()
-        facts = {k: v for k, v in asdict(model.args).items() if v is not None}
-        source = Origin("base", "HuggingFaceTB/SmolLM2-135M-Instruct", "", "apache-2.0")
-    else:
-        path = Path(name)
-        if not path.is_dir() and not is_gguf(path):
-            path = hub.download(name)
-        model, facts = load_plain(path)
-        tokenizer, source = load_tokenizer(path, facts), origin("base", path)
+    base = bases.load_base(options["base"])
     projects = options.get("query_projection")
     config = AHNConfig(
         memory=options["memory"],
         window=options["window"],
         sinks=options["sinks"],
         sink_positions=options["sink_positions"],
-        query_projection=_queries_fit(model) if projects is None else projects,
+        query_projection=_queries_fit(base.model) if projects is None else projects,
     )
-    built(path, partial(augment, model), config)
-    finish(model, options["dtype"], path)
-    return model, tokenizer, (facts, source)
+    built(base.path, partial(augment, base.model), config)
+    finish(base.model, options["dtype"], base.path)
+    return base
 
 
 def _queries_fit(model: nn.Module) -> bool:
@@ -137,14 +120,13 @@ def leftovers(out: Path) -> list[Path]:
     return [part for name in FILES for part in parts_of(out / name)]
 
 
-def write_checkpoint(
-    out: Path, model: nn.Module, base: tuple[dict[str, Any], Origin], options: dict[str, Any]
-) -> None:
+def write_checkpoint(out: Path, base: Base, options: dict[str, Any]) -> None:
     """The memory alone, in the layout of the PyTorch release, with config.json and a card.
 
-    Bases of a family that release does not know are written in the same layout.
+    Bases of a family that release does not know are written in the same layout. options: of
+    `ahn-mlx train`; the base is found again by its name.
     """
-    facts, source = base
+    model, facts, source = base.model, base.config, base.origin
     config = next(memory_layers(model))[1].config
     weights: Parameters = {
         published_name(name): x.astype(mx.float32) for name, x in trainable(model).items()
@@ -153,9 +135,10 @@ def write_checkpoint(
         mx.save_safetensors(file, weights, {"format": "pt"})
     plain = {k: v for k, v in facts.items() if k not in QUANTIZED}
     settings = release_config(plain, config, "ahn-only")
-    # Of no meaning to that release; it keeps where sinks are seen.
+    # Of no meaning to that release: where sinks are seen, and what finds the base.
+    ours = {"ahn": config.to_dict(), bases.BASE: bases.whole_name(options["base"])}
     with replacing(out / "config.json") as part:
-        write_json(part, {**settings, "ahn": config.to_dict()})
+        write_json(part, {**settings, **ours})
     shown = {k: v for k, v in options.items() if k not in ("out", "data", "resume", "save_every")}
     card = CARD.format(
         base=source.repo,
@@ -170,65 +153,3 @@ def write_checkpoint(
     )
     with replacing(out / "README.md") as part:
         part.write_text(card, encoding="utf-8", errors="replace")
-
-
-def write_curves(out: Path) -> None:
-    """CURVES of metrics.jsonl: the loss and its running mean. Training goes on without."""
-    lines = read_metrics(out / METRICS)
-    if not lines or find_spec("matplotlib") is None:
-        return
-    try:
-        _draw(lines, OutFile(out / CURVES, "of a training", lambda file: True))
-    except AHNError as e:
-        print(f"note: {e}", file=sys.stderr)
-
-
-def _draw(lines: list[dict[str, Any]], out: OutFile) -> None:
-    losses: list[float] = [line["loss"] for line in lines]
-    means: list[float] = []
-    for loss in losses:
-        means.append(loss if not means else 0.9 * means[-1] + 0.1 * loss)
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
-    steps = [line["step"] for line in lines]
-    axes.plot(steps, losses, alpha=0.3, label="loss")
-    axes.plot(steps, means, label="running mean")
-    axes.set(xlabel="step", ylabel="nats per token")
-    axes.legend()
-    save_picture(figure, out, 120)
-
-
-def load_trained(directory: Path, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """A base with the memory of an AHN-only checkpoint, and the tokenizer.
-
-    options: name of the base, and window, sinks and dtype if not the checkpoint's.
-    Raises AHNError if the memory does not fit the base.
-    """
-    config = AHNConfig.from_dict(read_config(directory))
-    own = {k: options.get(k) for k in ("window", "sinks")}
-    model, tokenizer, base = load_base(
-        {
-            **asdict(config),
-            **{k: v for k, v in own.items() if v is not None},
-            "base": options["name"],
-            "dtype": options["dtype"],
-            "seed": 0,
-        }
-    )
-    install_trained(model, directory, base)
-    model.eval()
-    mx.eval(model.parameters())
-    return model, tokenizer
-
-
-def install_trained(model: nn.Module, directory: Path, base: tuple[dict[str, Any], Origin]) -> None:
-    """Put the memory of an AHN-only checkpoint into the model. Raises AHNError if it does
-    not fit, or was trained for another base."""
-    facts, source = base
-    check_same_base(Path(source.repo), facts, directory, read_config(directory))
-    expected = trainable(model)
-    found = rename_published(read_tensors(directory))
-    for name in sorted(expected | found):
-        if name not in found or name not in expected or found[name].shape != expected[name].shape:
-            raise AHNError(f"{directory}: tensor {published_name(name)} does not fit this model")
-    install(model, {n: x.astype(expected[n].dtype) for n, x in found.items()})

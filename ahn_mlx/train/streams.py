@@ -4,7 +4,8 @@ The teacher sees all tokens; the student a window, sinks and the memory. Both ru
 frozen layers on their own hidden states, from the same embeddings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -106,3 +107,15 @@ def trainable(model: nn.Module) -> Parameters:
 def install(model: nn.Module, parameters: Parameters) -> None:
     """Put these parameters into the model."""
     model.update(tree_unflatten(list(parameters.items())))
+
+
+@contextmanager
+def silenced(model: nn.Module) -> Iterator[None]:
+    """The memory adds nothing in here: a window alone."""
+    parameters = trainable(model)
+    zeros = {n: mx.zeros_like(x) for n, x in parameters.items() if n.endswith("o_proj.weight")}
+    install(model, zeros)
+    try:
+        yield
+    finally:
+        install(model, parameters)

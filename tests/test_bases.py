@@ -1,0 +1,172 @@
+"""A trained memory on its base, found by whatever names it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import GDN, IDS, edit_config, edit_tensors, make_base, memory_of, talking_model
+from click.testing import CliRunner
+
+import ahn_mlx
+from ahn_mlx import AHNError, load_model
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.cli import cli
+from ahn_mlx.hub import bases
+from ahn_mlx.hub.published import DEFAULT, MODELS
+from ahn_mlx.reading import memoryfile
+
+TEXT = "It is a far, far better thing that I do, than I have ever done. " * 8
+
+
+def run(*args: object) -> str:
+    done = CliRunner().invoke(cli, list(map(str, args)), catch_exceptions=False)
+    return done.output
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A base that can talk and the memory of the golden model, with a base in its config."""
+    model = talking_model("qwen2-gdn", tmp_path / "talking")
+    base = shutil.copytree(GDN / "base", tmp_path / "base")
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, base)
+    ahn = shutil.copytree(GDN / "ahn_only", tmp_path / "ahn")
+    edit_config(ahn, ahn_base=str(base))
+    (tmp_path / "book.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_on_its_base_a_memory_is_the_converted_model(place):
+    convert(place / "base", place / "ahn", place / "out")
+    converted, _ = load_model(place / "out", dtype="float32")
+    model, _ = ahn_mlx.load(place / "base", ahn=place / "ahn", dtype="float32")
+    assert model.ahn == converted.ahn
+    assert mx.array_equal(model(IDS), converted(IDS))
+    wider, _ = ahn_mlx.load(place / "base", ahn=place / "ahn", window=30, sinks=5)
+    assert (wider.ahn.window, wider.ahn.sinks) == (30, 5)
+
+
+@pytest.mark.parametrize("variant", ["qwen2-gdn-router", "qwen3-mamba2", "qwen2-dn"])
+def test_routers_and_other_memories(variant, tmp_path):
+    golden = GDN.with_name(variant)
+    known = golden / "base" if (golden / "base").is_dir() else GDN / "base"
+    base = shutil.copytree(known, tmp_path / "base")
+    for file in talking_model("qwen2-gdn", tmp_path / "talking").glob("tokenizer*"):
+        shutil.copy(file, base)
+    convert(base, golden / "ahn_only", tmp_path / "out")
+    converted, _ = load_model(tmp_path / "out", dtype="float32")
+    model, _ = ahn_mlx.load(base, ahn=golden / "ahn_only", dtype="float32")
+    assert mx.array_equal(model(IDS), converted(IDS))
+
+
+def test_what_was_digested_with_it_is_asked_with_it(place, monkeypatch):
+    monkeypatch.chdir(place)
+    few = ["--max-tokens", 2]
+    assert run("generate", "--ahn", "ahn", "--prompt", "Why?", *few)
+    assert "tokens in" in run("digest", "--ahn", "ahn", "--prompt-file", "book.txt", "-o", "a.ahn")
+    origin = memoryfile.read_facts(place / "a.ahn")["model"]
+    assert (origin["name"], origin["ahn"]) == (str(place / "base"), str(place / "ahn"))
+    monkeypatch.chdir("/")
+    memory = place / "a.ahn"
+    assert "first token after" in run("ask", "--memory", memory, "Why?", *few)
+    more = ["--append", "--prompt-file", place / "book.txt"]
+    assert "tokens in" in run("digest", *more, "-o", memory)
+    assert memoryfile.read_facts(memory)["model"]["ahn"] == str(place / "ahn")
+    (place / "ahn").rename(place / "moved")
+    with pytest.raises(AHNError, match="ahn: does not exist"):
+        run("ask", "--memory", memory, "Why?", *few)
+    assert "first token" in run("ask", "--memory", memory, "--ahn", place / "moved", "Why?", *few)
+
+
+def test_a_training_says_its_base(tmp_path, monkeypatch):
+    base = make_base(tmp_path / "base")
+    memory = memory_of(base, tmp_path / "memory")
+    monkeypatch.chdir(tmp_path)
+    assert bases.base_of(memory) == str(base)
+    assert bases.whole_name("base") == str(base)
+    assert bases.whole_name(DEFAULT) == DEFAULT
+    assert bases.whole_name("Qwen/Qwen2.5-3B") == "Qwen/Qwen2.5-3B"
+    base.rename(tmp_path / "moved")
+    with pytest.raises(AHNError, match=r"memory: its base .* is not there; give --model BASE"):
+        bases.base_of(memory)
+
+
+@pytest.mark.parametrize("named", ["Qwen/Qwen2.5-3B-Instruct", ["Qwen/Qwen2.5-3B-Instruct", "b"]])
+def test_a_card_says_the_base_too(tmp_path, named):
+    ahn = shutil.copytree(GDN / "ahn_only", tmp_path / "ahn")
+    with pytest.raises(AHNError, match="does not say which base"):
+        bases.base_of(ahn)
+    (ahn / "README.md").write_text(f"---\nbase_model: {json.dumps(named)}\n---\n")
+    assert bases.base_of(ahn) == "Qwen/Qwen2.5-3B-Instruct"
+
+
+@pytest.mark.parametrize("named", [5, [], {}, [None], ["", 3]])
+def test_a_card_that_names_no_base(tmp_path, named):
+    ahn = shutil.copytree(GDN / "ahn_only", tmp_path / "ahn")
+    edit_config(ahn, ahn_base=named)
+    (ahn / "README.md").write_text(f"---\nbase_model: {json.dumps(named)}\n---\n")
+    with pytest.raises(AHNError, match="does not say which base"):
+        bases.base_of(ahn)
+
+
+def test_names_of_bases(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(bases.hub, "download", lambda repo: fetched.append(repo) or tmp_path)
+    assert bases.find_base(str(GDN / "base")) == GDN / "base"
+    for name in ("ahn-gdn-3b", "ahn-dn-7b", "some/repo"):
+        assert bases.find_base(name) == tmp_path
+    assert fetched == [*(MODELS[n].base.repo for n in ("ahn-gdn-3b", "ahn-dn-7b")), "some/repo"]
+    gguf = tmp_path / "a.gguf"
+    gguf.touch()
+    assert bases.find_base(str(gguf)) == gguf
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(AHNError, match=r"is a file, but no \.gguf"):
+        bases.find_base(str(tmp_path / "a.bin"))
+    for name in ("qwen", "./qwen", "/no/such/place", "a/b/c", "../x"):
+        with pytest.raises(AHNError, match="no model directory qwen"):
+            bases.find_base(name)
+
+
+def test_the_small_base_by_name():
+    assert bases.find_base(DEFAULT).suffix == ".gguf"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"0.ahn.fn.o_proj.weight": None}, r"tensor model\.layers\.0\.ahn\.fn\.o_proj"),
+        ({"0.ahn.fn.a_proj.weight": mx.zeros((3, 3))}, "does not fit this model"),
+        ({"0.ahn.fn.o_proj.weight": mx.full((4, 16, 16), mx.nan)}, "holds NaN"),
+        ({"model.norm.weight": mx.ones((64,))}, "holds a whole model, not a memory"),
+    ],
+)
+def test_a_memory_that_does_not_fit(place, damage, said):
+    edit_tensors(place / "ahn", **damage)
+    with pytest.raises(AHNError, match=said) as error:
+        ahn_mlx.load(place / "base", ahn=place / "ahn")
+    assert str(place / "ahn") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_whole_model_is_no_memory(place):
+    convert(place / "base", place / "ahn", place / "out")
+    with pytest.raises(AHNError, match="holds a whole model, not a memory; give it as --model"):
+        run("generate", "--ahn", place / "out", "--prompt", "Why?")
+
+
+def test_another_base_is_refused(place):
+    edit_config(place / "ahn", rope_theta=5.0)
+    with pytest.raises(AHNError, match="was trained for another base"):
+        ahn_mlx.load(place / "base", ahn=place / "ahn")
+
+
+def test_convert_takes_the_names_that_train_takes(place, monkeypatch):
+    monkeypatch.setattr(bases.hub, "download", lambda repo: place / "base")
+    assert "wrote" in run(
+        *("convert", "--base", "ahn-gdn-3b", "--ahn", place / "ahn", "--out", place / "out")
+    )
+    model, _ = load_model(place / "out", dtype="float32")
+    other, _ = ahn_mlx.load(place / "base", ahn=place / "ahn", dtype="float32")
+    np.testing.assert_array_equal(np.array(model(IDS)), np.array(other(IDS)))
