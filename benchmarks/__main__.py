@@ -14,6 +14,7 @@ from .metal import metal
 from .prefill import prefill
 from .quantized import quantized
 from .recurrence import recurrence
+from .serve import serve
 from .training import training
 
 
@@ -22,7 +23,9 @@ def main() -> None:
     pass
 
 
-for command in (conversion, decode, far, memory, metal, prefill, quantized, recurrence, training):
+for command in (
+    *(conversion, decode, far, memory, metal, prefill, quantized, recurrence, serve, training),
+):
     main.add_command(command)
 
 if __name__ == "__main__":

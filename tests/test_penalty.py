@@ -12,6 +12,9 @@ from ahn_mlx.reading.generate import Run
 from ahn_mlx.reading.penalty import WholeTextPenalty, note, nothing_seen, pack, unpack
 from ahn_mlx.reading.sampling import Sampling
 from ahn_mlx.reading.session import Session
+from ahn_mlx.serve.openai import CHAT, wish_of
+from ahn_mlx.serve.parameters import parse
+from ahn_mlx.serve.sampling import Sampler
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
 OLD = {"repetition_penalty": 1.3, "repetition_context_size": 0, "max_tokens": 24}
@@ -102,3 +105,21 @@ def test_a_memory_of_before_says_that_it_does_not_know(loaded) -> None:
     with pytest.raises(AHNError, match="does not say which tokens"):
         list(session.ask("Who?", **OLD))
     assert list(session.ask("Who?", max_tokens=3))
+
+
+def read_chat(**more) -> dict:
+    return parse({"model": "x", "messages": [{"role": "user", "content": "x"}], **more}, CHAT)
+
+
+def test_a_servers_answers_look_back_too() -> None:
+    """Logits of 0 and up, so that the penalty divides: 3 was read, then 5 is said."""
+    wish = wish_of(read_chat(repetition_penalty=2.0), 8, None)
+    sampler = Sampler(wish, 0, note(nothing_seen(8), [3]))
+    assert not sampler.plain
+    logits = mx.array([0, 1, 2, 9, 4, 5, 0, 0], dtype=mx.float32)
+    assert sampler(logits).token.item() == 5
+    sampler.took(5)
+    assert sampler(logits).token.item() == 3
+    assert Sampler(wish_of(read_chat(), 8, None), 0, None).plain
+    with pytest.raises(AHNError, match="does not say which tokens"):
+        Sampler(wish, 0, None)

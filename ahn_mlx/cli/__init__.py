@@ -22,6 +22,7 @@ COMMANDS = {
     "digest": (".cli.digest", "digest", "Read a document once and keep what it left."),
     "ask": (".cli.ask", "ask", "Ask about a digested document."),
     "chat": (".cli.chat", "chat", "Talk without end in constant memory."),
+    "serve": (".cli.serve", "serve", "Serve many clients in memory that does not grow."),
     "memory": (".cli.memory", "memory", "Look into a digested document's file."),
     "inspect": (".cli.inspect", "inspect", "Draw what a digested document left."),
     "models": (".cli.models", "models", "List models by name, and what is on this machine."),

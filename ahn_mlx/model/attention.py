@@ -20,6 +20,7 @@ from ..ops.window import attend, attend_to_all
 from .cache import AHNCache, BatchAHNCache, PureCache
 from .config import AHNConfig
 from .slots import Rows, pack, unpack
+from .together import RowsCache
 
 # Tokens of a batch whose attention is computed at once, to all slots.
 PIECE = 256
@@ -54,7 +55,7 @@ class AHNAttention(nn.Module):
         self,
         x: mx.array,
         mask: Any = None,
-        cache: AHNCache | BatchAHNCache | PureCache | None = None,
+        cache: AHNCache | BatchAHNCache | PureCache | RowsCache | None = None,
     ) -> mx.array:
         """x [B, L, C] normed hidden states -> [B, L, C]. Visibility is decided here: the
         mask, made for full attention, is not used."""
@@ -68,6 +69,8 @@ class AHNAttention(nn.Module):
                 out, after = self.step(x, cache.place, cache.rows, derived, *settings, plain=True)
                 cache.rows = Rows(*after)
                 return out
+            if isinstance(cache, RowsCache):
+                return self._rows(x, cache)
             if isinstance(cache, BatchAHNCache):
                 return self._batch(x, cache)
             if x.shape[1] == 1 and cache.full:
@@ -138,6 +141,55 @@ class AHNAttention(nn.Module):
             parts.append(out)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
+    def _rows(self, x: mx.array, cache: RowsCache) -> mx.array:
+        """One token of each of several conversations, and padding; x [B, 1, C]."""
+        if "_compiled_row" not in self.__dict__:
+            self._compiled_row = mx.compile(self._row, inputs=self.state)
+        where, derived = cache.place, self._derive()
+        q, k, v, raw = self.project(x)
+        gates, z = self.gates(x, derived)
+        q, q_sink = self._turn(q, where, cache.sinks)
+        k, asks = self.rope(k, offset=where.at), q
+        if self.config.query_projection:
+            asks = self.rope(self.ahn.q_proj(raw), offset=where.at)
+        heads = []
+        for n, row in enumerate(cache.caches):
+            own = slice(n, n + 1)
+            mine = (q[own], None if q_sink is None else q_sink[own], asks[own], z[own])
+            settings = (row.window, row.sinks, row.bits, row.group_size)
+            new, place = (k[own], v[own], gates[own]), tuple(cache.each[n])
+            said, after = self._compiled_row(
+                mine, new, place, tuple(cache.rows(n)), tuple(derived), *settings
+            )
+            row.turned(Rows(*after))
+            heads.append(said)
+        if rest := x.shape[0] - len(heads):
+            heads.append(mx.zeros((rest, *heads[0].shape[1:]), dtype=heads[0].dtype))
+        return self.merge(mx.concatenate(heads))
+
+    def _row(
+        self,
+        mine: tuple[Any, ...],
+        new: tuple[mx.array, mx.array, mx.array],
+        place: tuple[Any, ...],
+        rows: tuple[Any, ...],
+        derived: tuple[Any, ...],
+        window: int,
+        sinks: int,
+        bits: int | None,
+        group_size: int,
+    ) -> tuple[mx.array, tuple[Any, ...]]:
+        """What is a conversation's own in a step: its window and its memory [1, H, 1, D]."""
+        (q, q_sink, asks, z), where, before = mine, Place(*place), Rows(*rows)
+        written = pack(*new, bits, group_size)
+        left, buffers = before.leaving, write_slots(before.buffers, written, where.slots)
+        heads, leaving = attend_to_all(q, buffers, self.scale, q_sink, sinks, where)
+        left = unpack(left, bits, group_size)
+        loudness = self.router(where.evicted, window) if self.config.router else None
+        rates = Derived(*derived).rates
+        heads, memory = step(self.ahn, asks, left, before.memory, heads, z, rates, loudness)
+        return heads, tuple(Rows(buffers, leaving, memory))
+
     def step(
         self,
         x: mx.array,
@@ -200,7 +252,7 @@ class AHNAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What cannot be copied or pickled, or need not; it is made again.
-        made = ("_compiled", "_lock", "_derived")
+        made = ("_compiled", "_compiled_row", "_lock", "_derived")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

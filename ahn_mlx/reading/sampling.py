@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AHNError, show
 
 if TYPE_CHECKING:
-    from .penalty import Seen
+    from .penalty import Seen, WholeTextPenalty
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], str]:
@@ -104,10 +104,19 @@ class Sampling:
             if wrong := complaint(field.name, getattr(self, field.name)):
                 raise AHNError(f"{field.name} {wrong}")
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether an answer depends on which tokens were ever read."""
-        return self.repetition_penalty != 1 and self.repetition_context_size == 0
+    def penalty(self, seen: "Seen | None") -> "WholeTextPenalty | None":
+        """The penalty over all that was read, if that was asked for. Raises AHNError if it is
+        not known what was."""
+        if self.repetition_penalty == 1 or self.repetition_context_size:
+            return None
+        if seen is None:
+            raise AHNError(
+                "repetition_context_size 0: this memory does not say which tokens it has read;"
+                " digest the text again, or give a number of tokens to look back"
+            )
+        from .penalty import WholeTextPenalty
+
+        return WholeTextPenalty(self.repetition_penalty, seen)
 
     def begin(self, vocabulary: int, seen: "Seen | None") -> dict[str, Any]:
         """Seed MLX if that was asked for; what mlx-lm's stream_generate takes of these.
@@ -125,15 +134,8 @@ class Sampling:
             repetition_penalty=penalty,
             repetition_context_size=self.repetition_context_size,
         )
-        if self.looks_back:
-            from .penalty import WholeTextPenalty
-
-            if seen is None:
-                raise AHNError(
-                    "repetition_context_size 0: this memory does not say which tokens it has"
-                    " read; digest the text again, or give a number of tokens to look back"
-                )
-            processors = [WholeTextPenalty(self.repetition_penalty, seen)]
+        if (penalty_of_all := self.penalty(seen)) is not None:
+            processors = [penalty_of_all]
         return {
             "max_tokens": self.max_tokens,
             "sampler": make_sampler(
@@ -156,6 +158,7 @@ class Cutter:
 
     def __init__(self, stops: tuple[str, ...]):
         self.stops, self.found, self._held = stops, False, ""
+        self.stop = ""  # the one that was found
 
     def add(self, piece: str) -> str:
         """What can be given out now."""
@@ -164,8 +167,9 @@ class Cutter:
         self._held += piece
         ends = [(at + len(s), at) for s in self.stops if (at := self._held.find(s)) >= 0]
         if ends:
-            self.found = True
-            return self._release(min(ends)[1])
+            end, at = min(ends)
+            self.found, self.stop = True, self._held[at:end]
+            return self._release(at)
         most = min(len(self._held), max(map(len, self.stops), default=1) - 1)
         begun = next((n for n in range(most, 0, -1) if self._begins(self._held[-n:])), 0)
         return self._release(len(self._held) - begun)

@@ -203,7 +203,7 @@ class Session:
 
     def _read_step(self, ids: list[int]) -> None:
         self._whole = False
-        self._note(ids)
+        self.note_ids(ids)
         self.model(mx.array([ids]), cache=self.caches)
         mx.eval([c.state for c in self.caches])
         mx.clear_cache()
@@ -263,7 +263,7 @@ class Session:
             # What is left to compute belongs to this thread; the next question may not.
             mx.eval([c.state for c in caches])
             self.caches, self.tail, self.space = caches, Tail(), ""
-            self._note([*ids, *said])
+            self.note_ids([*ids, *said])
             self.turn = "answered" if finish == "stop" else "cut"
 
     async def stream(self, question: str, **options: Any) -> AsyncIterator[str]:
@@ -355,7 +355,9 @@ class Session:
             session.read_ids(list(tail.ids))
         return session
 
-    def _note(self, ids: list[int]) -> None:
+    def note_ids(self, ids: list[int]) -> None:
+        """Count tokens as read, for a penalty over all that was; whoever feeds the caches
+        otherwise than by read_ids and ask says so here."""
         self.seen = None if self.seen is None else note(self.seen, ids)
 
     def _check(self) -> None:

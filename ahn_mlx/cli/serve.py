@@ -1,0 +1,149 @@
+"""ahn-mlx serve: OpenAI's and Anthropic's APIs, in memory that does not grow."""
+
+import ipaddress
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import AHNError
+from ..outputs.files import check_writable
+from .command import Command
+from .options import check_numbers, load_model, loading_options, needs_memory, window_bits_options
+from .terminal import say, warn_slow
+
+
+@click.command(cls=Command)
+@loading_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=8080, show_default=True, help="0 takes any that is free.")
+@click.option("--rows", default=4, show_default=True, help="Answers at a time.")
+@window_bits_options
+@click.option(
+    "--memories",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of digested texts; each is a model name, MODEL@NAME.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File with the key that clients must bring.",
+)
+@click.option("--allow-origin", multiple=True, help="Web page that may ask, http://HOST:PORT.")
+@needs_memory
+def serve(**options: Any) -> None:
+    """Serve a model to many clients: OpenAI's and Anthropic's APIs.
+
+    Every conversation has a row of fixed size; rows are all there is, however long clients
+    talk. Ctrl-C ends: answers that run are finished or cut, and what is being digested is
+    kept.
+
+    \b
+    ahn-mlx serve
+    ahn-mlx serve --model ahn-gdn-3b --rows 8 --memories books
+    ahn-mlx serve --host 0.0.0.0 --api-key-file key.txt
+    """
+    check_numbers(options)
+    _check(options)
+    key = _key(options["api_key_file"])
+    memories: Path | None = options["memories"]
+    if memories is not None:
+        check_writable(memories)
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise AHNError(f"{e.name} is missing: pip install 'ahn-mlx[serve]'") from None
+    with _listen(options["host"], options["port"]) as listening:
+        warn_slow()
+        model, tokenizer = load_model(options)
+        _run(options, key, listening, model, tokenizer)
+
+
+def _check(options: dict[str, Any]) -> None:
+    if options["rows"] < 1:
+        raise AHNError(f"--rows must be at least 1, not {options['rows']}")
+    if not 0 <= options["port"] <= 65535:
+        raise AHNError(f"--port must be from 0 to 65535, not {options['port']}")
+    for origin in options["allow_origin"]:
+        scheme, _, host = origin.partition("://")
+        if scheme not in ("http", "https") or not host or set(host) & set("/*@ "):
+            raise AHNError(
+                f"--allow-origin must be as http://localhost:3000, without a path, not {origin!r}"
+            )
+    if not _is_loopback(options["host"]) and options["api_key_file"] is None:
+        raise AHNError(
+            f"--host {options['host']} can be reached from other machines; give --api-key-file"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _key(file: Path | None) -> str | None:
+    """The key in a file."""
+    if file is None:
+        return None
+    try:
+        key = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise AHNError(f"{file}: {getattr(e, 'strerror', None) or 'is not text'}") from None
+    if len(key) < 16 or not key.isascii() or any(c.isspace() for c in key):
+        raise AHNError(f"{file}: a key is one line of 16 ASCII characters or more without spaces")
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at this address, before a model is loaded for nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise AHNError(f"cannot listen at {host} port {port} ({reason}); give another") from None
+
+
+def _run(
+    options: dict[str, Any],
+    key: str | None,
+    listening: socket.socket,
+    model: Any,
+    tokenizer: Any,
+) -> None:
+    from ..serve.app import Server, end, make_app
+    from ..serve.build import build
+    from ..serve.guard import LOOPBACK
+
+    loopback = _is_loopback(options["host"])
+    service, digests, fit = build(
+        model,
+        tokenizer,
+        name=options["name"],
+        rows=options["rows"],
+        kv_bits=int(options["kv_bits"]) if options["kv_bits"] else None,
+        kv_group_size=int(options["kv_group_size"]),
+        memories=options["memories"],
+    )
+    hosts = (*LOOPBACK, options["host"].lower()) if loopback else None
+    app = make_app(service, digests, key, hosts, frozenset(options["allow_origin"]))
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"http://{shown}:{port}/v1 serves {service.name}")
+    rows = f"{options['rows']} rows of {service.row_bytes / 1e6:.1f} MB"
+    click.echo(f"{rows}, as much again for what waits; {fit} rows fit in this machine")
+    if not loopback:
+        click.echo("other machines can reach this server; every request must bring the key")
+    try:
+        Server(app, service, host, port).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        began = time.monotonic()
+        end(service, digests)
+        say(f"stopped in {time.monotonic() - began:.1f} s")

@@ -1,0 +1,308 @@
+"""Documents that are uploaded, and jobs that read them into memories: one at a time, between
+the answers. What has been read is kept when a job is cancelled, and when the server ends.
+"""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import AHNError
+from ..outputs.files import replacing
+from ..reading import memoryfile
+from ..reading.session import Session
+from ..reading.template import TemplateError
+from ..reading.text import one_line, read_file
+from .engine import Engine
+from .memories import Library
+from .parameters import APIError
+
+CHECKPOINT = 16384  # tokens between saves
+ID = re.compile(r"(file|job)-[0-9a-f]{32}")
+SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
+MAX_FILES = 1000
+
+
+class Files:
+    """Uploaded documents, in a directory of their own and under names of ours."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+
+    def add(self, name: str, source: IO[bytes]) -> dict[str, Any]:
+        """Keep a document. name: what the client calls it."""
+        if len(list(self.directory.glob("*.json"))) >= MAX_FILES:
+            raise APIError(f"there are {MAX_FILES} files already; delete some", status=409)
+        suffix = Path(name).suffix if SUFFIX.fullmatch(Path(name).suffix) else ".txt"
+        file_id = f"file-{secrets.token_hex(16)}"
+        target = self.directory / f"{file_id}{suffix.lower()}"
+        with replacing(target) as part, part.open("wb") as f:
+            while chunk := source.read(1 << 20):
+                f.write(chunk)
+        facts = {
+            **{"id": file_id, "object": "file", "filename": name[:200]},
+            **{"bytes": target.stat().st_size, "created_at": int(time.time())},
+            **{"purpose": "user_data", "status": "processed", "stored": target.name},
+        }
+        _write(self.directory / f"{file_id}.json", facts)
+        return self._shown(facts)
+
+    def get(self, file_id: str) -> dict[str, Any]:
+        """What is known of a document."""
+        return self._shown(self._facts(file_id))
+
+    def all(self) -> list[dict[str, Any]]:
+        return [self.get(f.stem) for f in sorted(self.directory.glob("file-*.json"))]
+
+    def path(self, file_id: str) -> Path:
+        return self.directory / Path(self._facts(file_id)["stored"]).name
+
+    def delete(self, file_id: str) -> None:
+        path = self.path(file_id)
+        path.unlink(missing_ok=True)
+        (self.directory / f"{file_id}.json").unlink(missing_ok=True)
+
+    def text(self, file_id: str) -> str:
+        """What a document says. Raises AHNError with the client's name for it."""
+        path, name = self.path(file_id), self._facts(file_id)["filename"]
+        try:
+            return read_file(path)
+        except AHNError as e:
+            raise AHNError(str(e).replace(str(path), name)) from None
+
+    def _facts(self, file_id: str) -> dict[str, Any]:
+        known = self.directory / f"{file_id}.json"
+        if not ID.fullmatch(file_id) or not known.is_file():
+            raise APIError(f"there is no file {file_id[:100]!r}", status=404, code="not_found")
+        found: dict[str, Any] = json.loads(known.read_text())
+        return found
+
+    def _shown(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in facts.items() if k != "stored"}
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    with replacing(file) as part:
+        part.write_text(json.dumps(facts))
+
+
+@dataclass
+class Job:
+    """status: queued, reading, done, cancelled, paused (the server ended) or failed."""
+
+    name: str
+    files: list[str]
+    system: str = ""
+    id: str = field(default_factory=lambda: f"job-{secrets.token_hex(16)}")
+    status: str = "queued"
+    tokens_read: int = 0
+    tokens: int = 0
+    error: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def shown(self) -> dict[str, Any]:
+        return {"object": "memory.job", **asdict(self)}
+
+
+class Reading:
+    """A document between the answers: the engine's reader of one step at a time."""
+
+    def __init__(
+        self,
+        session: Session,
+        ids: list[int],
+        done: int,
+        tell: Callable[[int], None],
+        keep: Callable[[int], None],
+    ):
+        self.session, self.ids, self.at = session, ids, done
+        self.tell, self.keep = tell, keep
+        self.cancelled = False
+        self.future: Future[bool] = Future()
+        self._kept = done
+
+    def advance(self) -> bool:
+        """One step, as the command line reads it."""
+        n = self.session.step - len(self.session.tail.ids)
+        block = self.ids[self.at : self.at + n]
+        self.session.read_ids(block)
+        self.at += len(block)
+        self.tell(self.at)
+        if self.at >= len(self.ids):
+            self.future.set_result(True)
+            return True
+        if self.at - self._kept >= CHECKPOINT:
+            self.keep(self.at)
+            self._kept = self.at
+        return False
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def end(self) -> None:
+        try:
+            self.keep(self.at)
+            self.future.set_result(False)
+        except Exception as e:
+            self.fail(e)
+
+
+class Digests:
+    """All jobs. session: makes one for a document with a system message, in the engine."""
+
+    def __init__(self, library: Library, files: Files, make: Callable[[str, bool], Session]):
+        self.library, self.files, self._make = library, files, make
+        self.engine: Engine = library.engine
+        self.directory = library.directory / "jobs"
+        self.directory.mkdir(exist_ok=True)
+        self._worker = ThreadPoolExecutor(1, "digests")
+        self._reading: Reading | None = None
+        self.stopping = False  # set before the engine ends
+        self.jobs: dict[str, Job] = {}
+        for file in sorted(self.directory.glob("job-*.json")):
+            try:
+                job = Job(**json.loads(file.read_text()))
+            except (OSError, ValueError, TypeError):
+                continue  # not one of ours
+            if job.status in ("queued", "reading"):
+                job.status = "paused"
+            self.jobs[job.id] = job
+
+    def get(self, job_id: str) -> Job:
+        if job_id not in self.jobs:
+            raise APIError(f"there is no job {job_id[:100]!r}", status=404, code="not_found")
+        return self.jobs[job_id]
+
+    def start(self, name: str, files: list[str], system: str) -> Job:
+        """Queue a job for a new memory."""
+        self.library.file(name, there=False)
+        for file_id in files:
+            self.files.path(file_id)
+        if any(j.name == name and j.status in ("queued", "reading") for j in self.jobs.values()):
+            raise APIError(f"there is a job for {name!r} already", status=409, code="exists")
+        job = Job(name, files, system)
+        self.jobs[job.id] = job
+        self._queue(job)
+        return job
+
+    def resume(self, job_id: str) -> Job:
+        """Go on with a job that was cancelled, paused, or failed."""
+        job = self.get(job_id)
+        if job.status in ("queued", "reading", "done"):
+            raise APIError(f"the job is {job.status}", status=409)
+        self.library.file(job.name, there=False)
+        self._queue(job)
+        return job
+
+    def cancel(self, job_id: str) -> Job:
+        """Stop a job within a step; what it has read is kept."""
+        job = self.get(job_id)
+        if job.status in ("queued", "reading"):
+            job.status = "cancelled"
+            if self._reading is not None and self._current == job.id:
+                self._reading.cancelled = True
+                self.engine.wake()
+            self._note(job)
+        return job
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job and what it has read, but not a memory that it has made."""
+        job = self.cancel(job_id)
+        self._worker.submit(self._partial(job).unlink, missing_ok=True)
+        (self.directory / f"{job.id}.json").unlink(missing_ok=True)
+        del self.jobs[job.id]
+
+    def stop(self) -> None:
+        """After the engine has ended: what was being read is kept."""
+        self.stopping = True
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    _current = ""
+
+    def _queue(self, job: Job) -> None:
+        job.status, job.error = "queued", None
+        self._note(job)
+        self._worker.submit(self._run, job)
+
+    def _note(self, job: Job) -> None:
+        if job.id in self.jobs:
+            _write(self.directory / f"{job.id}.json", asdict(job))
+
+    def _partial(self, job: Job) -> Path:
+        return self.library.directory / f".{job.id}.partial"
+
+    def _run(self, job: Job) -> None:
+        if job.status != "queued" or self.stopping:
+            return
+        job.status = "reading"
+        try:
+            finished = self._read(job)
+            if finished:
+                job.status = "done"
+            elif job.status == "reading":
+                job.status = "paused"
+        except Exception as e:
+            if self.stopping:  # what was kept last is kept
+                job.status = "paused"
+                self._note(job)
+                return
+            known = isinstance(e, AHNError | APIError)
+            job.error = self.library._said(e, job.name) if known else type(e).__name__
+            job.status = "failed"
+        finally:
+            self._reading = None
+        self._note(job)
+
+    def _read(self, job: Job) -> bool:
+        """Whether it came to its end."""
+        names = [self.files.get(f)["filename"] for f in job.files]
+        texts = [self.files.text(f) for f in job.files]
+        text = texts[0]
+        if len(texts) > 1:  # as ahn-mlx digest puts them together
+            pairs = zip(names, texts, strict=True)
+            text = "\n".join(f"=== {one_line(n)} ===\n\n{t.strip()}\n" for n, t in pairs)
+        session = self._session(job.system)
+        opening, done, partial = session.opening(), 0, self._partial(job)
+        resumed: Session | None = None
+        if partial.is_file():
+            facts = memoryfile.read_facts(partial)
+            opening, done = tuple(facts["opening"]), facts["done"]
+            engine = self.engine
+            load = lambda: Session.load(partial, engine.model, engine.tokenizer)  # noqa: E731
+            resumed = self.engine.call(load).result()
+        ids = session.encode(text, opening)
+        session = resumed or session
+        job.tokens, job.tokens_read = len(ids), done
+        out = self.library.file(job.name, there=False)
+
+        def tell(read: int) -> None:
+            self.engine.metrics.count("tokens_digested_total", read - job.tokens_read)
+            job.tokens_read = read
+
+        def keep(read: int) -> None:
+            session.save(partial, job=job.id, done=read, opening=opening)
+
+        self._reading, self._current = Reading(session, ids, done, tell, keep), job.id
+        self._reading.cancelled = job.status == "cancelled"
+        self.engine.add(self._reading)
+        if not self._reading.future.result():
+            return False
+        session.note_text(", ".join(names), len(ids))
+        self.library.file(job.name, there=False)  # a conversation may have taken it meanwhile
+        self.engine.call(lambda: session.save(out)).result()
+        partial.unlink(missing_ok=True)
+        return True
+
+    def _session(self, system: str) -> Session:
+        try:
+            found: Session = self.engine.call(lambda: self._make(system, True)).result()
+        except TemplateError:
+            found = self.engine.call(lambda: self._make("", False)).result()
+        return found

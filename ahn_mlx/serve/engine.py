@@ -1,0 +1,315 @@
+"""The one thread that computes: commands, one token of every row, one chunk of one reader, and
+again. Whatever fails is told to the request it belongs to; the thread goes on.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import AHNError
+from ..model.cache import AHNCache
+from ..model.together import prepare, together
+from ..reading.session import Session
+from .answers import Answer, Reading, Request
+from .metrics import Metrics
+from .parameters import APIError
+from .sampling import Chosen
+
+log = logging.getLogger("ahn_mlx.serve")
+
+STUCK = 120.0  # seconds without a turn before /health says so
+
+
+class Reader(Protocol):
+    """What reads something chunk by chunk."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more."""
+
+    def advance(self) -> bool:
+        """One chunk; whether it was the last."""
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot go on."""
+
+    def end(self) -> None:
+        """It is cancelled, or the server ends."""
+
+
+class Engine:
+    """rows: answers at a time. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        rows: int,
+        metrics: Metrics | None = None,
+    ):
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.metrics = metrics or Metrics()
+        self.beat = time.monotonic()
+        self._free, self._lock = rows, threading.Lock()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._readers: deque[Reader] = deque()
+        self._answers: list[Answer] = []
+        self._deadline: float | None = None  # when what still runs is cut
+        self._stopping = self._ended = False
+        self._last_step = 0.0
+        # Products of float32 have a fixed shape: their last bits depend on it, and an answer
+        # must not depend on who else is answered.
+        exact = model.layers[0].input_layernorm.weight.dtype == mx.float32
+        self._width = rows if exact else 0
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    # From other threads
+
+    @property
+    def free(self) -> int:
+        """Rows that nobody has."""
+        return self._free
+
+    @property
+    def reading(self) -> int:
+        return len(self._readers)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the thread has ended or no longer turns."""
+        return not self.thread.is_alive() or time.monotonic() - self.beat > STUCK
+
+    def reserve(self, n: int) -> None:
+        """Take n rows. Raises APIError, at once, if they are not free."""
+        if n > self.rows:
+            raise APIError(f"{n} answers at once, but this server has {self.rows} rows", param="n")
+        with self._lock:
+            if self._ended or self._deadline is not None:
+                raise APIError("the server is stopping", status=503, code="stopping")
+            if n > self._free:
+                raise APIError(
+                    f"all {self.rows} rows are busy; try again later",
+                    status=429,
+                    code="rate_limit_exceeded",
+                    after=1,
+                )
+            self._free -= n
+
+    def release(self, n: int = 1) -> None:
+        """Give rows back."""
+        with self._lock:
+            self._free += n
+
+    def submit(self, request: Request) -> None:
+        """Answer a request that has its rows."""
+        self._put(lambda: self._begin(request))
+
+    def add(self, reader: Reader) -> None:
+        """Read something between the answers."""
+        self._put(lambda: self._readers.append(reader))
+
+    def _put(self, command: Callable[[], None]) -> None:
+        """Raises APIError once the thread has ended: what is put is obeyed."""
+        with self._lock:
+            if self._ended:
+                raise APIError("the server is stopping", status=503, code="stopping")
+            self._commands.put(command)
+
+    def call(self, work: Callable[[], Any]) -> "Future[Any]":
+        """Do what needs MLX between two steps."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as e:
+                future.set_exception(e)
+
+        try:
+            self._put(run)
+        except APIError as e:
+            future.set_exception(e)
+        return future
+
+    def wake(self) -> None:
+        """Something was cancelled."""
+        self._commands.put(lambda: None)
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new; what still runs after so long is cut."""
+        with self._lock:
+            if self._deadline is None:
+                self._deadline = time.monotonic() + seconds
+        self.wake()
+
+    def stop(self) -> None:
+        """End the thread, after what it is doing; readers keep what they have read."""
+        self.drain(0)
+        self._stopping = True
+        self.wake()
+        self.thread.join()
+
+    # In the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self.beat = time.monotonic()
+                self._obey()
+                self._drop_cancelled()
+                self._decode()
+                self._read()
+        finally:
+            with self._lock:
+                self._ended = True
+            # What came last is told, too, that there is no more.
+            self._obey(wait=False)
+            self._finish()
+            # MLX's own threads would outlive this one, and the process be aborted.
+            mx.clear_streams()
+
+    def _obey(self, wait: bool = True) -> None:
+        """All commands there are; if there is nothing else to do, wait for one."""
+        idle = wait and not self._answers and not self._readers
+        try:
+            command = self._commands.get(timeout=1.0) if idle else self._commands.get_nowait()
+            while True:
+                self._guarded(command)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _finish(self) -> None:
+        """Cut what runs."""
+        for answer in self._answers:
+            self._guarded(answer.cut)
+        for reader in self._readers:
+            self._guarded(reader.end)
+        self._answers, self._readers = [], deque()
+
+    def _guarded(self, work: Callable[[], Any]) -> None:
+        """What fails while something ends must not keep others from ending."""
+        try:
+            work()
+        except Exception as e:
+            log.error("%s while a request ended", type(e).__name__)  # no words of a client's
+
+    def _begin(self, request: Request) -> None:
+        try:
+            self._readers.append(Reading(request, self))
+        except Exception as e:
+            self.release(request.n)
+            self._guarded(partial(request.fail, e))
+
+    def _drop_cancelled(self) -> None:
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        for answer in [a for a in self._answers if a.request.cancelled or late]:
+            self._guarded(answer.cut)
+            self._answers.remove(answer)
+        for reader in [r for r in self._readers if r.cancelled or late]:
+            self._guarded(reader.end)
+            self._readers.remove(reader)
+
+    def _read(self) -> None:
+        """One chunk of whoever waits longest."""
+        if not self._readers:
+            return
+        reader = self._readers.popleft()
+        try:
+            if not reader.advance():
+                self._readers.append(reader)
+        except Exception as e:
+            self._guarded(partial(reader.fail, e))
+            mx.clear_cache()
+
+    def answer(self, answers: Sequence[Answer]) -> None:
+        """What has been read is answered from the next step on."""
+        self._answers += [a for a in answers if not a.ended]
+
+    def _decode(self) -> None:
+        """One token of each row."""
+        if not self._answers:
+            self._last_step = 0.0
+            return
+        try:
+            logits = self._step([a.caches for a in self._answers], [a.next for a in self._answers])
+        except Exception as e:
+            mx.clear_cache()
+            for answer in self._answers:
+                self._guarded(partial(answer.fail, e))
+            self._answers = []
+            return
+        self.take(self._answers, logits)
+        self._answers = [a for a in self._answers if not a.ended]
+        self.metrics.count("steps_total")
+        now = time.monotonic()
+        if self._last_step:
+            self.metrics.time("token_seconds", now - self._last_step)
+        self._last_step = now
+
+    def _step(self, rows: list[list[AHNCache]], tokens: list[int]) -> mx.array:
+        """Logits [n, V] of the tokens after these."""
+        width = self._width or len(rows)
+        for caches in rows:
+            prepare(caches)
+        ids = mx.array([[token] for token in [*tokens, *[0] * (width - len(tokens))]])
+        logits: mx.array = self.model(ids, cache=together(rows, width))[: len(rows), -1]
+        mx.eval(logits, [[c.buffers, c.memory, c._next] for caches in rows for c in caches])
+        return logits
+
+    def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
+        """Choose and deliver a token of each. logits: [n, V]."""
+        likely = mx.argmax(logits, axis=-1)
+        chosen: list[Chosen | None] = []
+        for i, answer in enumerate(answers):
+            try:
+                chosen.append(answer.choose(likely[i], logits[i]))
+            except Exception as e:
+                self._guarded(partial(answer.fail, e))
+                chosen.append(None)
+        mx.eval(chosen)
+        for answer, found in zip(answers, chosen, strict=True):
+            if found is None:
+                continue
+            try:
+                answer.take(found)
+            except Exception as e:
+                self._guarded(partial(answer.fail, e))
+
+
+def fresh(
+    engine: Engine,
+    kv_bits: int | None,
+    group_size: int,
+    step: int | None = None,
+) -> Session:
+    """A session that has read nothing. Raises AHNError for a model whose rows would grow."""
+    if engine.model.ahn.fa_layer_ids:
+        layers = ", ".join(map(str, engine.model.ahn.fa_layer_ids))
+        raise AHNError(
+            f"layers {layers} keep full attention (fa_layer_ids), whose cache grows; serve a"
+            " model without"
+        )
+    make = lambda: Session(  # noqa: E731
+        engine.model,
+        engine.tokenizer,
+        step=step,
+        kv_bits=kv_bits,
+        kv_group_size=group_size,
+        chat=False,
+    )
+    session: Session = engine.call(make).result()
+    return session
