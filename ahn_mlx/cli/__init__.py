@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": (".cli.convert", "convert", "Convert a checkpoint of the PyTorch release."),
     "train": (".cli.train", "train", "Train a memory for a model from texts."),
     "compare": (".cli.compare", "compare", "Measure what a memory is worth on a text."),
+    "eval": (".cli.evaluate", "evaluate", "Score a model on suites and tasks made here."),
     "export-pytorch": (".cli.export", "export_pytorch", "Write a model back for PyTorch."),
     "export-app": (".cli.export_app", "export_app", "Write a model for apps without Python."),
     "upload": (".cli.export", "upload", "Put a converted model on the hub."),

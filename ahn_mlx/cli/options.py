@@ -153,7 +153,10 @@ _SAMPLING = (
         "--repetition-penalty", default=1.0, show_default=True, help="Of repeated tokens; 1: none."
     ),
     click.option(
-        "--repetition-context-size", default=20, show_default=True, help="Tokens it looks back."
+        "--repetition-context-size",
+        default=20,
+        show_default=True,
+        help="Tokens it looks back; 0: all that was ever read.",
     ),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="Ends the answer before it. Repeatable."
