@@ -30,4 +30,7 @@ def doctor(as_json: bool) -> None:
     for finding in missing:
         click.echo(f"to mend {finding.name}: {finding.mend}")
     if not missing:
-        click.echo("nothing is missing")
+        optional = ", ".join(finding.name for finding in findings if finding.optional)
+        click.echo(
+            f"everything needed is there{'; optional, and not there: ' if optional else ''}{optional}"
+        )

@@ -13,7 +13,16 @@ from .options import json_option
 from .terminal import day, in_bytes
 
 
-@click.group(cls=Group)
+class Memory(Group):
+    """Knows a file where a command should be."""
+
+    def no_such(self, ctx: click.Context, typed: str) -> str:
+        if typed.endswith(".ahn") or Path(typed).is_file():
+            return f"No such command {typed!r}. Did you mean ahn-mlx memory info {typed!r}?"
+        return super().no_such(ctx, typed)
+
+
+@click.group(cls=Memory)
 def memory() -> None:
     """Look into the files that ahn-mlx digest writes.
 
@@ -52,7 +61,7 @@ def describe(file: Path) -> dict[str, Any]:
         "file": str(file),
         "version": facts["version"],
         "model": facts["model"]["name"],
-        "memory": facts.get("memory"),
+        "kind": facts.get("memory"),
         "dtype": facts.get("base", {}).get("dtype"),
         "bits": facts.get("base", {}).get("bits"),
         "window_bits": windows[0][3] if windows else None,
@@ -81,7 +90,7 @@ def _part(name: str) -> str:
 
 
 def _rows(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    kind = about["memory"] and f"{about['memory']}, {about['dtype']}"
+    kind = about["kind"] and f"{about['kind']}, {about['dtype']}"
     bits = [f"{about[k]}-bit {what}" for k, what in BITS.items() if about[k] is not None]
     yield "model", about["model"] or "(not said; give --model to ask)"
     yield "memory", ", ".join([kind or "(version 1 does not say)", *bits])

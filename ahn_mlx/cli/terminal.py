@@ -1,9 +1,12 @@
 """What someone who waits at a terminal sees, and how they stop it."""
 
+import fcntl
 import os
 import select
 import signal
+import stat
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +57,21 @@ def day(seconds: int) -> str:
         return time.strftime("%Y-%m-%d", time.localtime(seconds))
     except (ValueError, OverflowError, OSError):
         return "in no year that there is"
+
+
+def is_piped_in() -> bool:
+    """Whether bytes wait on standard input, of a file, a pipe or a socket. None are taken, and
+    nothing is waited for: a pipe may stay open and silent for ever."""
+    try:
+        end = sys.stdin.fileno()
+        about = os.fstat(end)
+        if stat.S_ISREG(about.st_mode):
+            return about.st_size > os.lseek(end, 0, os.SEEK_CUR)
+        if not (stat.S_ISFIFO(about.st_mode) or stat.S_ISSOCK(about.st_mode)):
+            return False
+        return any(fcntl.ioctl(end, termios.FIONREAD, bytes(4)))
+    except (OSError, ValueError, AttributeError):  # there is none, or it is no file
+        return False
 
 
 @contextmanager
