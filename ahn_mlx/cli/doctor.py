@@ -31,6 +31,5 @@ def doctor(as_json: bool) -> None:
         click.echo(f"to mend {finding.name}: {finding.mend}")
     if not missing:
         optional = ", ".join(finding.name for finding in findings if finding.optional)
-        click.echo(
-            f"everything needed is there{'; optional, and not there: ' if optional else ''}{optional}"
-        )
+        absent = f"; optional, and not there: {optional}" if optional else ""
+        click.echo(f"everything needed is there{absent}")

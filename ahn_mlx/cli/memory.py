@@ -53,7 +53,7 @@ def describe(file: Path) -> dict[str, Any]:
     from ..reading.memoryfile import read_facts
 
     facts, header = read_facts(file), read_header(file)
-    parts = dict.fromkeys(("window, sinks, gates", "state", "trace", "tail"), 0)
+    parts = dict.fromkeys(("window, sinks, gates", "state", "trace", "tail", "tokens seen"), 0)
     for name, tensor in header.items():
         parts[_part(name)] += tensor.end - tensor.begin
     windows = [layer for layer in facts["layers"] if len(layer) > 1]
@@ -84,6 +84,8 @@ def describe(file: Path) -> dict[str, Any]:
 def _part(name: str) -> str:
     if name in ("tail", "pending") or ".tail." in name:
         return "tail"
+    if name == "seen":
+        return "tokens seen"
     if ".trace." in name:
         return "trace"
     return "state" if name.endswith(".memory") else "window, sinks, gates"

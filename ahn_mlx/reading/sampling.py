@@ -41,10 +41,9 @@ def _range(low: int, high: float) -> str:
 def _texts(value: Any) -> str:
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
         return "a text or a list of texts"
-    return "" if all(value) else NOT_EMPTY
+    return "" if all(value) else "texts that are not empty"
 
 
-NOT_EMPTY = "texts that are not empty"
 # What a value must be, or "" if it is. Below 0.001 logits divided by it may be infinite.
 _WRONG: dict[str, Callable[[Any], str]] = {
     "max_tokens": _whole(1),
@@ -64,8 +63,8 @@ def complaint(name: str, value: Any) -> str:
     if name == "seed" and value is None:
         return ""
     must = _WRONG[name](value)
-    if must == NOT_EMPTY:
-        return "is an empty text; give another, or leave it out"
+    if name == "stop" and isinstance(value, tuple) and "" in value:
+        value = ""  # of several, that one
     return (
         f"must be {must}, not {value if isinstance(value, int | float) else show(value)}"
         if must

@@ -67,7 +67,8 @@ def read_each(files: Sequence[str], read: Callable[[Path], T]) -> Iterator[tuple
 
     Raises AHNError as find and `read` do, and if nothing is left.
     """
-    count, left_out = 0, []
+    count = 0
+    left_out: list[Unreadable] = []
     for file, place in _found(files).items():
         try:
             made = read(file)
@@ -80,8 +81,8 @@ def read_each(files: Sequence[str], read: Callable[[Path], T]) -> Iterator[tuple
         yield file, made
     if left_out and not count:
         raise left_out[0]
-    for e in left_out:
-        print(one_line(f"note: left out {e}"), file=sys.stderr)
+    for error in left_out:
+        print(one_line(f"note: left out {error}"), file=sys.stderr)
 
 
 def find(files: Sequence[str]) -> list[Path]:
