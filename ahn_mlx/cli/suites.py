@@ -93,7 +93,7 @@ infinitebench = _suite(
     """Questions about whole novels, in English and Chinese.
 
     \b
-    ahn-mlx eval infinitebench --model ahn-gdn-7b --limit 10 --out infinitebench-7b
+    ahn-mlx eval infinitebench --model ahn-gdn-7b --limit 10 -o infinite-7b
     """,
 )
 lveval = _suite(
