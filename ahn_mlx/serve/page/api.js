@@ -62,8 +62,9 @@ async function troubleOf(response) {
   return new Trouble(sentence(message), response.status, known.code ?? "", after);
 }
 
+// A name of a file at its begin stays as it is.
 export function sentence(text) {
-  const said = text.charAt(0).toUpperCase() + text.slice(1);
+  const said = /^[a-z]+ /.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
   return /[.!?]$/.test(said) ? said : `${said}.`;
 }
 

@@ -9,6 +9,7 @@ let memories = [];
 let jobs = [];
 let numbers = 0;
 let asking = () => {};
+let soon = () => {};
 
 export const memoryNames = () => memories.map((memory) => memory.id);
 export const tokensOf = (name) => memories.find((memory) => memory.id === name)?.tokens ?? 0;
@@ -23,18 +24,20 @@ export function slug(text, fallback = "document") {
   return name.slice(0, 80) || fallback;
 }
 
-function freeName(base) {
+// The first of name, name-2, name-3, ... that nobody has.
+function freeName(base, from = 1) {
   const taken = new Set([...memoryNames(), ...jobs.map((job) => job.name)]);
   for (const upload of uploads.values()) taken.add(upload.name);
-  let name = base;
-  for (let i = 2; taken.has(name); i++) name = `${base}-${i}`;
-  return name;
+  for (let i = from; ; i++) {
+    const name = i === 1 ? base : `${base}-${i}`;
+    if (!taken.has(name)) return name;
+  }
 }
 
 // Begin to show, and take files from the button and from wherever they are dropped.
-// onAsk: called with the name of a memory.
-export function start(onAsk) {
-  asking = onAsk;
+// onAsk: called with the name of a memory. onBegun: called when the server has something to do.
+export function start(onAsk, onBegun) {
+  [asking, soon] = [onAsk, onBegun];
   $("pick").onclick = () => $("files").click();
   $("files").onchange = () => {
     const files = [...$("files").files];
@@ -56,41 +59,54 @@ async function add(files) {
 }
 
 async function upload(file) {
-  const memory = /\.ahn$/i.test(file.name);
-  const name = freeName(slug(file.name.replace(/\.[^.]*$/, "")));
   const abort = new AbortController();
   const id = `upload-${numbers++}`;
-  uploads.set(id, { id, name, abort, status: "uploading", size: file.size });
+  const base = slug(file.name.replace(/\.[^.]*$/, ""));
+  const entry = { id, name: freeName(base), abort, status: "uploading", size: file.size };
+  uploads.set(id, entry);
   showJobs();
   say(`Uploading ${file.name}`);
   try {
-    await file.slice(0, 1).arrayBuffer(); // a folder, or a file that has gone, fails here
-  } catch {
-    uploads.delete(id);
-    showJobs();
-    throw new Error(`${file.name} cannot be read. Is it a folder?`);
-  }
-  try {
-    if (memory) {
-      await request("PUT", `/v1/memories/${encodeURIComponent(name)}`, { body: file, signal: abort.signal });
-      say(`${name} has been added`);
-    } else {
-      await digest(file, name, abort.signal);
-    }
+    await readable(file);
+    const give = /\.ahn$/i.test(file.name) ? giveMemory : giveDocument;
+    await give(file, abort.signal, async (send) => {
+      for (let i = 2; ; i++) {
+        try {
+          return await send(entry.name);
+        } catch (error) {
+          if (error.code !== "exists") throw error;
+          entry.name = freeName(base, i); // somebody else was faster
+        }
+      }
+    });
   } catch (error) {
     if (error.name !== "AbortError") throw new Error(`${file.name}: ${error.message}`);
   } finally {
+    await refresh().catch(() => {});
     uploads.delete(id);
-    await refresh();
+    showJobs();
+    soon();
   }
 }
 
-async function digest(file, name, signal) {
+async function readable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Error("It cannot be read. Is it a folder?");
+  }
+}
+
+async function giveMemory(file, signal, named) {
+  await named((name) => request("PUT", `/v1/memories/${encodeURIComponent(name)}`, { body: file, signal }));
+}
+
+async function giveDocument(file, signal, named) {
   const form = new FormData();
   form.append("file", file, file.name);
   const kept = await (await request("POST", "/v1/files", { body: form, signal })).json();
   try {
-    await post("/v1/memories", { name, file_id: kept.id }, signal);
+    await named((name) => post("/v1/memories", { name, file_id: kept.id }, signal));
   } catch (error) {
     await remove(`/v1/files/${kept.id}`);
     throw error;
@@ -141,7 +157,8 @@ function progressOf(job) {
 }
 
 function showJobs() {
-  const waiting = jobs.filter((job) => job.status !== "done");
+  const coming = new Set([...uploads.values()].map((upload) => upload.name));
+  const waiting = jobs.filter((job) => job.status !== "done" && !coming.has(job.name));
   listed($("jobs"), [...uploads.values(), ...waiting], (job) => job.id, jobItem);
 }
 
@@ -154,6 +171,7 @@ function jobItem() {
   const act = (work) => trying(async () => {
     await work(job);
     await refresh();
+    soon();
   });
   const cancel = button("Cancel", "", act(stopJob));
   const resume = button("Resume", "", act((it) => post(`/v1/memory_jobs/${it.id}/resume`)));

@@ -157,8 +157,7 @@ transcript.start((conversation, i) => {
   say("A second conversation has begun here");
   $("question").focus();
 });
-documents.start(begin);
+documents.start(begin, soon);
 await look();
-if (all.length) open(all[0]);
-else begin();
+open(all[0] ?? create());
 watch();
