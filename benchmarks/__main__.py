@@ -8,7 +8,9 @@ import click
 
 from .conversion import conversion
 from .decode import decode
+from .embed import embed
 from .far import far
+from .first_hour import first_hour
 from .memory import memory
 from .metal import metal
 from .prefill import prefill
@@ -24,7 +26,18 @@ def main() -> None:
 
 
 for command in (
-    *(conversion, decode, far, memory, metal, prefill, quantized, recurrence, serve, training),
+    conversion,
+    decode,
+    embed,
+    far,
+    first_hour,
+    memory,
+    metal,
+    prefill,
+    quantized,
+    recurrence,
+    serve,
+    training,
 ):
     main.add_command(command)
 

@@ -165,13 +165,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._fail(401, "RepoNotFound")
         parts = path.strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
+        if parts[0] == "datasets":  # files of a dataset; a model's have no such word
+            parts = parts[1:]
+        api = parts[:2] in (["api", "models"], ["api", "datasets"])
         repo = "/".join(parts[2:4] if api else parts[:2])
         if repo not in self.hub.repos:
             return self._fail(404, "RepoNotFound")
         if repo in self.hub.gated:
             return self._fail(403, "GatedRepo")
         commit = self.hub.commit(repo)
+        if api and len(parts) == 4:
+            return self._json({"id": repo, "sha": commit, "siblings": []})
         revision = parts[5] if api else parts[3]
         if revision not in ("main", commit):
             return self._fail(404, "RevisionNotFound")

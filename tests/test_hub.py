@@ -238,7 +238,7 @@ def test_what_the_hub_denies(machine: Machine, hub: StandIn) -> None:
     assert refused.startswith(f"error: {BASE}: needs your consent") and "hf auth login" in refused
     hub.gated = set()
     hub.token = "secret"
-    assert f"{BASE}: no such repository, or it is private" in machine.refuse("pull", NAME)
+    assert f"{AHN}: no such repository, or it is private" in machine.refuse("pull", NAME)
     machine.run("pull", NAME, HF_TOKEN="secret")
     machine.run("rm", NAME)
     hub.token = ""

@@ -340,6 +340,18 @@ LIES = {
     "a system message without chat": (said(system="x", chat=False), "there is no chat"),
     "a version that is a truth value": (said(version=True), "version True"),
     "a version that is text": (said(version="1"), "version '1'"),
+    "other tokens seen": (
+        lambda facts, arrays: arrays.update(seen=np.full(40, 255, np.uint8)),
+        "other tokens than",
+    ),
+    "a tail that was not seen": (
+        lambda facts, arrays: arrays.update(seen=0 * arrays["seen"]),
+        "not seen the tokens of its tail",
+    ),
+    "tokens seen in another dtype": (
+        lambda facts, arrays: arrays.update(seen=arrays["seen"].astype(np.uint32)),
+        "array seen is U32",
+    ),
 }
 
 
@@ -398,6 +410,8 @@ OF_THE_MODEL = {
     *("a state that is not square", "a state of fewer heads", "a trace of other heads"),
     *("a tail of fewer heads", "a tail of half precision", "a tail's state that is not square"),
     *("an id outside the vocabulary", "an id that would be negative"),
+    "other tokens seen",
+    "a tail that was not seen",
 }
 
 

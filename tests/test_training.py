@@ -466,7 +466,7 @@ def test_options_are_refused_in_one_line(place, tmp_path):
 def test_from_training_to_use(place, tmp_path):
     """What is printed last can be typed, and --resume knows what was typed before."""
     out, text = tmp_path / "my memory", place / "held.txt"
-    done = train(place, out, "--steps", 1, "--layerwise", 0, "--memory", "mamba2")
+    done = train(place, out, "--steps", 1, "--layerwise", 0, "--kind", "mamba2")
     assert done.returncode == 0, done.stderr
     short = ["train", "--data", place / "text.txt", "--out", out, "--resume", "--steps", 3]
     done = ahn(*short)

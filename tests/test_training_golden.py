@@ -8,9 +8,10 @@ import pytest
 
 from ahn_mlx import load_model
 from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.model.augment import head
 from ahn_mlx.model.names import published_name
 from ahn_mlx.train import losses
-from ahn_mlx.train.streams import Stream, head, install, study, teach, trainable
+from ahn_mlx.train.streams import Stream, install, study, teach, trainable
 
 GOLDEN = Path(__file__).parent / "golden"
 

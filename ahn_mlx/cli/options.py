@@ -153,7 +153,10 @@ _SAMPLING = (
         "--repetition-penalty", default=1.0, show_default=True, help="Of repeated tokens; 1: none."
     ),
     click.option(
-        "--repetition-context-size", default=20, show_default=True, help="Tokens it looks back."
+        "--repetition-context-size",
+        default=20,
+        show_default=True,
+        help="Tokens it looks back; 0: all that was ever read.",
     ),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="Ends the answer before it. Repeatable."
@@ -222,7 +225,7 @@ needs_memory = enough_memory("take a smaller model, fewer --q-bits or a smaller 
 
 def check_numbers(options: dict[str, Any]) -> None:
     """Raise AHNError for a number out of range, of whichever of these options are there."""
-    lows = {"window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1}
+    lows = {"window": 1, "sinks": 0, "prefill_step_size": 1, "checkpoint_every": 1, "chunk": 1}
     for name, low in lows.items():
         value = options.get(name)
         if value is not None and value < low:

@@ -14,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AHNError
+from ..model.augment import head
 from ..train.losses import ROWS, divergence
-from ..train.streams import head, silenced, study, teach
+from ..train.streams import silenced, study, teach
 
 KINDS = ("full", "window", "memory")
 

@@ -155,3 +155,10 @@ def memory_layers(model: nn.Module) -> Iterator[tuple[int, AHNAttention]]:
     for i, layer in enumerate(model.layers):
         if isinstance(layer.self_attn, AHNAttention):
             yield i, layer.self_attn
+
+
+def head(model: nn.Module, hidden: mx.array) -> mx.array:
+    """Hidden states after the final norm -> logits."""
+    tied = "lm_head" not in model
+    logits: mx.array = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+    return logits

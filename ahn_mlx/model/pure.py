@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from ..errors import AHNError
 from ..ops.ring import Place, place
-from .augment import memory_layers
+from .augment import head, memory_layers
 from .cache import PureCache
 from .slots import Rows, pack
 
@@ -43,25 +44,34 @@ def initial_state(model: nn.Module, rows: int = 1) -> list[mx.array]:
     return state
 
 
-def pure_step(model: nn.Module) -> Step:
-    """step(ids, at, count, *state) -> (logits, *state).
+def pure_step(model: nn.Module, last: bool = False) -> Step:
+    """step(ids, at, count, *state, **weights) -> (logits, *state).
 
     ids: [B, L] int32, L <= W, of which the first count[b] are read, the others are padding.
     at: [B] int32, tokens that each row has read before. count: [B] int32; for L = 1 it is 1.
-    logits: [B, L, V]. Raises AHNError as initial_state does.
+    weights: the model's parameters by name, for a function whose file holds none; the model is
+    then left with those. logits: [B, L, V], or with `last` [B, V], of the last token read.
+    Raises AHNError as initial_state does.
     """
     window, sinks = model.ahn.window, model.ahn.sinks
     layers = len(initial_state(model)) // PER_LAYER
 
     def step(
-        ids: mx.array, at: mx.array, count: mx.array, *state: mx.array
+        ids: mx.array, at: mx.array, count: mx.array, *state: mx.array, **weights: mx.array
     ) -> tuple[mx.array, ...]:
+        model.update(tree_unflatten(list(weights.items())))
         L = ids.shape[1]
         here = place(at, None if L == 1 else count, L, window + sinks, window, sinks)
         caches = [
             _cache(model, here, state[n * PER_LAYER : (n + 1) * PER_LAYER]) for n in range(layers)
         ]
-        logits: mx.array = model(ids, cache=caches)
+        if last:
+            hidden = model.model(ids, cache=caches)
+            if L > 1:
+                hidden = mx.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)
+            logits = head(model, hidden)[:, 0]
+        else:
+            logits = model(ids, cache=caches)
         return logits, *(x for cache in caches for x in _flat(cache.rows))
 
     return step

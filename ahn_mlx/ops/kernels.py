@@ -13,9 +13,9 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -153,6 +153,19 @@ def available() -> bool:
     """Whether our kernels may run: a Metal device is the default and AHN_METAL is not 0."""
     on_gpu = mx.metal.is_available() and mx.default_device().type == mx.gpu
     return on_gpu and os.environ.get("AHN_METAL") != "0"
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """No kernel of ours serves in here."""
+    was = os.environ.get("AHN_METAL")
+    os.environ["AHN_METAL"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("AHN_METAL")
+        if was is not None:
+            os.environ["AHN_METAL"] = was
 
 
 def device_name() -> str:

@@ -17,6 +17,7 @@ MODEL_FILES = re.compile(
     r"|(config|generation_config|chat_template|special_tokens_map|added_tokens|vocab)\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model|(vocab|merges)\.txt|chat_template\.jinja"
     r"|ahn_model\.py|README\.md|LICENSE[\w.]*|\.gitattributes|\.DS_Store"
+    r"|(model|plain)\.mlxfn|weights\.safetensors|tokenizer\.bin|manifest\.json"  # for apps
 )
 
 
@@ -62,7 +63,8 @@ def _is_model_dir(path: Path) -> bool:
     """Nothing but what a model directory has: --force must not delete anything else."""
     config, weights = path / "config.json", any(path.glob("model*.safetensors"))
     known = all(f.is_file() and MODEL_FILES.fullmatch(f.name) for f in path.iterdir())
-    return config.is_file() and weights and known
+    for_apps = (path / "manifest.json").is_file() and (path / "model.mlxfn").is_file()
+    return known and (for_apps or (config.is_file() and weights))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..platform import default_dtype
+from .penalty import note, nothing_seen
 from .sampling import Cutter, Sampling
 from .template import Template
 from .tokens import Encoder, check_ids
@@ -71,6 +72,7 @@ class Run:
     read: int = field(default=0, init=False)
     generated: int = field(default=0, init=False)
     finish_reason: str = field(default="", init=False)
+    said: list[int] = field(default_factory=list, init=False)  # ids, the end's included
     _times: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class Run:
     def __iter__(self) -> Iterator[str]:
         mx.reset_peak_memory()
         start = time.perf_counter()
-        cutter = Cutter(self.sampling.stop)
+        cutter, vocabulary = Cutter(self.sampling.stop), self.model.args.vocab_size
         self._times = [start, start, start]  # start, prompt read, last token
         for response in stream_generate(
             self.model,
@@ -91,9 +93,10 @@ class Run:
             prompt_cache=self.cache,
             prefill_step_size=self.step or prefill_step(),
             prompt_progress_callback=self._count,
-            **self.sampling.begin(self.model.args.vocab_size),
+            **self.sampling.begin(vocabulary, note(nothing_seen(vocabulary), self.prompt)),
         ):
             self.generated = response.generation_tokens
+            self.said.append(response.token)
             self.finish_reason = response.finish_reason or ""
             self._times[2] = time.perf_counter()
             yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")

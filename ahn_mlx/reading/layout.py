@@ -183,6 +183,7 @@ def exactly(n: int) -> range:
 
 
 ANY = range(1, MAX_DIM + 1)
+SEEN = "seen"  # one bit for each token of the vocabulary; files of before have none
 
 
 # Dtype, as a file names it, and shape.
@@ -296,6 +297,8 @@ def check_arrays(found: Mapping[str, Found], facts: Mapping[str, Any], kept: lis
         _compare(name, found, Wanted(("U32",), (range(0 if old else 1, step),)))
         tail = found[name][1][0]
     wanted = expected(facts, tail, kept)
+    if SEEN in found:
+        wanted[SEEN] = Wanted(("U8",), (ANY,))
     for name in sorted(found.keys() - wanted.keys()):
         raise ValueError(f"array {show(name)} belongs to no memory like this")
     for name in wanted:
@@ -321,6 +324,8 @@ def check_values(
     tail = np.asarray(arrays[tail_of(facts)]) if tail_of(facts) in arrays else np.zeros(0)
     if vocabulary is not None and (tail >= vocabulary).any():
         raise ValueError(f"its tail has token {tail.max()}, of {vocabulary} that there are")
+    if vocabulary is not None and SEEN in arrays:
+        _check_seen(np.unpackbits(np.asarray(arrays[SEEN]), bitorder="little"), tail, vocabulary)
     written = facts["tokens"] - len(tail) - facts["window"] - facts["sinks"]
     before = _check_traces(arrays, facts, "", written)
     after = _check_traces(arrays, facts, "tail.", written + len(tail))
@@ -329,6 +334,16 @@ def check_values(
         n = before[i].size
         if counts.size < n or (counts[:n] < before[i]).any() or more > len(tail):
             raise ValueError(f"the trace of layer {i} after the tail does not go on from the other")
+
+
+def _check_seen(
+    bits: "np.ndarray[Any, Any]", tail: "np.ndarray[Any, Any]", vocabulary: int
+) -> None:
+    """As many bits as there are tokens, and then zeros; the tail was seen."""
+    if not 0 <= len(bits) - vocabulary < 8 or bits[vocabulary:].any():
+        raise ValueError(f"it has seen other tokens than the {vocabulary} that there are")
+    if not bits[tail.astype(int)].all():
+        raise ValueError("it has not seen the tokens of its tail")
 
 
 def _check_traces(

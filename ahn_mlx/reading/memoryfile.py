@@ -26,6 +26,7 @@ from ..model.trace import Trace
 from ..outputs.files import OutFile
 from . import layout
 from .layout import Cache
+from .penalty import Seen, pack, unpack
 from .tail import Tail, before, changed, redo, undo
 
 VERSION = 2
@@ -70,12 +71,19 @@ def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
 
 
 def save(
-    file: Path, model: nn.Module, caches: list[Cache], tail: Tail, facts: Mapping[str, Any]
+    file: Path,
+    model: nn.Module,
+    caches: list[Cache],
+    tail: Tail,
+    seen: Seen | None,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Write to a temporary name, then rename. caches: after the tail. Raises AHNError if what
+    """Write to a temporary name, then rename. caches: after the tail. seen: which tokens there
+    were, if that is known. Raises AHNError if what
     is written could not be loaded, if it would replace what is no memory, and when the disk is
     full."""
     arrays, layers = _contents(caches, tail)
+    arrays |= {} if seen is None else {layout.SEEN: pack(seen)}
     known = {**facts, "version": VERSION, "layers": layers}
     found = {name: (WRITTEN[x.dtype], x.shape) for name, x in arrays.items()}
     with _named(file, "not written", "the session is damaged, load or make another"):
@@ -149,9 +157,9 @@ def verify(file: Path) -> None:
 
 def load(
     file: Path, model: nn.Module, tokenizer: TokenizerWrapper
-) -> tuple[list[Cache], Tail, dict[str, Any]]:
-    """Caches, their tail and facts; the file is never modified. Of a file of version 1 the tail
-    has no layers: its ids are not read yet.
+) -> tuple[list[Cache], Tail, Seen | None, dict[str, Any]]:
+    """Caches, their tail, which tokens there were and facts; the file is never modified. Of a
+    file of version 1 the tail has no layers: its ids are not read yet.
 
     Raises AHNError if it is damaged, of another model, or from a later version.
     """
@@ -166,7 +174,9 @@ def load(
     if ids and facts["version"] > 1:
         tail = tail._replace(before=tuple(before(cache, len(ids)) for cache in caches))
         caches = [_after(i, cache, len(ids), arrays) for i, cache in enumerate(caches)]
-    return caches, tail, facts
+    packed = arrays.get(layout.SEEN)
+    seen = None if packed is None else unpack(packed, model.args.vocab_size)
+    return caches, tail, seen, facts
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:

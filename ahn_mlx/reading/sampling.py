@@ -7,9 +7,12 @@ Samplers are mlx-lm's. Nothing here imports MLX before an answer begins.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AHNError, show
+
+if TYPE_CHECKING:
+    from .penalty import Seen, WholeTextPenalty
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], str]:
@@ -49,7 +52,7 @@ _WRONG: dict[str, Callable[[Any], str]] = {
     "top_k": _whole(0),
     "min_p": _real(lambda x: 0 <= x <= 1, "from 0 to 1"),
     "repetition_penalty": _real(lambda x: x > 0, "above 0 and finite; 1 is none"),
-    "repetition_context_size": _whole(1),
+    "repetition_context_size": _whole(0),
     "seed": _whole(0, 2**64 - 1),
     "stop": _texts,
 }
@@ -75,7 +78,8 @@ class Sampling:
     top_p, top_k and min_p say. top_p: draw from the likeliest tokens that have this probability
     together. top_k: from so many; 0: from all. min_p: from those that have this part of the
     likeliest one's probability. repetition_penalty: for tokens among the last
-    repetition_context_size; 1 is none. seed: of MLX's random numbers when the answer begins.
+    repetition_context_size of prompt and answer, or with 0 for all that were ever read; 1 is
+    none. seed: of MLX's random numbers when the answer begins.
     stop: texts where the answer ends, without them; one of them may be given as it is.
 
     Raises AHNError for a value of another type or out of range.
@@ -100,10 +104,25 @@ class Sampling:
             if wrong := complaint(field.name, getattr(self, field.name)):
                 raise AHNError(f"{field.name} {wrong}")
 
-    def begin(self, vocabulary: int) -> dict[str, Any]:
+    def penalty(self, seen: "Seen | None") -> "WholeTextPenalty | None":
+        """The penalty over all that was read, if that was asked for. Raises AHNError if it is
+        not known what was."""
+        if self.repetition_penalty == 1 or self.repetition_context_size:
+            return None
+        if seen is None:
+            raise AHNError(
+                "repetition_context_size 0: this memory does not say which tokens it has read;"
+                " digest the text again, or give a number of tokens to look back"
+            )
+        from .penalty import WholeTextPenalty
+
+        return WholeTextPenalty(self.repetition_penalty, seen)
+
+    def begin(self, vocabulary: int, seen: "Seen | None") -> dict[str, Any]:
         """Seed MLX if that was asked for; what mlx-lm's stream_generate takes of these.
 
-        vocabulary: tokens that there are.
+        vocabulary: tokens that there are. seen: which of them were read before the answer, if
+        that is known. Raises AHNError if it is not and is needed.
         """
         import mlx.core as mx
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -111,6 +130,12 @@ class Sampling:
         if self.seed is not None:
             mx.random.seed(self.seed)
         penalty = None if self.repetition_penalty == 1 else self.repetition_penalty
+        processors = make_logits_processors(
+            repetition_penalty=penalty,
+            repetition_context_size=self.repetition_context_size,
+        )
+        if (penalty_of_all := self.penalty(seen)) is not None:
+            processors = [penalty_of_all]
         return {
             "max_tokens": self.max_tokens,
             "sampler": make_sampler(
@@ -119,10 +144,7 @@ class Sampling:
                 top_k=self.top_k if self.top_k < vocabulary else 0,
                 min_p=self.min_p,
             ),
-            "logits_processors": make_logits_processors(
-                repetition_penalty=penalty,
-                repetition_context_size=self.repetition_context_size,
-            ),
+            "logits_processors": processors,
         }
 
 

@@ -28,6 +28,7 @@ from ..model.trace import Trace
 from . import memoryfile
 from .generate import prefill_step
 from .layout import MAX_SPACE, MAX_STEP, MAX_TEXTS, NAME, PREVIEW, Cache, make_caches
+from .penalty import Seen, note, nothing_seen
 from .sampling import Cutter, Sampling
 from .tail import Tail, before, undo
 from .template import Pieces, Template
@@ -95,6 +96,8 @@ class Session:
             if isinstance(cache, AHNCache):
                 cache.trace = Trace.start(layer.self_attn.n_heads)
         self.tail = Tail()
+        # Which tokens were read and said; None if a file does not say it.
+        self.seen: Seen | None = nothing_seen(model.args.vocab_size)
         self.preview = ""
         # What was read: name, when (seconds since 1970) and tokens of the last MAX_TEXTS texts,
         # and how many there were before those.
@@ -200,6 +203,7 @@ class Session:
 
     def _read_step(self, ids: list[int]) -> None:
         self._whole = False
+        self.note_ids(ids)
         self.model(mx.array([ids]), cache=self.caches)
         mx.eval([c.state for c in self.caches])
         mx.clear_cache()
@@ -232,7 +236,8 @@ class Session:
         check_ids(ids, self.model)
         if not ids:
             raise AHNError("nothing to continue from; ask something, or read a text first")
-        finish, said, cutter = "", 0, Cutter(settings.stop)
+        finish, said, cutter = "", [], Cutter(settings.stop)
+        seen = None if self.seen is None else note(self.seen, ids)
         self._answering = True
         try:
             for response in stream_generate(
@@ -242,9 +247,10 @@ class Session:
                 prompt_cache=caches,
                 prefill_step_size=self.step,
                 prompt_progress_callback=progress,
-                **settings.begin(self.model.args.vocab_size),
+                **settings.begin(self.model.args.vocab_size, seen),
             ):
-                finish, said = response.finish_reason or "", said + 1
+                finish = response.finish_reason or ""
+                said.append(response.token)
                 yield cutter.add(response.text) + (cutter.rest() if finish else "")
                 if cutter.found:
                     break
@@ -257,6 +263,7 @@ class Session:
             # What is left to compute belongs to this thread; the next question may not.
             mx.eval([c.state for c in caches])
             self.caches, self.tail, self.space = caches, Tail(), ""
+            self.note_ids([*ids, *said])
             self.turn = "answered" if finish == "stop" else "cut"
 
     async def stream(self, question: str, **options: Any) -> AsyncIterator[str]:
@@ -317,7 +324,8 @@ class Session:
             **({"earlier": self.earlier} if self.earlier else {}),
             **({"space": self.space} if self.space else {}),
         }
-        memoryfile.save(Path(path), self.model, self.caches, self.tail, {**known, **facts})
+        held = self.caches, self.tail, self.seen
+        memoryfile.save(Path(path), self.model, *held, {**known, **facts})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: TokenizerWrapper) -> "Session":
@@ -329,7 +337,7 @@ class Session:
         >>> again.tokens == session.tokens
         True
         """
-        caches, tail, facts = memoryfile.load(Path(path), model, tokenizer)
+        caches, tail, seen, facts = memoryfile.load(Path(path), model, tokenizer)
         session = cls(
             model,
             tokenizer,
@@ -338,7 +346,7 @@ class Session:
             step=facts["step"],
             chat=facts["chat"],
         )
-        session.caches, session.tail = caches, tail
+        session.caches, session.tail, session.seen = caches, tail, seen
         session.preview, session.turn = facts["preview"], facts["turn"]
         session.texts, session.earlier = facts.get("texts", []), facts.get("earlier", 0)
         session.space = facts.get("space", "")
@@ -346,6 +354,11 @@ class Session:
             session.tail = Tail()
             session.read_ids(list(tail.ids))
         return session
+
+    def note_ids(self, ids: list[int]) -> None:
+        """Count tokens as read, for a penalty over all that was; whoever feeds the caches
+        otherwise than by read_ids and ask says so here."""
+        self.seen = None if self.seen is None else note(self.seen, ids)
 
     def _check(self) -> None:
         if not self._whole:

@@ -89,6 +89,22 @@ class Template:
         text = self._trim(f"x{question}")[1:]
         return ("", f"\n\n{text}" if text else "", *self.answer)
 
+    def facts(self) -> dict[str, Any]:
+        """All of it, for a program without templates. In its lists every second piece is the
+        system message's, and null. trim: strip, lstrip, rstrip or str, done to what is said."""
+
+        def apart(pieces: Pieces) -> list[str | None]:
+            return [None if n % 2 else piece for n, piece in enumerate(pieces)]
+
+        return {
+            "start": apart(self.start),
+            "answer": apart(self.answer),
+            "between": None if self._between is None else apart(self._between),
+            "why": self._why if self._between is None else "",
+            "end": self._end,
+            "trim": self._trim.__name__,
+        }
+
     def _take_apart(self) -> None:
         # A template may print the time, and the second may change between two renderings.
         for last in (False, False, True):

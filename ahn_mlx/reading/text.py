@@ -279,8 +279,9 @@ def _words(typed: str) -> list[str]:
 
 
 def _path(word: str) -> str:
-    if word.lower().startswith("file://"):
-        word = "/" + unquote(word[7:].partition("/")[2])  # after the host
+    host, _, path = word[7:].partition("/")
+    if word.lower().startswith("file://") and host in ("", "localhost"):
+        word = "/" + unquote(path)
     return word if os.path.exists(word) else os.path.expanduser(word)
 
 

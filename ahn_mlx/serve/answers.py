@@ -123,6 +123,7 @@ class Reading:
         check_ids(self._waiting, engine.model)
         # What is read now stays: nobody goes back before the tail.
         self.session.tail, self.session.space = Tail(), ""
+        self.session.note_ids(self._waiting)
 
     @property
     def cancelled(self) -> bool:
@@ -156,7 +157,7 @@ class Reading:
         answers = []
         for i in range(request.n):
             session = self.session if i == request.n - 1 else self.session.fork()
-            sampler = Sampler(request.wish, (seed + i) % 2**64)
+            sampler = Sampler(request.wish, (seed + i) % 2**64, session.seen)
             answers.append(Answer(request, engine, session, request.first + i, last, sampler))
         if logits is not None:
             engine.take(answers, mx.repeat(logits, len(answers), axis=0))
@@ -198,6 +199,7 @@ class Answer:
         """A token has come."""
         token = self.next = int(chosen.token.item())  # type: ignore[arg-type]
         self._said += 1
+        self.session.note_ids([token])
         self.sampler.took(token)
         self.engine.metrics.count("tokens_generated_total")
         if self._said == 1:

@@ -35,6 +35,7 @@ _SAMPLING: Table = {
     "logit_bias": Field("object"),
     "presence_penalty": Field("number", 0.0, -2, 2),
     "frequency_penalty": Field("number", 0.0, -2, 2),
+    "repetition_penalty": Field("number", 1.0, 0.01, 100, note="of all that was read"),
     "user": Field("string", high=1000, note="ignored"),
 }
 CHAT: Table = {
@@ -86,6 +87,8 @@ def wish_of(found: dict[str, Any], vocabulary: int, top: int | None) -> Wish:
         top_p=float(found["top_p"]) or 1e-9,  # at least the likeliest
         top_k=found["top_k"],
         min_p=float(found["min_p"]),
+        repetition_penalty=float(found.get("repetition_penalty", 1)),
+        repetition_context_size=0,
         seed=None if found["seed"] is None else found["seed"] % 2**64,
         stop=_stops(found["stop"]),
     )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..reading.penalty import Seen
 from ..reading.sampling import Sampling
 
 
@@ -34,10 +35,12 @@ class Chosen(NamedTuple):
 
 
 class Sampler:
-    """Of one answer. seed: of this answer."""
+    """Of one answer. seed: of this answer. seen: which tokens were read before it. Raises
+    AHNError if that is needed and not known."""
 
-    def __init__(self, wish: Wish, seed: int):
+    def __init__(self, wish: Wish, seed: int, seen: Seen | None):
         self.wish = wish
+        self._penalty, self._last = wish.sampling.penalty(seen), mx.array([], dtype=mx.int32)
         self.counts: dict[int, int] = {}
         self._key = mx.random.key(seed) if wish.sampling.temp > 0 else None
 
@@ -45,12 +48,14 @@ class Sampler:
     def plain(self) -> bool:
         """Whether the largest logit is all that is asked."""
         w = self.wish
-        changed = w.bias or w.presence or w.frequency
+        changed = w.bias or w.presence or w.frequency or self._penalty
         return w.sampling.temp == 0 and w.top_logprobs is None and not changed
 
     def __call__(self, logits: mx.array) -> Chosen:
         """logits: [V]."""
         s, logits = self.wish, logits.astype(mx.float32)
+        if self._penalty:
+            logits = self._penalty(self._last, logits[None])[0]
         offsets = dict(s.bias)
         if s.presence or s.frequency:
             for known, n in self.counts.items():
@@ -75,6 +80,7 @@ class Sampler:
 
     def took(self, token: int) -> None:
         """It became part of the answer."""
+        self._last = mx.array([token])
         if self.wish.presence or self.wish.frequency:
             self.counts[token] = self.counts.get(token, 0) + 1
 

@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..model.augment import head
 from ..ops.exp import exp
-from .streams import Stream, head
+from .streams import Stream
 
 # Rows of logits at a time: 128 of 151,936 float32 numbers are 78 MB, and KL needs 25 of these.
 ROWS = 128

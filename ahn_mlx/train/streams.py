@@ -87,12 +87,6 @@ def _layer(
     return forward(layer.self_attn.trainable_parameters(), x)
 
 
-def head(model: nn.Module, hidden: mx.array) -> mx.array:
-    """Hidden states after the final norm -> logits."""
-    tied = "lm_head" not in model
-    return model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
-
-
 def trainable(model: nn.Module) -> Parameters:
     """Freeze all but memories and routers, whose parameters are returned."""
     model.freeze()

@@ -8,11 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AHNError
+from ..model.augment import head
 from ..outputs.files import replacing
 from .data import Sequences
 from .loop import Settings, read_metrics
 from .losses import ROWS, divergence
-from .streams import head, silenced, study, teach
+from .streams import silenced, study, teach
 
 VALIDATION = "validation.jsonl"
 

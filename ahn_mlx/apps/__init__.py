@@ -1,0 +1,1 @@
+"""Models for apps without Python: one directory that embed/ reads."""

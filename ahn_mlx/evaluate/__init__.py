@@ -1,0 +1,1 @@
+"""Does it remember, and does it score as the paper says: suites, scorers, synthetic tasks."""

@@ -1,0 +1,172 @@
+"""A directory of predictions: one line an item, written when it is there, so that whatever ends
+a run loses nothing but the item it was at. run.json says what the run is."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import AHNError, show
+from ..outputs.directories import check_kind, nearest
+from ..outputs.files import check_named, check_writable, replacing
+
+RUN, RESULT = "run.json", "result.json"
+Line = dict[str, Any]
+
+
+class Predictions:
+    """The directory of one run: one model, one mixer, one protocol.
+
+    identity: what makes runs comparable; another in the same directory is refused. Raises
+    AHNError if the directory holds another run, or something else, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any]):
+        check_named(directory)
+        check_kind(directory)
+        self.directory, self.identity = directory, dict(identity)
+        known = read_run(directory)
+        if known is None and directory.is_dir() and any(directory.iterdir()):
+            raise AHNError(f"{directory}: holds something else than a run; choose another --out")
+        if known is not None:
+            for name, value in self.identity.items():
+                if known.get(name) != value:
+                    raise AHNError(
+                        f"{directory}: holds predictions with {name} {show(known.get(name))}, not"
+                        f" {show(value)}; choose another --out"
+                    )
+        self.data: dict[str, str] = dict((known or {}).get("data", {}))
+        self.deviations: list[str] = list((known or {}).get("deviations", []))
+        check_writable(nearest(directory))
+
+    def use_data(self, name: str, sha256: str) -> None:
+        """Note which data file is read. Raises AHNError if the run began with another."""
+        if self.data.setdefault(name, sha256) != sha256:
+            raise AHNError(
+                f"{self.directory}: began with another revision of {name}; give that one, or"
+                " choose another --out"
+            )
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Be the only process that writes here. Raises AHNError if one does already."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.directory / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise AHNError(f"{self.directory}: another process works on it") from None
+        try:
+            self.write_json(
+                RUN, {**self.identity, "data": self.data, "deviations": self.deviations}
+            )
+            yield
+        finally:
+            lock.release()
+
+    def done(self, name: str) -> dict[int, Line]:
+        """Lines of a task that are there, by the number of the item; one that was cut is not."""
+        file = self.directory / name
+        if not file.is_file():
+            return {}
+        lines = {}
+        for number, line in read_lines(file):
+            item = line.get("item")
+            if type(item) is not int:
+                raise AHNError(f"{file}: line {number} says no item; choose another --out")
+            lines[item] = line
+        return lines
+
+    @contextmanager
+    def appending(self, name: str) -> Iterator["Appender"]:
+        file = self.directory / name
+        try:
+            with file.open("ab") as f:
+                # What a killed run was at.
+                whole = _whole(file)
+                f.truncate(whole)
+                f.write(b"\n" if whole and not file.read_bytes()[:whole].endswith(b"\n") else b"")
+                yield Appender(f)
+        except OSError as e:
+            raise AHNError(
+                f"{file}: cannot be written ({e.strerror or e}); what was done is kept, mend it"
+                " and run it again"
+            ) from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        with replacing(self.directory / name) as part:
+            part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+class Appender:
+    def __init__(self, file: Any):
+        self._file = file
+
+    def __call__(self, line: Line) -> None:
+        """Write it to the disk before the next begins."""
+        self._file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """What run.json says, if it is there. Raises AHNError if it is damaged."""
+    file = directory / RUN
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise AHNError(f"{file}: cannot be read ({show(str(e))}); choose another --out") from None
+    if not isinstance(found, dict) or not all(fits(found.get(k)) for k, fits in _FACTS.items()):
+        raise AHNError(f"{file}: is no run of ahn-mlx eval; choose another --out")
+    return found
+
+
+def _are_facts(value: Any) -> bool:
+    """Of the model: which of the paper's it is like."""
+    known = isinstance(value, dict) and isinstance(value.get("memory"), str)
+    return known and value.get("size") in (None, "3b", "7b", "14b")
+
+
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    "data": lambda value: isinstance(value, dict),
+    "deviations": lambda value: isinstance(value, list),
+    "facts": _are_facts,
+    "mixer": ("memory", "window", "full").__contains__,
+    "protocol": ("ahn", "published").__contains__,
+}
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
+    """Lines of predictions with their numbers, from 1; the last is left out if it was cut.
+    Raises AHNError for one that is no object."""
+    try:
+        data = file.read_bytes()[: _whole(file)]
+    except OSError as e:
+        raise AHNError(f"{file}: {e.strerror or e}") from None
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict):
+            raise AHNError(f"{file}: line {number} is no JSON object")
+        yield number, line
+
+
+def _whole(file: Path) -> int:
+    """Bytes up to the end of the last whole line. A last line without its end counts if it is
+    whole, which other programs' are."""
+    data = file.read_bytes()
+    end = data.rfind(b"\n") + 1
+    try:
+        return len(data) if json.loads(data[end:] or b"null") is not None else end
+    except ValueError:
+        return end

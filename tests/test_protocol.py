@@ -1,0 +1,208 @@
+"""How a question is put: prompts as data, what is cut, what a template gets, what is fetched."""
+
+import hashlib
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import chat_tokenizer, talking_model
+
+from ahn_mlx import AHNError, load
+from ahn_mlx.evaluate import normalize
+from ahn_mlx.evaluate.prompts import FILES, TEMPLATES, Prompts, fill, read_prompts
+from ahn_mlx.evaluate.protocol import Asker, checkpoint_penalty
+from ahn_mlx.evaluate.records import spaced
+from ahn_mlx.evaluate.results import model_facts, paper_row, score_of
+from ahn_mlx.evaluate.suites import label_of, suite_of
+from ahn_mlx.hub.datasets import checked_text
+
+
+def asker(limit: int, cut: str, template: bool = True) -> Asker:
+    tokenizer = chat_tokenizer() if template else chat_tokenizer(template=None)
+    return Asker(SimpleNamespace(), tokenizer, limit, cut, 1.0)
+
+
+def said(asked: Asker, text: str, max_new: int = 10, chat: bool = True) -> str:
+    return asked.tokenizer.decode(asked.prompt(text, max_new, chat))
+
+
+TEXT = "".join(chr(ord("a") + i % 26) for i in range(300))
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_prompt_that_is_too_long_loses_its_begin_or_its_middle() -> None:
+    assert said(asker(300, "end"), TEXT) == CHAT.format(TEXT)
+    # As many tokens less as an answer may have.
+    assert said(asker(100, "end"), TEXT) == CHAT.format(TEXT[-90:])
+    assert said(asker(101, "both"), TEXT) == CHAT.format(TEXT[:50] + TEXT[-50:])
+    assert said(asker(5, "end"), TEXT, 10) == CHAT.format(TEXT[-1:])
+
+
+def test_what_is_no_message_goes_in_bare() -> None:
+    assert said(asker(100, "both"), TEXT, chat=False) == TEXT[:50] + TEXT[-50:]
+    assert said(asker(300, "end", template=False), TEXT) == TEXT
+
+
+def test_control_tokens_of_a_text_stay_text() -> None:
+    asked = asker(300, "end")
+    ids = asked.prompt("a<|im_end|>b", 5, True)
+    assert ids.count(258) == 1 and "a<|im_end|>b" in asked.tokenizer.decode(ids)
+
+
+def test_templates_are_filled_once_and_braces_are_braces() -> None:
+    record = {"context": "{input} {0} {x!r} %s", "input": "{context}?"}
+    assert fill("C: {context} Q: {input} {y}", record) == (
+        "C: {input} {0} {x!r} %s Q: {context}? {y}"
+    )
+    for wrong in ({"context": "x"}, {"context": "x", "input": 5}):
+        with pytest.raises(AHNError, match="has no text 'input'"):
+            fill("{context}{input}", wrong)
+
+
+def test_prompts_are_read_as_data(tmp_path) -> None:
+    trace = tmp_path / "trace"
+    code = f"open({str(trace)!r}, 'w')\nDATASET_PROMPT = {{'lic_mixup': 'a' 'b', }}\n"
+    (tmp_path / "config.py").write_text(code)
+    assert read_prompts("lveval", tmp_path).texts == {"lic_mixup": "ab"}
+    assert not trace.exists()
+    for wrong in ("DATASET_PROMPT = dict(a='b')", "x = 5", "DATASET_PROMPT = [", "{", "[1]"):
+        (tmp_path / "config.py").write_text(wrong)
+        with pytest.raises(AHNError, match="has no table of prompts DATASET_PROMPT"):
+            read_prompts("lveval", tmp_path)
+    (tmp_path / "dataset2prompt.json").write_text('{"qmsum": 5}')
+    with pytest.raises(AHNError, match="must be texts"):
+        read_prompts("longbench", tmp_path)
+
+
+def test_a_prompt_is_the_papers_by_its_check_sum(monkeypatch) -> None:
+    prompts = Prompts({"qmsum": "Q {input}", "trec": "T"}, whole=False)
+    assert not prompts.is_published("qmsum") and not prompts.is_published("trec")
+    known = hashlib.sha256(b"Q {input}").hexdigest()[:16]
+    monkeypatch.setitem(TEMPLATES, "qmsum", known)
+    assert prompts.is_published("qmsum") and not prompts.is_published("trec")
+    assert Prompts(prompts.texts, whole=True).is_published("trec")
+
+
+@pytest.fixture
+def server():
+    """Serves one text, and counts."""
+    served = {"text": b"", "asked": 0}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            served["asked"] += 1
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(served["text"])
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served["url"] = f"http://127.0.0.1:{server.server_port}/"
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_text_is_fetched_once_and_only_if_it_is_the_right_one(
+    server, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server["text"] = b'{"qmsum": "Q"}'
+    right = hashlib.sha256(server["text"]).hexdigest()[:16]
+    with pytest.raises(AHNError, match="is not the text with check sum 0123"):
+        checked_text(server["url"], "0123456789abcdef")
+    assert checked_text(server["url"], right) == checked_text(server["url"], right)
+    assert server["asked"] == 2
+    monkeypatch.setitem(FILES, "longbench", ("a.json", right, ""))
+    assert read_prompts("longbench", None, "http://127.0.0.1:1/").texts == {"qmsum": "Q"}
+    monkeypatch.setitem(FILES, "longbench", ("a.json", "f" * 16, ""))
+    with pytest.raises(AHNError, match=r"cannot be fetched .*--prompts DIR with a\.json"):
+        read_prompts("longbench", None, "http://127.0.0.1:1/")
+
+
+def test_the_penalty_is_the_checkpoints(tmp_path) -> None:
+    path = talking_model("qwen2-gdn", tmp_path)
+    model, _ = load(path)
+    file = path / "generation_config.json"
+    file.unlink(missing_ok=True)
+    assert checkpoint_penalty(model) is None
+    for value, expected in ((None, 1.0), (1.05, 1.05), (2, 2.0)):
+        file.write_text(json.dumps({"repetition_penalty": value}))
+        assert checkpoint_penalty(model) == expected
+    for wrong in (0, "1.1", True, -1):
+        file.write_text(json.dumps({"repetition_penalty": wrong}))
+        with pytest.raises(AHNError, match="must be a number above 0"):
+            checkpoint_penalty(model)
+
+
+def test_items_are_spaced_over_all_of_them() -> None:
+    assert spaced(10, None) == list(range(10)) and spaced(3, 5) == [0, 1, 2]
+    assert spaced(200, 4) == [0, 50, 100, 150] and spaced(0, 4) == []
+
+
+def test_the_papers_rows_are_found_by_size_memory_and_mixer() -> None:
+    facts = {"size": "3b", "memory": "gated_deltanet"}
+    assert paper_row("lveval", "memory", facts, "128k")["factrecall_en"] == 12.51
+    assert paper_row("lveval", "window", facts, "128k")["average"] == 4.59
+    assert paper_row("lveval", "memory", facts, "64k") == {}
+    assert paper_row("infinitebench", "full", facts, "")["longbook_qa_chn"] == 11.75
+    assert paper_row("longbench", "full", facts, "") == {}
+    assert paper_row("longbench", "memory", {"size": None, "memory": "x"}, "") == {}
+    args = SimpleNamespace(model_type="qwen2", hidden_size=5120)
+    model = SimpleNamespace(args=args, ahn=SimpleNamespace(memory="mamba2"))
+    assert paper_row("longbench", "memory", model_facts(model), "")["qmsum"] == 22.19
+
+
+def test_suites_are_as_the_paper_ran_them() -> None:
+    """Lengths, limits and exceptions, as they are published."""
+    longbench = suite_of("longbench", "ahn", "")
+    new = {t.name: t.max_new["ahn"] for t in longbench.chosen(())}
+    assert new == {
+        **{"dureader": 128, "hotpotqa": 32, "musique": 32, "narrativeqa": 128},
+        **{"qmsum": 500, "triviaqa": 32},
+    }
+    assert longbench.tasks["qmsum"].max_new["published"] == 512
+    bare = {t.name for t in longbench.tasks.values() if not t.chat}
+    assert bare == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    infinitebench, lveval = suite_of("infinitebench", "ahn", ""), suite_of("lveval", "ahn", "128k")
+    cuts = [(s.limit, s.cut["ahn"], s.window) for s in (longbench, infinitebench, lveval)]
+    assert cuts == [(32000, "end", 8064), (128000, "end", 32640), (256000, "both", 32640)]
+    assert {t.max_new["ahn"] for t in infinitebench.tasks.values()} == {256}
+    assert len(lveval.usual) == 11 and lveval.tasks["factrecall_en"].max_new["ahn"] == 16
+    chinese = {t.name for t in lveval.tasks.values() if t.chinese}
+    assert chinese == {
+        *("multifieldqa_zh_mixup", "factrecall_zh", "cmrc_mixup", "lic_mixup", "dureader_mixup")
+    }
+    published = suite_of("infinitebench", "published", "")
+    assert len(published.tasks) == 12 and published.tasks["passkey"].max_new["published"] == 6
+
+
+def test_labels_of_the_hub_become_what_scorers_compare_with() -> None:
+    options = {"options": ["x", "y", "z", "w"]}
+    assert label_of("longbook_choice_eng", {"answer": ["z"], **options}) == ["z", "C"]
+    assert label_of("code_debug", {"answer": ["f", "B"], **options}) == ["f", "B"]
+    assert label_of("code_run", {"answer": ["-7"]}) == -7
+    assert label_of("math_find", {"answer": ["7.5"]}) == 7.5
+    assert label_of("math_find", {"answer": ["7"]}) == 7
+    assert label_of("math_calc", {"answer": ["1", "2"]}) == [1, 2]
+    assert label_of("kv_retrieval", {"answer": ["a-b"]}) == "a-b"
+    assert label_of("longbook_qa_eng", {"answer": ["a", "b"]}) == ["a", "b"]
+
+
+def test_the_bootstrap_is_the_standard_error_of_the_mean() -> None:
+    score = score_of([0.0, 1.0] * 50)
+    assert score.score == 50 and abs(score.standard_error - 5) < 0.5
+
+
+def test_without_jieba_its_tasks_are_refused_in_a_sentence(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    normalize._segmenter.cache_clear()
+    with pytest.raises(AHNError, match=r"scored with jieba: pip install 'ahn-mlx\[eval\]'"):
+        normalize.jieba_cut("x")
+    normalize._segmenter.cache_clear()
