@@ -137,6 +137,7 @@ def _run(
     click.echo(f"http://{shown}:{port}/v1 serves {service.name}")
     rows = f"{options['rows']} rows of {service.row_bytes / 1e6:.1f} MB"
     click.echo(f"{rows}, as much again for what waits; {fit} rows fit in this machine")
+    click.echo(f"documents and conversations, in a browser: http://{shown}:{port}/")
     if not loopback:
         click.echo("other machines can reach this server; every request must bring the key")
     try:

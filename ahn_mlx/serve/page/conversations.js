@@ -37,9 +37,9 @@ export function store() {
   }
 }
 
-export function create(book = "", tokens = 0) {
+export function create() {
   const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
-  const made = { id, title: "", book, tokens, draft: "", turns: [] };
+  const made = { id, title: "", book: "", tokens: 0, draft: "", turns: [] };
   all.unshift(made);
   store();
   return made;
@@ -48,9 +48,11 @@ export function create(book = "", tokens = 0) {
 // A second conversation that has the same begin, up to turn i.
 export function fork(conversation, i) {
   const turns = structuredClone(conversation.turns.slice(0, i + 1));
-  const made = create(conversation.book, turns.at(-1).total ?? conversation.tokens);
+  const made = create();
   const n = all.filter((other) => other.origin === conversation.id).length + 2;
-  Object.assign(made, { turns, origin: conversation.id, title: `${conversation.title} (${n})` });
+  const title = `${conversation.title} (${n})`;
+  const tokens = turns.at(-1).total;
+  Object.assign(made, { turns, tokens, title, book: conversation.book, origin: conversation.id });
   store();
   return made;
 }
@@ -69,7 +71,7 @@ export const kept = (conversation) => conversation.turns.at(-1)?.id ?? "";
 export async function ask(conversation, question, changed) {
   const answer = { role: "assistant", text: "", busy: true, note: "waits" };
   conversation.turns.push({ role: "user", text: question }, answer);
-  conversation.title ||= question.slice(0, 60);
+  conversation.title ||= question.slice(0, 200);
   const abort = new AbortController();
   running.set(conversation.id, abort);
   store();
@@ -114,7 +116,7 @@ async function begin(conversation, answer, signal, changed) {
         changed(answer, "");
         await pause(Math.max(PATIENCE, error.after * 1000), signal);
       } else if (error.status === 404 && error.code === "not_found" && at >= 0) {
-        delete turns[at].id; // an earlier one may still be kept
+        for (const turn of turns) delete turn.id; // it has been forgotten, as those before it
       } else {
         throw error;
       }

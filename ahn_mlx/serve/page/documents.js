@@ -181,7 +181,8 @@ function jobItem() {
     job = now;
     name.textContent = job.name;
     const going = active(job) || job.status === "uploading";
-    state.textContent = stateOf(job);
+    const numbered = job.status === "reading" && job.tokens;
+    state.textContent = numbered ? "" : stateOf(job);
     state.classList.toggle("bad", job.status === "failed");
     numbers.textContent = progressOf(job);
     if (job.tokens) bar.value = job.tokens_read / job.tokens;
@@ -207,6 +208,7 @@ async function forgetJob(job) {
   const text = `What has been read of ${job.name} is lost, and the server deletes its copy of the file.`;
   if (!(await dialog({ title: "Remove this document?", text, action: "Remove", danger: true }))) return;
   await dropJob(job);
+  $("pick").focus();
 }
 
 // With its files, unless another job needs them.

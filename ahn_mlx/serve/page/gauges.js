@@ -7,7 +7,7 @@ let health = null;
 export const server = () => health;
 
 // Word for word, in outline, and what is still free.
-export function parts(tokens) {
+function parts(tokens) {
   const sinks = Math.min(tokens, health.sinks);
   const window = Math.min(tokens - sinks, health.window);
   const free = health.sinks + health.window - sinks - window;

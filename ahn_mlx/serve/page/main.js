@@ -17,8 +17,9 @@ function open(conversation) {
 }
 
 function begin(book = "") {
-  const empty = all.find((it) => !it.turns.length && it.book === book);
-  open(empty ?? create(book, book ? documents.tokensOf(book) : 0));
+  const empty = all.find((it) => !it.turns.length) ?? create();
+  Object.assign(empty, { book, tokens: documents.tokensOf(book) });
+  open(empty);
   $("question").focus();
 }
 
@@ -113,7 +114,8 @@ async function look() {
     if (unreachable) $("alert").replaceChildren();
     unreachable = false;
   } catch (error) {
-    if (!unreachable) alarm(error.message);
+    const stuck = "The model has not moved for minutes. Start the server again.";
+    if (!unreachable) alarm(error.status === 503 ? stuck : error.message);
     unreachable = true;
   }
 }
