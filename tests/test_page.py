@@ -314,13 +314,13 @@ def short(page: Page, site: Site, question: str, n: int) -> None:
 
 
 def test_the_bar_says_what_is_word_for_word(page: Page, site: Site):
-    expect(page.locator("#legend")).to_have_text("64 free in the window")
+    expect(page.locator("#legend")).to_have_text("64 tokens free")
     short(page, site, "Hello", 1)
     total = last_total(site)
     assert total < 64
     legend = page.locator("#legend")
     expect(legend).to_contain_text(f"last {total - 4} tokens word for word")
-    expect(legend).to_contain_text(f"{64 - total} free in the window")
+    expect(legend).to_contain_text(f"{64 - total} tokens free")
     short(page, site, "x" * 100, 2)
     expect(legend).to_contain_text("first 4 tokens word for word")
     expect(legend).to_contain_text(f"{last_total(site) - 64} tokens in outline")

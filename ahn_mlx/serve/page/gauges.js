@@ -1,6 +1,6 @@
 // What a conversation remembers, as a bar, and what the server takes, as rows that do not grow.
 
-import { $, bytes, count, el, plural } from "./dom.js";
+import { $, bytes, el, plural } from "./dom.js";
 
 let health = null;
 
@@ -21,7 +21,7 @@ export function showSpan(tokens) {
     ["sinks", `first ${plural(found.sinks, "token")}`, "word for word"],
     ["memory", plural(found.memory, "token"), "in outline, in the memory"],
     ["window", `last ${plural(found.window, "token")}`, "word for word"],
-    ["free", count(found.free), "free in the window"],
+    ["free", plural(found.free, "token"), "free"],
   ].filter(([name]) => found[name] > 0);
   $("bar").replaceChildren(
     ...words.map(([name]) => {
