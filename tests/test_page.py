@@ -183,6 +183,7 @@ def wait_for_memories(site: Site, n: int) -> list[dict]:
     return site.ok("/v1/memories")["data"]
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_after_the_server_has_ended(browser, tmp_path):
     with serving(tmp_path) as site, opened(browser, site.url) as page:
         site.service.engine.add(Brake())

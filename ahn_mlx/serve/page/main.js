@@ -95,8 +95,11 @@ function menu(shown) {
   $("menu").setAttribute("aria-expanded", String(shown));
 }
 
+// Enter and Esc also end a word that is composed, as in Japanese; Safari tells by 229 alone.
+const composes = (event) => event.isComposing || event.keyCode === 229;
+
 function keys(event) {
-  if (event.key === "Escape" && !$("dialog").open) {
+  if (event.key === "Escape" && !composes(event) && !$("dialog").open) {
     if (document.body.classList.contains("menu")) {
       menu(false);
       $("menu").focus();
@@ -142,8 +145,7 @@ $("ask").onsubmit = (event) => {
   trying(send)();
 };
 $("question").onkeydown = (event) => {
-  // Enter also ends a word that is composed, as in Japanese.
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
   event.preventDefault();
   trying(send)();
 };
