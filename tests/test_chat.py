@@ -112,6 +112,25 @@ def test_a_conversation_at_a_terminal(place):
     assert "+one\n+two\n+three\n" in history.read_text()
 
 
+def test_what_is_dropped_on_a_terminal_takes_one_enter(place):
+    me = Terminal(place, "chat", "--model", "model", size=(30, 250))
+    me.shown()
+    drop = "\x1b[200~{}\x1b[201~".format
+    escaped = str(place / "my book.txt").replace(" ", "\\ ")
+    me.child.send(drop(f"{place}/story.txt "))
+    me.child.send(drop(f"{escaped} "))  # a second one, beside it
+    said = me.type("\r")
+    assert f"/read {place}/story.txt {escaped}" in said and "read 259 tokens" in said
+    me.child.send(drop(f"file://{place}/chapters"))
+    assert "read 243 tokens" in me.type("\r")
+    me.child.send(drop(f"'{place}/book.ahn'"))
+    assert "loaded 218 tokens" in me.type("\r")
+    me.child.send(drop(f"{place}/absent.txt"))  # a message like any other
+    assert "no such file, and no command" in me.type("\r")
+    me.child.send("/stats" + drop(f" {place}/story.txt"))
+    assert "/stats takes nothing after it" in me.type("\r")
+
+
 def test_history_is_kept_and_ctrl_c_stops_an_answer(place):
     state = place / "kept"
     (state / "ahn-mlx").mkdir(parents=True)

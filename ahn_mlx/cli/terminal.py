@@ -35,10 +35,10 @@ def printable(text: str) -> str:
 
 
 def columns(stream: Any) -> int:
-    """Of the terminal that a stream leads to; 0 if it is none, or says none."""
+    """Of the terminal that a stream leads to, and 80 of one that does not know; 0 of others."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
-    except (OSError, ValueError):
+        return (os.get_terminal_size(stream.fileno()).columns or 80) if stream.isatty() else 0
+    except (OSError, ValueError):  # it is closed
         return 0
 
 
@@ -160,6 +160,8 @@ class _Bar(tqdm):
     """On a terminal a bar, over all of its line; elsewhere lines, of which the first comes when
     there is something to wait for."""
 
+    timer: Timer | None = None
+
     def __init__(self, seen: bool, total: int, what: str, unit: str, done: int):
         lines = {
             "bar_format": f"{what}: {{n:,}} of {{total:,}} {unit}, {{rate_fmt}}{{postfix}}",
@@ -168,8 +170,7 @@ class _Bar(tqdm):
             "miniters": max(total // 10, 1),
             "delay": BETWEEN,
         }
-        self.timer = Timer(WAIT, self._begin, [f"{what} {{0:,}} {unit}"])
-        self.timer.daemon, self.seen = True, seen
+        self.seen = seen
         super().__init__(
             total=total,
             initial=done,
@@ -181,6 +182,8 @@ class _Bar(tqdm):
             **({} if seen else lines),
         )
         if not seen:
+            self.timer = Timer(WAIT, self._begin, [f"{what} {{0:,}} {unit}"])
+            self.timer.daemon = True
             self.timer.start()
 
     def _begin(self, line: str) -> None:
@@ -188,7 +191,8 @@ class _Bar(tqdm):
             print(line.format(self.total - self.initial), file=self.fp, flush=True)
 
     def close(self) -> None:
-        self.timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
         super().close()
 
     def display(self, *args: Any, **about: Any) -> Any:
@@ -214,7 +218,7 @@ class _Bar(tqdm):
 def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:
     """A progress bar on stderr, which goes when it is full. Where that is no terminal: a line after
     a second, and then one at most every half minute and every tenth of the work."""
-    return _Bar(sys.stderr.isatty(), total, what, unit, done)
+    return _Bar(columns(sys.stderr) > 0, total, what, unit, done)
 
 
 @contextmanager
