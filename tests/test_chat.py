@@ -280,6 +280,13 @@ def test_what_a_line_is_answered_with(place, typed, said):
     assert "window 12 + 4" not in done.stderr and "> " not in done.stdout  # no banner in a pipe
 
 
+def test_a_setting_that_has_its_default_again_is_not_idle(place):
+    said = "/set seed 5\n/set seed none\n/set top-k none\n/set temp 1\n/set top-k 3\n"
+    rows = talk("chat", "--model", "model", said=said).stderr.splitlines()
+    idle = "it has no effect at temp 0, which is greedy; /set temp"
+    assert rows == ["seed 5", idle, "seed none", "top-k 0", "temp 1.0", "top-k 3"]
+
+
 def test_an_answer_once_more_is_of_the_same_state(place):
     """At a temperature it is drawn anew, and stands in the place of the one before."""
     lines = "Hi\n/stats\n/set temp 1\n/regenerate\n/stats\n/set temp 0\n/regenerate\n/stats\n"

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click
-
-from ..errors import AHNError, nearest, show
+from ..errors import AHNError, nearest
 from ..outputs.files import OutFile
 from ..reading.text import typed_line, typed_path, typed_paths
-from .options import check_numbers, needs_memory, sampling_options, why_idle
+from . import settings
+from .options import needs_memory
 from .prompt import Prompt
 from .terminal import Answer, Left, progress_bar, say, stop_between_steps, waiting
 from .words import read_typed
@@ -36,11 +35,6 @@ HIDDEN = {"/quit": "/exit", "/": "/help", "/?": "/help"}
 TWICE = 1.0  # seconds after one Ctrl-C in which another is the second
 
 
-# What /set can change: the sampling options of the command line.
-_SETTER = click.command(sampling_options(lambda **options: None))
-SETTINGS = {str(p.name): p for p in _SETTER.params if not getattr(p, "is_flag", False)}
-
-
 class Talk:
     """A conversation at a prompt.
 
@@ -60,8 +54,8 @@ class Talk:
 
     def run(self) -> int:
         """Read lines until there are no more, and answer them; the exit code."""
-        paths, names = Prompt.PATHS, tuple(_shown(name) for name in SETTINGS)
-        follow = {"/read": paths, "/save": paths, "/load": paths, "/set": names}
+        paths = Prompt.PATHS
+        follow = {"/read": paths, "/save": paths, "/load": paths, "/set": settings.NAMES}
         words = {name: follow.get(name, ()) for name in self.commands}
         prompt = Prompt(words, self._pasted)
         self.edited = prompt.editor is not None
@@ -232,28 +226,13 @@ class Talk:
         self._answer(before, question)
 
     def _set(self, argument: str) -> None:
-        name, _, typed = argument.partition(" ")
-        if not name:
+        if not argument:
             for name, value in self.sampling.items():
-                say(f"{_shown(name):<20} {_value(value)}", indent=21)
+                say(settings.row(name, value, width=20), indent=21)
             return
-        parameter = SETTINGS.get(name.removeprefix("--").replace("-", "_").lower())
-        if parameter is None:
-            names = ", ".join(map(_shown, SETTINGS))
-            raise AHNError(f"no setting {name}; there are {names}")
-        key = str(parameter.name)
-        if typed.strip():
-            changed = {**self.sampling, key: _typed_value(parameter, typed.strip())}
-            try:
-                check_numbers(changed)
-            except AHNError as e:
-                raise AHNError(str(e).removeprefix("--")) from None
-            self.sampling = changed
-        say(f"{_shown(key)} {_value(self.sampling[key])}")
-        why = why_idle(key, self.sampling)
-        if typed.strip() and why and self.sampling[key] != parameter.default:
-            why = why.replace("give --", "/set ").replace("--", "")
-            say(f"it has no effect {why}")
+        self.sampling, said = settings.change(argument, self.sampling)
+        for line in said:
+            say(line)
 
     def _stats(self) -> None:
         say(f"{self.session.tokens:,} tokens, {self.session.nbytes / 1e6:.1f} MB of memory")
@@ -368,32 +347,6 @@ def _unknown(line: str, commands: dict[str, Any]) -> str:
     near = nearest(first, [*commands, *HIDDEN])
     mend = f"; did you mean {near}?" if near else ""
     return f"no such command: {first}{mend} (/help lists them, // begins a message with a slash)"
-
-
-def _shown(name: str) -> str:
-    """A parameter as it is typed after /set."""
-    return name.replace("_", "-")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return " ".join(map(repr, value)) or "none"
-    return "none" if value is None else str(value)
-
-
-def _typed_value(parameter: click.Parameter, typed: str) -> Any:
-    """A value as the command line would take it, or the default. Raises AHNError."""
-    name, option = str(parameter.name), max(parameter.opts, key=len)
-    try:
-        words = shlex.split(typed) if parameter.multiple else [typed]
-        given = [] if typed.lower() in ("none", "default") else [f"{option}={w}" for w in words]
-        value: Any = _SETTER.make_context("/set", given).params[name]
-    except click.UsageError:
-        kind = "a whole number" if parameter.type is click.INT else "a number"
-        raise AHNError(f"{_shown(name)} must be {kind}, not {show(typed)}") from None
-    except ValueError:
-        raise AHNError(f"{_shown(name)}: the quotation does not end") from None
-    return value
 
 
 def _name(session: Any) -> str:
