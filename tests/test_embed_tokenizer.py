@@ -140,6 +140,7 @@ def test_sixty_thousand_texts(name, trained, smollm2, tmp_path):
 
 
 @needs_tools
+@pytest.mark.slow
 def test_every_character_alone_and_between_letters(trained, tmp_path):
     """All of Unicode, in texts of 256 characters with something between them."""
     codes = [c for c in range(0x20000) if not 0xD800 <= c < 0xE000]

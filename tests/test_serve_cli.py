@@ -93,7 +93,18 @@ def test_what_it_refuses_before_it_loads_a_model(directory, tmp_path):
     assert "--port must be" in refused("--port", 70000)
     assert "without a path" in refused("--allow-origin", "http://a.b/c")
     assert "--allow-origin" in refused("--allow-origin", "*")
-    assert "cannot listen" in refused("--host", "192.0.2.1", "--api-key-file", _key(key))
+    elsewhere = ("--host", "192.0.2.1", "--memories", tmp_path)
+    assert "cannot listen" in refused(*elsewhere, "--api-key-file", _key(key))
+
+
+def test_memories_have_a_place_if_nobody_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    elsewhere = ("--host", "192.0.2.1", "--api-key-file", _key(tmp_path / "key"))
+    assert "cannot listen" in refused(*elsewhere)
+    assert (tmp_path / "ahn-mlx" / "memories").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    assert "give a directory as --memories" in refused(*elsewhere)
 
 
 def _key(file):

@@ -11,10 +11,10 @@ from click.shell_completion import CompletionItem
 
 from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
-from ..platform import enough_memory
+from ..platform import default_dtype, enough_memory
 from ..reading.sampling import Sampling, complaint
 from .command import QUIET, spelling
-from .terminal import waiting
+from .terminal import say, waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -258,7 +258,7 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     with waiting(f"loading {options['name']}"):
         from ..hub import zoo
 
-        return zoo.load(
+        model, tokenizer = zoo.load(
             options["name"],
             window=options["window"],
             sinks=options["sinks"],
@@ -266,3 +266,7 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
             q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
             ahn=options["ahn"],
         )
+    bits = next((m.bits for m in model.modules() if hasattr(m, "bits")), None)
+    if bits and default_dtype() is not None:
+        say(f"note: weights are packed in {bits} bits, which a CPU multiplies slowly")
+    return model, tokenizer

@@ -69,7 +69,8 @@ def read_prompts(suite: str, directory: Path | None, source: str = SOURCE) -> Pr
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as e:
-            raise AHNError(f"{file}: cannot be read ({e}); it holds the prompts") from None
+            reason = getattr(e, "strerror", None) or "it is no UTF-8"
+            raise AHNError(f"{file}: cannot be read ({reason}); it holds the prompts") from None
     found = _table(text, where, table)
     if not all(isinstance(k, str) and isinstance(v, str) for k, v in found.items()):
         raise AHNError(f"{where}: prompts must be texts by name")

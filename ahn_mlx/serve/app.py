@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import mlx.core as mx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,6 +18,7 @@ from . import anthropic, openai, responses
 from .digests import Digests
 from .guard import LOOPBACK, MAX_HEADERS, Guard, Protocol, error_body, error_headers
 from .openapi import DIGEST, SAVE, document
+from .pages import page_routes
 from .parameters import APIError, parse, parse_json
 from .service import Service, told
 
@@ -101,10 +103,13 @@ class App:
 
     async def health(self, request: Request) -> Response:
         engine = self.service.engine
+        ahn = engine.model.ahn
         facts = {
             **{"status": "stuck" if engine.stuck else "ok", "model": self.service.name},
             **{"heartbeat_seconds": round(time.monotonic() - engine.beat, 3)},
             **{"rows": engine.rows, "rows_free": engine.free, "row_bytes": self.service.row_bytes},
+            **{"window": ahn.window, "sinks": ahn.sinks},
+            **{"active_bytes": mx.get_active_memory(), "memories": self.digests is not None},
         }
         return JSONResponse(facts, 503 if engine.stuck else 200)
 
@@ -264,7 +269,9 @@ def make_app(
 ) -> ASGIApp:
     """Routes behind the guard; see Guard."""
     handlers = {HTTPException: _http_error}
-    app = Starlette(routes=App(service, digests).routes(), exception_handlers=handlers)
+    app = Starlette(
+        routes=[*page_routes(), *App(service, digests).routes()], exception_handlers=handlers
+    )
     return Guard(app, key, hosts, origins)
 
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .anthropic import anthropic_error
+from .pages import FILES
 from .parameters import APIError
 from .stream import openai_error
 
@@ -56,7 +57,8 @@ class Guard:
             if scope["method"] == "OPTIONS" and allowed:
                 await answer.preflight()
                 return
-            self._check_key(headers)
+            if scope["path"] not in FILES:  # the page itself, which asks for the key
+                self._check_key(headers)
             upload = is_upload(scope["method"], scope["path"])
             self._check_body(scope, headers, upload)
         except APIError as e:
