@@ -28,7 +28,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .terminal import is_piped_in, printable, progress_bar, say, warn_slow
+from .terminal import Answer, is_piped_in, progress_bar, say, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
@@ -135,7 +135,7 @@ def _typed(words: tuple[str, ...], options: dict[str, Any]) -> tuple[list[str], 
 def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
     """Print the answer as it comes and then its numbers, or give it to `take`; the exit code."""
     code = 0
-    last = ""
+    answer = Answer()
     bar = progress_bar(len(run.prompt), "reading", "tokens")
 
     def progress(read: int, cache_bytes: int) -> None:
@@ -147,19 +147,12 @@ def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
     run.progress = progress
     try:
         for text in run:
-            (take or _print)(text)
-            last = text or last
+            (take or answer.write)(text)
     except KeyboardInterrupt:
         code = 130
     finally:
         bar.close()
-    if take:
-        return code
-    if last and not last.endswith("\n"):
-        print(flush=True)
-    say(run.summary())
+        answer.end()
+    if not take:
+        say(run.summary())
     return code
-
-
-def _print(text: str) -> None:
-    print(printable(text), end="", flush=True)

@@ -77,11 +77,19 @@ def memory_and_question(words: Sequence[str]) -> tuple[Path | None, str | None]:
     return (Path(typed_path(files[0])) if files else None), question
 
 
-def read_typed(files: Sequence[str], has_prompt: bool) -> str:
-    """The text of documents, as read_documents has it, with a bar for those of many pages."""
+def read_typed(files: Sequence[str], has_prompt: bool, memory: str = "ahn-mlx ask reads it") -> str:
+    """The text of documents, as read_documents has it, with a bar for those of many pages.
+
+    memory: what to do about a memory file, which is no document; may name {file}. Raises
+    AHNError, also for the home directory and those that it is in: nobody means all of them.
+    """
+    home = Path("/", os.path.expanduser("~")).resolve()
     for file in files:
-        if file.lower().endswith(".ahn") and os.path.isfile(file):
-            raise AHNError(f"{file}: is a memory, not a document; ahn-mlx ask reads it")
+        path = Path(typed_path(file))
+        if path.suffix.lower() == ".ahn" and path.is_file():
+            raise AHNError(f"{file}: is a memory, not a document; {memory.format(file=file)}")
+        if file != "-" and path.is_dir() and home.is_relative_to(path.resolve()):
+            raise AHNError(f"{file}: is too much to read; give a folder in it, or files")
     with progress_bar(0, "opening", "pages") as bar:
 
         def progress(read: int, total: int) -> None:
