@@ -3,6 +3,7 @@
 import queue
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -12,11 +13,15 @@ from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model
-from ahn_mlx.reading.sampling import Sampling
+from ahn_mlx.reading.sampling import Cutter, Sampling
+from ahn_mlx.reading.session import Session
+from ahn_mlx.serve import answers
+from ahn_mlx.serve import engine as engine_module
 from ahn_mlx.serve.answers import Done, Failed, Piece, Request
 from ahn_mlx.serve.engine import Engine, fresh
+from ahn_mlx.serve.metrics import Metrics
 from ahn_mlx.serve.parameters import APIError
-from ahn_mlx.serve.sampling import Wish
+from ahn_mlx.serve.sampling import Sampler, Wish
 
 # Within the window, just full, far beyond it; and one token alone.
 PROMPTS = [[(7 * i + n) % 256 for i in range(n)] for n in (5, 1, 31, 70, 12, 200)]
@@ -124,9 +129,10 @@ def test_answers_are_the_same_alone_and_in_company(engine, base, loaded):
     check_company(engine, base, loaded[0], PROMPTS)
 
 
-def made(memory, hidden=64, heads=2, **options):
+def made(memory, hidden=64, heads=2, tied=True, **options):
     """A model of random parameters whose memory is heard."""
     args = llama.ModelArgs("llama", hidden, 2, hidden, heads, rms_norm_eps=1e-5, vocab_size=256)
+    args.tie_word_embeddings = tied
     mx.random.seed(0)
     model = augment(llama.Model(args), AHNConfig(memory, 12, 4, "clamped", **options))
     for layer in model.layers:
@@ -253,8 +259,125 @@ def test_two_prompts_are_read_by_turns(engine, base):
     assert "".join(order).startswith("abababab")
 
 
-class Breaks(Exception):
-    pass
+class Document:
+    """What is read in the background: it notes its chunks, which take a while."""
+
+    cancelled = False
+
+    def __init__(self, order, seconds=0.0, chunks=3):
+        self.order, self.seconds, self.left = order, seconds, chunks
+
+    def advance(self):
+        time.sleep(self.seconds)
+        self.order.append("document")
+        self.left -= 1
+        return self.left == 0
+
+    def fail(self, error):
+        self.order.append(type(error).__name__)
+
+    def end(self):
+        self.order.append("end")
+
+
+def test_prompts_come_before_documents(engine, base):
+    order: list[str] = []
+
+    def arrive():
+        engine.add(Document(order))
+        for name in "ab":
+            engine.reserve(1)
+            tell = lambda e, name=name: order.append(name)  # noqa: E731
+            engine.submit(Request(base, PROMPTS[5], wish(max_tokens=1), tell))
+
+    engine.call(arrive).result()
+    wait_until(lambda: order.count("document") == 3)
+    first = order.index("document")
+    # Each says 13 chunks, a token and its end; the last ones while the document has its turn.
+    assert min(order[:first].count(name) for name in "ab") >= 13
+
+
+def test_a_document_leaves_half_of_the_time_to_answers(engine, base):
+    order: list[str] = []
+    tell = lambda e: order.append(type(e).__name__)  # noqa: E731
+    engine.reserve(1)
+    request = Request(base, PROMPTS[0], wish(max_tokens=100_000), tell)
+    engine.submit(request)
+    wait_until(lambda: "Piece" in order)
+    engine.add(Document(order, seconds=0.5))
+    wait_until(lambda: order.count("document") == 3)
+    cancel(engine, request)
+    wait_until(lambda: engine.free == 4)
+    chunks = [i for i, name in enumerate(order) if name == "document"]
+    assert all(order[a:b].count("Piece") > 2 for a, b in pairwise(chunks))
+
+
+class Breaks(BaseException):
+    """As a panic in a library: no Exception."""
+
+
+class Times:
+    """Fails at one call of many, and is itself again."""
+
+    def __init__(self, real, at, error):
+        self.real, self.left, self.error = real, at, error
+
+    def __get__(self, instance, kind):
+        return partial(self, instance)
+
+    def __call__(self, *args, **options):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.real(*args, **options)
+
+
+FAULTS = [
+    *[(answers, name) for name in ("check_ids", "Sampler", "Cutter", "give_back", "Answer")],
+    *[(answers.Answer, name) for name in ("choose", "take", "_end")],
+    *[(answers.Reading, name) for name in ("advance", "_answer")],
+    *[(engine_module, name) for name in ("Reading", "prepare", "together")],
+    *[(Engine, name) for name in ("_step", "_choose", "_obey", "_drop_cancelled", "answer")],
+    *[(Metrics, name) for name in ("count", "time")],
+    *[(Sampler, name) for name in ("__call__", "took")],
+    (Cutter, "add"),
+    (Session, "fork"),
+]
+
+
+@pytest.mark.parametrize("at, error", [(1, RuntimeError), (2, Breaks), (7, MemoryError)])
+def test_no_fault_ends_the_thread_or_loses_a_row(engine, base, monkeypatch, error, at):
+    expected, _ = finish(start(engine, base, PROMPTS[0], max_tokens=5)[1])
+    for where, name in FAULTS:
+        fault = Times(getattr(where, name), at, error())
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fault)
+            started = [
+                start(engine, base, PROMPTS[i], n, temp=0.5, stop=("never",), max_tokens=5)
+                for i, n in ((0, 1), (2, 2))
+            ]
+            # Not one client waits for ever, be it told of the fault or not.
+            for (_, told), n in zip(started, (1, 2), strict=True):
+                try:
+                    finish(told, n)
+                except APIError as e:
+                    assert (e.status, error.__name__ in str(e)) == (500, True), name
+        wait_until(lambda: engine.free == 4)
+        assert finish(start(engine, base, PROMPTS[0], max_tokens=5)[1])[0] == expected, name
+    assert engine.thread.is_alive() and not engine.stuck
+
+
+def test_a_document_that_fails_and_one_that_is_cancelled(engine):
+    order: list[str] = []
+    bad, gone, good = (Document(order, chunks=n) for n in (1, 10**9, 1))
+    bad.order = None  # so that it fails
+    bad.fail = lambda error: order.append(type(error).__name__)
+    gone.cancelled = True
+    for document in (bad, gone, good):
+        engine.add(document)
+    wait_until(lambda: len(order) == 3)
+    assert sorted(order) == ["AttributeError", "document", "end"]
+    assert engine.reading == 0
 
 
 def test_what_fails_is_told_and_the_thread_goes_on(engine, base):
@@ -274,6 +397,21 @@ def test_what_fails_is_told_and_the_thread_goes_on(engine, base):
     assert len(finish(start(engine, base, PROMPTS[2])[1])[0][0]) == 24
     wait_until(lambda: engine.free == 4)
     assert engine.thread.is_alive() and not engine.stuck
+
+
+def test_numbers_that_are_not_finite_end_an_answer_and_no_other():
+    model = made("gated_deltanet", tied=False)
+    model.model.embed_tokens.weight[7] = float("nan")
+    mx.eval(model.parameters())
+    with running(model, chat_tokenizer(), rows=2) as engine:
+        session = small(engine)
+        beside = start(engine, session, [1, 2, 3], max_tokens=8, bias={9: 100})[1]
+        for ids in ([7], [1, 7], [7] * 40):
+            with pytest.raises(APIError, match="not finite") as e:
+                finish(start(engine, session, ids)[1])
+            assert e.value.status == 500
+        assert [t for t, _ in finish(beside)[0][0]] == [9] * 8
+        wait_until(lambda: engine.free == 2)
 
 
 def test_penalties_and_bias(engine, base):

@@ -1,5 +1,6 @@
 """Routes, and a server for them that ends cleanly."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -158,7 +159,7 @@ class App:
             if given is None or isinstance(given, str):
                 raise APIError("a part named 'file' is needed", param="file")
             source, name = given.file, given.filename or "file.txt"
-            facts = await self.service.aside(files.add, name, source)
+            facts = await asyncio.to_thread(files.add, name, source)
         return JSONResponse(facts)
 
     async def files(self, request: Request) -> Response:
