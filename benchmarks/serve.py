@@ -101,6 +101,7 @@ class Asker:
 
     def __init__(self, client: httpx.Client, model: str, ends: Iterable[int]):
         self.client, self.model = client, model
+        self.numbers = count(100)  # no question is asked twice: a server may know it
         self.bias = {str(token): -100 for token in ends}
 
     @contextmanager
@@ -139,8 +140,8 @@ class Asker:
     def rate(self, clients: int, tokens: int) -> float:
         """Tokens per second of so many clients together, their short prompts included."""
 
-        def answer(n: int) -> None:
-            with self.stream(f"Count to {n + 100}.", tokens) as pieces:
+        def answer(_: int) -> None:
+            with self.stream(f"Count to {next(self.numbers)}.", tokens) as pieces:
                 for _ in pieces:
                     pass
 
@@ -154,15 +155,15 @@ class Asker:
         """So many clients are answered meanwhile."""
         stop, begun = threading.Event(), threading.Barrier(clients + 1)
 
-        def work(n: int) -> None:
-            with self.stream(f"Count to {n + 100}.", 1 << 20) as pieces:
+        def work() -> None:
+            with self.stream(f"Count to {next(self.numbers)}.", 1 << 20) as pieces:
                 next(pieces)
                 begun.wait()
                 while not stop.is_set():
                     next(pieces)
 
         with ThreadPoolExecutor(clients) as pool:
-            found = [pool.submit(work, n) for n in range(clients)]
+            found = [pool.submit(work) for _ in range(clients)]
             begun.wait()
             try:
                 yield
@@ -254,10 +255,9 @@ def _throughput(measures: dict[str, Callable[[int], float]], tokens: int, rounds
 
 def _first(ask: Asker, rows: int, words: str, rounds: int) -> None:
     """Seconds to the first token, of questions that no snapshot knows."""
-    numbers = count()
 
-    def median(text: str = "", memory: str = "") -> float:
-        asked = (f"{text} What is {next(numbers)}?" for _ in range(rounds))
+    def median(memory: str = "") -> float:
+        asked = (f"What is {next(ask.numbers)}?" for _ in range(rounds))
         return statistics.median(ask.first(question, memory) for question in asked)
 
     others, found = f"{rows - 1} others are answered", dict[str, float]()
@@ -270,7 +270,8 @@ def _first(ask: Asker, rows: int, words: str, rounds: int) -> None:
         with ask.busy(rows - 1):
             found[f"a document is read, {others}"] = median()
     found["(a chunk of a document)"] = read(ask.client, "book", words, prefill_step())
+    median(memory="@book")  # now it is loaded
     found["a book, as a model"] = median(memory="@book")
-    found["a book, sent along"] = median(words)
+    found["a book, sent along"] = ask.first(f"{words} What is this?")
     rows_of = [[what, f"{s:.2f}", f"{s / quiet:.1f}"] for what, s in found.items()]
     table(["first token while", "seconds", "/ nobody else"], rows_of)

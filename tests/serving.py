@@ -1,7 +1,10 @@
 """A small model behind a real server on loopback, for tests that ask it as clients do."""
 
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
-from checkpoints import CHATML, chat_tokenizer
+from checkpoints import CHATML, REPO, chat_tokenizer
 from mlx_lm.models import llama
 from mlx_lm.tool_parsers import json_tools
 
@@ -93,6 +96,28 @@ class Site:
         wait_until(lambda: self.service.engine.free == self.service.engine.rows)
 
 
+@contextmanager
+def started(*args: object) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
+    """ahn-mlx serve as a process of its own: it, a client, and what it says of rows."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ahn_mlx", "serve", "--port", "0", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+    )
+    try:
+        assert process.stdout is not None
+        first, second = process.stdout.readline(), process.stdout.readline()
+        found = re.match(r"(http://127\.0\.0\.1:\d+)/v1 serves (\S+)$", first)
+        assert found, (first, process.stderr and process.stderr.read())
+        with httpx.Client(base_url=found[1], timeout=60, trust_env=False) as client:
+            yield process, client, second
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def wait_until(true: Any, seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not true():
@@ -136,4 +161,4 @@ def serving(
         end(service, digests)
 
 
-__all__ = ["CHATML", "CONTROL", "Site", "model", "serving", "tokenizer", "wait_until"]
+__all__ = ["CHATML", "CONTROL", "Site", "model", "serving", "started", "tokenizer", "wait_until"]

@@ -259,6 +259,22 @@ def test_two_prompts_are_read_by_turns(engine, base):
     assert "".join(order).startswith("abababab")
 
 
+def test_short_prompts_share_a_chunk(engine, base):
+    order: list[str] = []
+
+    def arrive():
+        for name, n in (("a", 5), ("b", 11), ("c", 2), ("d", 20)):
+            engine.reserve(1)
+            tell = lambda e, name=name: order.append(f"{name}{type(e).__name__}")  # noqa: E731
+            engine.submit(Request(base, PROMPTS[5][:n], wish(max_tokens=1), tell))
+
+    engine.call(arrive).result()
+    wait_until(lambda: engine.free == 4)
+    # 16 tokens of a and b at a time, and then a step for them.
+    assert order[:3] == ["aRead", "bRead", "aPiece"]
+    assert order.index("cRead") < order.index("dRead") and order.count("dRead") == 2
+
+
 class Document:
     """What is read in the background: it notes its chunks, which take a while."""
 

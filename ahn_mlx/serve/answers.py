@@ -128,6 +128,11 @@ class Reading:
     def cancelled(self) -> bool:
         return self.request.cancelled
 
+    @property
+    def share(self) -> float:
+        """What it reads next, as a part of a whole step."""
+        return len(self._waiting[: self.session.step]) / self.session.step
+
     def advance(self) -> bool:
         """One step of the prompt, as the session reads, but for the last token."""
         caches, n = self.session.caches, min(self.session.step, len(self._waiting) - 1)

@@ -1,5 +1,5 @@
-"""The one thread that computes: commands, one token of every row, one chunk of one prompt or else
-of one document, and again. Whatever fails is told to the request it belongs to; the thread goes
+"""The one thread that computes: commands, one token of every row, one chunk of prompts or else of
+one document, and again. Whatever fails is told to the request it belongs to; the thread goes
 on. What libraries raise is of any kind: a panic in one of them is no Exception.
 """
 
@@ -63,7 +63,7 @@ class Engine:
         self.beat = time.monotonic()
         self._free, self._lock = rows, threading.Lock()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._prompts: deque[Reader] = deque()
+        self._prompts: deque[Reading] = deque()
         self._documents: deque[Reader] = deque()
         self._answers: list[Answer] = []
         self._answers_alone = 0.0  # until then: they have as much time as documents
@@ -232,16 +232,18 @@ class Engine:
                 readers.remove(reader)
 
     def _read(self) -> None:
-        """One chunk of the prompt that waits longest, or of a document if none does."""
-        began = time.monotonic()
+        """One chunk: of prompts, those first that wait longest, or of a document if none does."""
+        began, room = time.monotonic(), 1.0
         if self._prompts:
-            self._advance(self._prompts)
+            while self._prompts and (share := self._prompts[0].share) <= room:
+                room -= share
+                self._advance(self._prompts)
         elif self._documents and not (self._answers and began < self._answers_alone):
             self._advance(self._documents)
             ended = time.monotonic()
             self._answers_alone = ended + (ended - began)
 
-    def _advance(self, readers: deque[Reader]) -> None:
+    def _advance(self, readers: deque[Any]) -> None:
         reader = readers.popleft()
         try:
             if not reader.advance():
