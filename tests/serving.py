@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
+import pytest
 from checkpoints import CHATML, REPO, chat_tokenizer
 from mlx_lm.models import llama
 from mlx_lm.tool_parsers import json_tools
@@ -118,6 +119,21 @@ def started(*args: object) -> Iterator[tuple[subprocess.Popen[str], httpx.Client
         process.communicate()
 
 
+def install(*command: object, cwd: Path) -> None:
+    """Run a package manager, and skip the test where it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def environment(path: Path, *packages: str) -> Path:
+    """Programs of packages from the registry, in an environment of their own."""
+    path.mkdir(exist_ok=True)
+    install(sys.executable, "-m", "venv", path, cwd=path)
+    install(path / "bin/python", "-m", "pip", "install", "-q", *packages, cwd=path)
+    return path / "bin"
+
+
 def wait_until(true: Any, seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not true():
@@ -161,4 +177,15 @@ def serving(
         end(service, digests)
 
 
-__all__ = ["CHATML", "CONTROL", "Site", "model", "serving", "started", "tokenizer", "wait_until"]
+__all__ = [
+    "CHATML",
+    "CONTROL",
+    "Site",
+    "environment",
+    "install",
+    "model",
+    "serving",
+    "started",
+    "tokenizer",
+    "wait_until",
+]

@@ -3,12 +3,11 @@ installed into environments of their own, and skipped where they cannot be."""
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import talking_model
-from serving import started
+from serving import environment, install, started
 
 KEY = "0123456789abcdef"
 SCRIPTS = Path(__file__).parent / "clients"
@@ -26,12 +25,6 @@ def url(tmp_path_factory):
         yield str(client.base_url)
 
 
-def install(*command: object, cwd: Path) -> None:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
-
-
 def check(*command: object) -> None:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,10 +33,7 @@ def check(*command: object) -> None:
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     path = tmp_path_factory.mktemp("environment")
-    install(sys.executable, "-m", "venv", path, cwd=path)
-    packages = ("openai", "anthropic", "langchain-openai")
-    install(path / "bin/python", "-m", "pip", "install", "-q", *packages, cwd=path)
-    return path / "bin/python"
+    return environment(path, "openai", "anthropic", "langchain-openai") / "python"
 
 
 @pytest.mark.parametrize("script", ["openai_python.py", "anthropic_python.py"])

@@ -18,6 +18,7 @@ from ahn_mlx.reading.session import Session
 from ahn_mlx.serve import answers
 from ahn_mlx.serve import engine as engine_module
 from ahn_mlx.serve.answers import Done, Failed, Piece, Request
+from ahn_mlx.serve.budget import row_bytes
 from ahn_mlx.serve.engine import Engine, fresh
 from ahn_mlx.serve.metrics import Metrics
 from ahn_mlx.serve.parameters import APIError
@@ -485,3 +486,26 @@ def test_nothing_grows(engine, base):
     for n in range(12):
         finish(start(engine, base, PROMPTS[n % len(PROMPTS)], temp=1.0 + n / 100)[1])
     assert engine.call(held).result() <= before + 4096
+
+
+def test_rows_hold_what_is_said_of_them():
+    """Weights, rows, and nothing that a chunk needed."""
+    model = made("gated_deltanet")
+    with running(model, chat_tokenizer(), rows=4) as engine:
+        session = small(engine)
+        row = row_bytes(engine, session)
+        requests = []
+
+        def held() -> int:
+            mx.clear_cache()
+            return mx.get_active_memory()
+
+        before = engine.call(held).result()
+        for ids in PROMPTS[2:]:
+            requests.append(start(engine, session, ids, max_tokens=100_000)[0])
+        for ended in (False, True):
+            if ended:
+                cancel(engine, *requests)
+            wait_until(lambda: engine.reading == 0)
+            time.sleep(0.5)
+            assert engine.call(held).result() <= before + 4 * row * 1.02 + 16384

@@ -16,7 +16,15 @@ from starlette.types import ASGIApp
 
 from . import anthropic, openai, responses
 from .digests import Digests
-from .guard import LOOPBACK, MAX_HEADERS, Guard, Protocol, error_body, error_headers
+from .guard import (
+    LOOPBACK,
+    MAX_HEADERS,
+    Guard,
+    Protocol,
+    allow_connections,
+    error_body,
+    error_headers,
+)
 from .openapi import DIGEST, SAVE, document
 from .parameters import APIError, parse, parse_json
 from .service import Service, told
@@ -292,6 +300,7 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        allow_connections()
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._service.engine.drain(GRACE)

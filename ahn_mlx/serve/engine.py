@@ -93,20 +93,24 @@ class Engine:
         """Whether the thread has ended or no longer turns."""
         return not self.thread.is_alive() or time.monotonic() - self.beat > STUCK
 
-    def reserve(self, n: int) -> None:
-        """Take n rows. Raises APIError, at once, if they are not free."""
+    def check_free(self, n: int) -> None:
+        """Raise APIError, at once, if n rows are not free."""
         if n > self.rows:
             raise APIError(f"{n} answers at once, but this server has {self.rows} rows", param="n")
+        if self._ended or self._deadline is not None:
+            raise APIError("the server is stopping", status=503, code="stopping")
+        if n > self._free:
+            raise APIError(
+                f"all {self.rows} rows are busy; try again later",
+                status=429,
+                code="rate_limit_exceeded",
+                after=1,
+            )
+
+    def reserve(self, n: int) -> None:
+        """Take n rows. Raises APIError as check_free."""
         with self._lock:
-            if self._ended or self._deadline is not None:
-                raise APIError("the server is stopping", status=503, code="stopping")
-            if n > self._free:
-                raise APIError(
-                    f"all {self.rows} rows are busy; try again later",
-                    status=429,
-                    code="rate_limit_exceeded",
-                    after=1,
-                )
+            self.check_free(n)
             self._free -= n
 
     def release(self, n: int = 1) -> None:

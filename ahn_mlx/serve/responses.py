@@ -130,6 +130,7 @@ async def responses(service: Service, http: HTTPRequest, body: dict[str, Any]) -
     wish = wish_of({**found, **spare}, vocabulary(service), None)
     listed = {"tools": _tools(found["tools"] or []), "tool_choice": found["tool_choice"]}
     tools = tools_of(listed, service.engine.tokenizer)
+    service.engine.check_free(1)
     conversation, prompt = await _asked(service, found, tools)
     running = service.start([prompt], wish)
     answer_id, answered = new_id("resp_"), list[Answered]()
