@@ -230,10 +230,12 @@ class Engine:
         for answer in [a for a in self._answers if a.request.cancelled or late]:
             self._guarded(answer.cut)
             self._answers.remove(answer)
-        for readers in (self._prompts, self._documents):
-            for reader in [r for r in readers if r.cancelled or late]:
-                self._guarded(reader.end)
-                readers.remove(reader)
+        for prompt in [p for p in self._prompts if p.cancelled or late]:
+            self._guarded(prompt.end)
+            self._prompts.remove(prompt)
+        for document in [d for d in self._documents if d.cancelled or late]:
+            self._guarded(document.end)
+            self._documents.remove(document)
 
     def _read(self) -> None:
         """One chunk: of prompts, those first that wait longest, or of a document if none does."""
