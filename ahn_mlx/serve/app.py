@@ -1,5 +1,6 @@
 """Routes, and a server for them that ends cleanly."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,15 @@ from starlette.types import ASGIApp
 
 from . import anthropic, openai, responses
 from .digests import Digests
-from .guard import LOOPBACK, MAX_HEADERS, Guard, Protocol, error_body, error_headers
+from .guard import (
+    LOOPBACK,
+    MAX_HEADERS,
+    Guard,
+    Protocol,
+    allow_connections,
+    error_body,
+    error_headers,
+)
 from .openapi import DIGEST, SAVE, document
 from .pages import page_routes
 from .parameters import APIError, parse, parse_json
@@ -163,7 +172,7 @@ class App:
             if given is None or isinstance(given, str):
                 raise APIError("a part named 'file' is needed", param="file")
             source, name = given.file, given.filename or "file.txt"
-            facts = await self.service.aside(files.add, name, source)
+            facts = await asyncio.to_thread(files.add, name, source)
         return JSONResponse(facts)
 
     async def files(self, request: Request) -> Response:
@@ -298,6 +307,7 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        allow_connections()
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._service.engine.drain(GRACE)

@@ -5,6 +5,8 @@ long it may take to arrive.
 import asyncio
 import hmac
 import json
+import resource
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -19,7 +21,7 @@ from .stream import openai_error
 MAX_JSON = 16 << 20  # bytes
 MAX_UPLOAD = 4 << 30
 MAX_HEADERS = 32 << 10
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 2048
 HEADERS_SECONDS = 10.0
 BODY_SECONDS = 60.0  # for a body to arrive
 SLOWEST = 64 << 10  # bytes per second of an upload, after these
@@ -192,6 +194,17 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
+
+
+def allow_connections() -> None:
+    """Let the process have that many files open; macOS starts with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + 256
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Protocol(H11Protocol):
