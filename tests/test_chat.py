@@ -369,7 +369,7 @@ def test_ask_says_how_to_ask(words, said):
 def test_ways_to_ask(place, words, piped):
     done = talk("ask", *words, "--max-tokens", 5, said=piped)
     expected = Session.load(place / "book.ahn", *load(place / "model")).ask("Who?", max_tokens=5)
-    assert done.exit_code == 0 and done.stderr.startswith("first token after")
+    assert done.exit_code == 0 and "first token after" in done.stderr
     assert done.stdout.strip() == "".join(c for c in "".join(expected) if c.isprintable()).strip()
 
 
