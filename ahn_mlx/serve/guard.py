@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import resource
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -217,6 +218,9 @@ class Protocol(H11Protocol):
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
             return
+        # asyncio sets it only where a socket says its protocol; without it each word waits 40 ms.
+        connected = transport.get_extra_info("socket")
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
