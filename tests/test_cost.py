@@ -184,7 +184,7 @@ def test_estimate(tmp_path):
     done = run(estimate, "--paper")
     assert len(done.output.splitlines()) == 2 + 9 and "3.29 / 1.95" in done.output
     done = run(estimate, "--model", GOLDEN / "qwen2-gdn" / "merged", "--json", "--context", 100)
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert (
         found["full"]["cache_bytes"]["keys, values"] > found["ahn"]["cache_bytes"]["keys, values"]
     )
@@ -275,7 +275,7 @@ def test_a_base_of_a_name_needs_no_network(monkeypatch):
     monkeypatch.setattr("ahn_mlx.hub.download.config_dir", asked)
     for kind in ("deltanet", "mamba2"):
         of_base, of_name = (
-            json.loads(run(estimate, "--model", name, "--kind", kind, "--json").output)
+            json.loads(run(estimate, "--model", name, "--kind", kind, "--json").stdout)
             for name in ("Qwen/Qwen2.5-7B-Instruct", "ahn-gdn-7b")
         )
         assert of_base == of_name

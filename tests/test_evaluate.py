@@ -278,20 +278,20 @@ def test_predictions_of_other_programs_are_scored(tmp_path) -> None:
     its = [{**QA, "pred": "mill"}, {**QA, "pred": "A kettle"}, {**QA, "pred": ""}]
     directory = predictions(tmp_path / "a", hotpotqa=its)
     result = score(directory, "--json")
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert found["tasks"]["hotpotqa"]["score"] == 33.33 and found["tasks"]["hotpotqa"]["n"] == 3
     # Of 1, 0 and 0 the mean of three draws has the standard deviation sqrt(2) / 3 / sqrt(3).
     assert abs(found["tasks"]["hotpotqa"]["standard_error"] - 27.2) < 1.5
     answered = [{**QA, "pred": "mill\n\nAnswer: a kettle of salt"}]
     directory = predictions(tmp_path / "b", hotpotqa=answered)
-    ours = json.loads(score(directory, "--json").output)["tasks"]["hotpotqa"]["score"]
+    ours = json.loads(score(directory, "--json").stdout)["tasks"]["hotpotqa"]["score"]
     theirs = score(directory, "--json", "--protocol", "published").output
     assert ours == 100 and json.loads(theirs)["tasks"]["hotpotqa"]["score"] < 50
 
 
 def test_predictions_of_infinitebenchs_own_layout_are_scored(tmp_path) -> None:
     its = [{"id": 0, "prediction": "It is 12.", "ground_truth": 12}]
-    found = json.loads(score(predictions(tmp_path / "a", preds_code_run=its), "--json").output)
+    found = json.loads(score(predictions(tmp_path / "a", preds_code_run=its), "--json").stdout)
     assert found["suite"] == "infinitebench" and found["tasks"]["code_run"]["score"] == 100
 
 

@@ -10,7 +10,7 @@ import pytest
 from ahn_mlx.evaluate import generators
 from ahn_mlx.evaluate.generators import TASKS, Draws, make_item, sentences_of
 
-GOLDEN = Path(__file__).parent / "golden/eval"
+GOLDEN = Path(__file__).parent / "published"
 FIXED = json.loads((GOLDEN / "synthetic_generators.json").read_text(encoding="utf-8"))
 CASES = FIXED["cases"]
 

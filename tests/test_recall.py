@@ -138,7 +138,7 @@ def test_what_has_no_room_is_refused(loaded) -> None:
 def invoke(*args: object) -> str:
     result = CliRunner().invoke(cli, ["eval", *map(str, args)])
     assert result.exit_code == 0, result.exception
-    return result.output
+    return result.stdout
 
 
 def test_recall_prints_shares_and_draws(path, tmp_path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from ahn_mlx.evaluate.scorers import SCORERS
 
-GOLDEN = Path(__file__).parent / "golden/eval"
+GOLDEN = Path(__file__).parent / "published"
 NAMES = sorted(p.stem for p in GOLDEN.glob("*.json") if not p.stem.startswith("synthetic"))
 
 
