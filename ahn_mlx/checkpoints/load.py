@@ -114,7 +114,14 @@ def fit(
     sources = rename_published(sources, layers)
     if config["tie_word_embeddings"]:  # mlx_lm drops the weight, and no scales
         sources = {name: s for name, s in sources.items() if not name.startswith("lm_head.")}
-    sources = getattr(model, "sanitize", dict)(sources)
+    try:
+        sources = getattr(model, "sanitize", dict)(sources)
+    except (AttributeError, TypeError, KeyError) as e:
+        # Names are known here, not numbers: experts that are to be stacked, say.
+        raise AHNError(
+            f"{base}: a {show(config['model_type'])} model's tensors are rearranged by mlx-lm"
+            f" ({str(e)[:100]}); convert it with mlx_lm.convert first"
+        ) from None
     _quantize_as_given(model, config, sources, base)
     _check_shapes(model, config, sources, base, ahn)
     return sources

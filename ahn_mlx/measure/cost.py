@@ -96,7 +96,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     """Count a config.json with AHN fields. Raises AHNError as build does."""
     from mlx.utils import tree_flatten
 
-    from ..model.augment import build
+    from ..model.augment import build, shape_of_attention
 
     model = build(config)
     groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "embedding")
@@ -107,13 +107,13 @@ def shape_of(config: dict[str, Any]) -> Shape:
     tied = not any(name.startswith("lm_head") for name, _ in parameters)
     if not tied:
         found["embedding"] //= 2  # the head has as many
-    attention = model.layers[0].self_attn
+    attention = shape_of_attention(model)
     return Shape(
         ahn=model.ahn,
         layers=len(model.layers),
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
-        head_dim=attention.k_proj.weight.shape[0] // attention.n_kv_heads,
+        head_dim=attention.head_dim,
         tied=tied,
         **found,
     )
