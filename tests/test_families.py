@@ -38,6 +38,14 @@ MIXED = (
     *("afmoe", "cohere2", "exaone4", "gemma3_text", "gpt_oss", "granitemoehybrid", "jamba"),
     *("lfm2", "olmo3", "qwen3_next"),
 )
+# One of each shape is always tried; the others, which are no other shape, are slow together.
+SHAPES = (
+    *("afmoe", "cohere", "gemma2", "glm4", "gpt_oss", "hunyuan_v1_dense", "lfm2", "llama", "olmo2"),
+    *("phi3", "qwen3_next", "smollm3"),
+)
+EACH = [
+    pytest.param(name, marks=() if name in SHAPES else pytest.mark.slow) for name in PLAIN + MIXED
+]
 WINDOW, SINKS = 8, 2
 IDS = mx.array([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19]])
 
@@ -139,7 +147,7 @@ def alone(attention, x, clamped):
     return mx.concatenate(out, axis=1)
 
 
-@pytest.mark.parametrize("family", PLAIN + MIXED)
+@pytest.mark.parametrize("family", EACH)
 def test_a_layer_past_its_window_is_its_own_attention_on_what_is_left(family):
     for sinks in ("clamped", "absolute"):
         model = base(family)
@@ -157,7 +165,7 @@ def test_a_layer_past_its_window_is_its_own_attention_on_what_is_left(family):
         close(mx.concatenate(steps, axis=1), wanted)
 
 
-@pytest.mark.parametrize("family", PLAIN + MIXED)
+@pytest.mark.parametrize("family", EACH)
 def test_any_chunking_and_rows_are_one(family):
     config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
     model = remember(augment(base(family), config))
@@ -175,7 +183,7 @@ def test_any_chunking_and_rows_are_one(family):
         close(step, mx.concatenate([wanted[:, 12:13], wanted[:, 5:6]]))
 
 
-@pytest.mark.parametrize("family", PLAIN + MIXED)
+@pytest.mark.parametrize("family", EACH)
 def test_a_quantized_base(family):
     def fits(name, module):
         # Some model files transpose their embedding as a head, which is their own fault.
@@ -194,7 +202,7 @@ def test_a_quantized_base(family):
     close(after(IDS, cache=after.make_cache()), wanted)
 
 
-@pytest.mark.parametrize("family", PLAIN + MIXED)
+@pytest.mark.parametrize("family", EACH)
 def test_training_reaches_every_parameter_of_a_memory(family):
     model = base(family)
     wanted = hidden_states(model, IDS)
@@ -227,7 +235,7 @@ def write_base(model, config, place):
     return tensors
 
 
-@pytest.mark.parametrize("family", [f for f in PLAIN + MIXED if f not in REARRANGED])
+@pytest.mark.parametrize("family", [f for f in EACH if f.values[0] not in REARRANGED])
 def test_convert_load_export_is_bit_exact(family, tmp_path):
     plain, config = base(family), tiny_config(family)
     tensors = write_base(plain, config, tmp_path / "base")
