@@ -9,7 +9,7 @@ import json
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from checkpoints import same
+from checkpoints import byte_tokenizer, same
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
@@ -18,12 +18,16 @@ import ahn_mlx
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.export import export_pytorch, release_config
 from ahn_mlx.checkpoints.formats import describe
-from ahn_mlx.checkpoints.load import load_model
+from ahn_mlx.checkpoints.load import fit, load_model
+from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.errors import AHNError
 from ahn_mlx.model.augment import augment, build_base, hidden_states, memory_layers
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.families import families, judge, tiny_config
 from ahn_mlx.model.names import published_name
+from ahn_mlx.model.pure import initial_state
+from ahn_mlx.model.together import prepare, together
+from ahn_mlx.reading.session import Session
 from ahn_mlx.train.streams import install, study, teach, trainable
 
 # With a memory in each layer; and with one in those layers alone that see all tokens.
@@ -223,8 +227,45 @@ def test_training_reaches_every_parameter_of_a_memory(family):
         close(found[1][name], gradient, 1e-3)
 
 
-# mlx-lm rearranges the tensors of some models, by their numbers and not by names alone.
-REARRANGED = ("apertus", "granitemoehybrid", "jamba", "lfm2", "qwen3_next")
+@pytest.mark.parametrize("family", [f for f in EACH if f.values[0] in PLAIN])
+def test_served_rows_are_each_alone(family):
+    model = remember(augment(base(family), ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)))
+    wanted = chunked(model, [20])
+    rows = [model.make_cache() for _ in range(2)]
+    for caches, n in zip(rows, (12, 5), strict=True):
+        model(IDS[:, :n], cache=caches)
+        prepare(caches)
+    for step in range(2):
+        at = [12 + step, 5 + step]
+        ids = mx.concatenate([IDS[:, n : n + 1] for n in (*at, 0)])
+        said = model(ids, cache=together(rows, 3))
+        for n, row in zip(at, said, strict=False):
+            close(row[0], wanted[0, n])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "stablelm"])
+def test_a_digested_text_comes_back(family, tmp_path):
+    config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
+    model = remember(augment(base(family, vocab_size=256), config))
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
+    session = Session(model, tokenizer, step=5)
+    session.read_ids(list(range(33)))
+    session.save(tmp_path / "a.ahn")
+    again = Session.load(tmp_path / "a.ahn", model, tokenizer)
+    for ours, theirs in zip(session.caches, again.caches, strict=True):
+        assert mx.array_equal(ours.memory, theirs.memory)
+        assert all(map(mx.array_equal, ours.buffers, theirs.buffers))
+    said = [[*s.ask("Why?", max_tokens=3)] for s in (session, again)]
+    assert said[0] == said[1]
+
+
+def test_a_cache_of_another_kind_cannot_be_saved(tmp_path):
+    model = augment(base("gpt_oss", vocab_size=256), ahn_mlx.AHNConfig(window=WINDOW))
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
+    with pytest.raises(AHNError, match=r"layers 0, 2 keep .*RotatingKVCache"):
+        Session(model, tokenizer)
+    with pytest.raises(AHNError, match="layers 0, 2 have no memory"):
+        initial_state(model)
 
 
 def write_base(model, config, place):
@@ -235,7 +276,7 @@ def write_base(model, config, place):
     return tensors
 
 
-@pytest.mark.parametrize("family", [f for f in EACH if f.values[0] not in REARRANGED])
+@pytest.mark.parametrize("family", EACH)
 def test_convert_load_export_is_bit_exact(family, tmp_path):
     plain, config = base(family), tiny_config(family)
     tensors = write_base(plain, config, tmp_path / "base")
@@ -259,6 +300,27 @@ def test_convert_load_export_is_bit_exact(family, tmp_path):
     if family in PLAIN and "sliding_window" not in config:
         export_pytorch(tmp_path / "model", tmp_path / "whole", "merged")
         assert same(mx.load(str(tmp_path / "whole/model.safetensors")), tensors | released)
+
+
+def test_experts_that_mlx_lm_would_stack_are_refused(tmp_path):
+    model, config = base("mixtral"), tiny_config("mixtral")
+    tensors = write_base(model, config, tmp_path / "base")
+    apart = {}
+    for name, x in tensors.items():
+        if ".switch_mlp." not in name:
+            apart[name] = x
+            continue
+        stem, _, rest = name.partition(".switch_mlp.")
+        part = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[rest.split(".")[0]]
+        apart |= {f"{stem}.experts.{e}.{part}.weight": x[e] for e in range(len(x))}
+    mx.save_safetensors(str(tmp_path / "base/model.safetensors"), apart, {"format": "pt"})
+    with pytest.raises(AHNError, match=r"base: mlx_lm rearranges .* mixtral .*mlx_lm.convert"):
+        loaded_base(tmp_path / "base")
+
+
+def loaded_base(place):
+    config, sources = describe(place)
+    return fit(build_base(config), config, sources, place, place)
 
 
 @pytest.mark.parametrize("name", ["mistral", "iquestcoder", "xverse"])
