@@ -21,9 +21,11 @@ from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import fit, load_model
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.errors import AHNError
+from ahn_mlx.measure.cost import shape_of
 from ahn_mlx.model.augment import augment, build_base, hidden_states, memory_layers
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.families import families, judge, tiny_config
+from ahn_mlx.model.fit import fit_of
 from ahn_mlx.model.names import published_name
 from ahn_mlx.model.pure import initial_state
 from ahn_mlx.model.together import prepare, together
@@ -412,3 +414,47 @@ def test_what_does_not_fit_says_what_is_missing():
     assert "text_config" in said["qwen2_vl"].words
     assert [name for name, verdict in said.items() if verdict.fits] == ["qwen3"]
     assert set(PLAIN + MIXED) < set(families())
+
+
+class Swapped(llama.Attention):
+    """Keys for values."""
+
+    def __call__(self, x, mask=None, cache=None):
+        self.k_proj, self.v_proj = self.v_proj, self.k_proj
+        try:
+            return super().__call__(x, mask, cache)
+        finally:
+            self.k_proj, self.v_proj = self.v_proj, self.k_proj
+
+
+def test_keys_for_values_are_seen(monkeypatch):
+    monkeypatch.setattr(llama, "Attention", Swapped)
+    with pytest.raises(AHNError, match="does something that is not known"):
+        augment(base("llama"), ahn_mlx.AHNConfig(window=WINDOW))
+
+
+def test_the_proof_leaves_parameters_and_random_numbers_alone():
+    model = base("llama", hidden_size=48, head_dim=12)
+    before = dict(tree_flatten(model.parameters()))
+    mx.random.seed(7)
+    fit_of(model.layers[0].self_attn, 48)
+    after = dict(tree_flatten(model.parameters()))
+    assert all(after[name] is x for name, x in before.items())
+    drawn = mx.random.normal((3,))
+    mx.random.seed(7)
+    assert mx.array_equal(drawn, mx.random.normal((3,)))
+
+
+def test_costs_are_counted_or_refused():
+    def counted(family):
+        ahn = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS).to_dict()
+        return shape_of({**tiny_config(family), "ahn": ahn})
+
+    for family in ("phi3", "gemma2"):
+        found, plain = counted(family), dict(tree_flatten(base(family).parameters()))
+        assert found.parameters - found.memory_parameters == sum(x.size for x in plain.values())
+        assert (found.heads, found.kv_heads, found.head_dim) == (4, 2, 16)
+    with pytest.raises(AHNError, match="mixtral: experts"):
+        counted("mixtral")
+    with pytest.raises(AHNError, match="gpt_oss: layers with a window"):
+        counted("gpt_oss")

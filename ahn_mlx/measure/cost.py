@@ -99,10 +99,15 @@ def shape_of(config: dict[str, Any]) -> Shape:
     from ..model.augment import build, shape_of_attention
 
     model = build(config)
+    kind = config["model_type"]
+    if model.own_layers:
+        raise AHNError(f"{kind}: layers with a window or a state of their own are not counted")
     groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "embedding")
     found = dict.fromkeys(groups, 0)
     parameters: Any = tree_flatten(model.parameters())
     for name, x in parameters:
+        if x.ndim == 3 and ".self_attn." not in name:
+            raise AHNError(f"{kind}: experts, of which a token takes some, are not counted")
         found[_group(name, x)] += x.size
     tied = not any(name.startswith("lm_head") for name, _ in parameters)
     if not tied:

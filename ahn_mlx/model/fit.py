@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from operator import itemgetter
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -204,10 +205,8 @@ def _random(name: str, x: mx.array) -> mx.array:
     """A stand-in that does not touch MLX's own random numbers, nor compute the model's."""
     if not mx.issubdtype(x.dtype, mx.floating):
         return x
-    at = mx.arange(x.size, dtype=mx.float32).reshape(x.shape)
-    noise = mx.sin(at * 12.9898 + len(name) * 1.37 + 1.0)
-    noise = mx.sin(noise * 437.5)
-    return 1 + 0.3 * noise if x.ndim < 2 else noise * (2 / x.shape[-1]) ** 0.5
+    noise = mx.random.uniform(-1, 1, x.shape, key=mx.random.key(crc32(name.encode())))
+    return 1 + 0.3 * noise if x.ndim < 2 else noise * (6 / x.shape[-1]) ** 0.5
 
 
 class _Here:
