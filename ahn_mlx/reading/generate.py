@@ -120,7 +120,8 @@ class Run:
         fit = shape_of_attention(self.model)
         tokens = self.read + self.generated
         width = fit.n_kv_heads * fit.head_dim * dtype_of(self.model).size
-        return 2 * len(self.model.layers) * width * tokens
+        layers = len(self.model.layers) - len(self.model.own_layers)
+        return 2 * layers * width * tokens
 
     def facts(self) -> dict[str, Any]:
         """The numbers for a program: tokens, seconds, bytes, and why the answer ended: "stop",
