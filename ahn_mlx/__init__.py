@@ -7,10 +7,17 @@ The platform is set up before anything imports MLX; names are imported when firs
 so that `ahn-mlx --help` need not load a framework.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import platform as platform
+try:
+    from . import platform as platform
+except KeyboardInterrupt:
+    # The command line has not begun to listen.
+    if sys.argv[0].endswith(("ahn-mlx", "-m")):
+        sys.exit(130)
+    raise
 
 if TYPE_CHECKING:
     from .checkpoints.load import load_model as load_model

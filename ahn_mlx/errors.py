@@ -2,6 +2,7 @@
 what was probably meant."""
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,25 @@ def nearest(typed: str, names: Iterable[str]) -> str:
     plain = {name.lower().replace("_", "-"): name for name in names}
     close = difflib.get_close_matches(typed.lower().replace("_", "-"), plain, 1, 0.7)
     return plain[close[0]] if close else ""
+
+
+def near_file(typed: Any, ending: str = "") -> str:
+    """ "; did you mean ...?" of the file beside one that is not there which was probably meant,
+    or "". ending: what its name must end in."""
+    folder, name = os.path.split(os.fspath(typed))
+    try:
+        names = [n for n in sorted(os.listdir(folder or ".")) if n.endswith(ending) and n[0] != "."]
+    except (OSError, ValueError):
+        return ""
+    # Without its ending, with another, or with a slip of the fingers.
+    stem, meant = os.path.splitext(name)[0].lower(), ""
+    for part in filter(None, (name.lower(), stem)):
+        meant = meant or next((n for n in names if n.lower().startswith(part + ".")), "")
+        meant = meant or next((n for n in names if n.lower() == part), "")
+    if not meant:
+        stems = {os.path.splitext(n)[0]: n for n in reversed(names)}
+        meant = nearest(name, names) or stems.get(nearest(stem, stems), "") if stem else ""
+    return f"; did you mean {os.path.join(folder, meant)}?" if meant else ""
 
 
 @contextmanager

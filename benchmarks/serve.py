@@ -1,5 +1,5 @@
-"""The server: rows together against one alone, first tokens under load, a book that was read
-before, and mlx-lm's own server with the same base beside it."""
+"""The server: rows together against one alone, mlx-lm's own server with the same base beside it,
+first tokens under load, and a book that was read before. All answers have the same length."""
 
 import json
 import os
@@ -10,9 +10,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlx_lm.utils import save_model
 from tqdm import tqdm
 
 from ahn_mlx.hub import zoo
+from ahn_mlx.reading.generate import prefill_step
 
 from .measure import table
 
@@ -94,72 +96,114 @@ def base(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, default=str))
 
 
-def ask(client: httpx.Client, name: str, text: str, tokens: int) -> tuple[float, int]:
-    """Seconds to the first words of an answer, and tokens of all of it."""
-    body = {
-        "model": name,
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    begun, first, said = time.perf_counter(), 0.0, 0
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise click.ClickException(response.read().decode()[:300])
-        for line in response.iter_lines():
+class Asker:
+    """A client that asks one server. ends: ids of tokens that would end an answer too early."""
+
+    def __init__(self, client: httpx.Client, model: str, ends: Iterable[int]):
+        self.client, self.model = client, model
+        self.numbers = count(100)  # no question is asked twice: a server may know it
+        self.bias = {str(token): -100 for token in ends}
+
+    @contextmanager
+    def stream(self, text: str, tokens: int, memory: str = "") -> Iterator[Iterator[str]]:
+        """Pieces of an answer of so many tokens. Raises if it turns out to be shorter."""
+        body = {
+            **{"model": self.model + memory, "messages": [{"role": "user", "content": text}]},
+            **{"max_tokens": tokens, "temperature": 0, "stream": True, "logit_bias": self.bias},
+            **{"stream_options": {"include_usage": True}},
+        }
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise click.ClickException(response.read().decode()[:300])
+            yield self._pieces(response.iter_lines(), tokens)
+
+    def _pieces(self, lines: Iterator[str], tokens: int) -> Iterator[str]:
+        said = None
+        for line in lines:
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])
             for choice in event["choices"]:
-                if not first and choice["delta"].get("content"):
-                    first = time.perf_counter() - begun
+                if text := choice["delta"].get("content"):
+                    yield text
             said = (event.get("usage") or {}).get("completion_tokens", said)
-    return first, said
+        if said != tokens:
+            raise click.ClickException(f"an answer has {said} tokens, not {tokens}")
 
-
-def rate(client: httpx.Client, name: str, clients: int, tokens: int) -> float:
-    """Tokens per second of so many clients together, their short prompts included."""
-    texts = [f"Count to {n + 100}." for n in range(clients)]
-    with ThreadPoolExecutor(clients) as pool:
+    def first(self, text: str, memory: str = "") -> float:
+        """Seconds to the first words of an answer."""
         begun = time.perf_counter()
-        said = sum(n for _, n in pool.map(lambda t: ask(client, name, t, tokens), texts))
-        return said / (time.perf_counter() - begun)
+        with self.stream(text, 4, memory) as pieces:
+            next(pieces)
+            return time.perf_counter() - begun
+
+    def rate(self, clients: int, tokens: int) -> float:
+        """Tokens per second of so many clients together, their short prompts included."""
+
+        def answer(_: int) -> None:
+            with self.stream(f"Count to {next(self.numbers)}.", tokens) as pieces:
+                for _ in pieces:
+                    pass
+
+        with ThreadPoolExecutor(clients) as pool:
+            begun = time.perf_counter()
+            list(pool.map(answer, range(clients)))
+            return clients * tokens / (time.perf_counter() - begun)
+
+    @contextmanager
+    def busy(self, clients: int) -> Iterator[None]:
+        """So many clients are answered meanwhile."""
+        stop, begun = threading.Event(), threading.Barrier(clients + 1)
+
+        def work() -> None:
+            with self.stream(f"Count to {next(self.numbers)}.", 1 << 20) as pieces:
+                next(pieces)
+                begun.wait()
+                while not stop.is_set():
+                    next(pieces)
+
+        with ThreadPoolExecutor(clients) as pool:
+            found = [pool.submit(work) for _ in range(clients)]
+            begun.wait()
+            try:
+                yield
+            finally:
+                stop.set()
+            for future in found:
+                future.result()
 
 
 @contextmanager
-def busy(client: httpx.Client, name: str, clients: int) -> Iterator[None]:
-    """So many clients that are answered meanwhile."""
-    stop = threading.Event()
-
-    def work(n: int) -> None:
-        while not stop.is_set():
-            ask(client, name, f"Count to {n + 100}.", 32)
-
-    with ThreadPoolExecutor(clients) as pool:
-        for n in range(clients):
-            pool.submit(work, n)
-        time.sleep(2)
-        yield
-        stop.set()
+def reading(client: httpx.Client, name: str, text: str) -> Iterator[None]:
+    """A document is read meanwhile."""
+    job = digest(client, name, text)
+    while client.get(f"/v1/memory_jobs/{job}").json()["tokens_read"] == 0:
+        time.sleep(0.02)
+    yield
+    client.post(f"/v1/memory_jobs/{job}/cancel")
 
 
-def digest(client: httpx.Client, name: str, text: str, wait: bool) -> str:
+def digest(client: httpx.Client, name: str, text: str) -> str:
     """The id of the job that reads a text."""
     files = {"file": (f"{name}.txt", text.encode())}
     file_id = client.post("/v1/files", files=files).json()["id"]
     body = {"name": name, "file_id": file_id}
     job: str = client.post("/v1/memories", json=body).json()["id"]
-    while wait and client.get(f"/v1/memory_jobs/{job}").json()["status"] != "done":
-        time.sleep(0.1)
     return job
+
+
+def read(client: httpx.Client, name: str, text: str, step: int) -> float:
+    """Seconds that a chunk of a document takes which becomes a memory."""
+    begun, job = time.perf_counter(), digest(client, name, text)
+    while (facts := client.get(f"/v1/memory_jobs/{job}").json())["status"] != "done":
+        time.sleep(0.02)
+    return (time.perf_counter() - begun) * step / float(facts["tokens"])
 
 
 @click.command()
 @click.option("--rows", default=8, show_default=True, help="Answers at a time.")
-@click.option("--tokens", default=48, show_default=True, help="Of each answer.")
-@click.option("--book", default=4096, show_default=True, help="Words of the book.")
+@click.option("--tokens", default=32, show_default=True, help="Of each answer.")
+@click.option("--book", default=1024, show_default=True, help="Words of the book.")
 @click.option("--rounds", default=3, show_default=True, help="Turns; the median counts.")
 def serve(rows: int, tokens: int, book: int, rounds: int) -> None:
     """Ratios of the server with the default model: throughput, first tokens, a book asked."""
@@ -175,25 +219,31 @@ def serve(rows: int, tokens: int, book: int, rounds: int) -> None:
             ours(1, root / "single", model, tokenizer) as one,
             stock(root / "base", model.ahn.capacity) as theirs,
         ):
-            their_name = str(root / "base")
-            measures = {
-                "one client": lambda: rate(many, zoo.DEFAULT, 1, tokens),
-                f"{rows} clients": lambda: rate(many, zoo.DEFAULT, rows, tokens),
-                "one client, --rows 1": lambda: rate(one, zoo.DEFAULT, 1, tokens),
-                "one client, mlx_lm.server": lambda: rate(theirs, their_name, 1, tokens),
-                f"{rows} clients, mlx_lm.server": lambda: rate(theirs, their_name, rows, tokens),
-            }
-            _throughput(measures, rounds)
-            _first(many, rows, words, rounds)
+            ends = tokenizer.eos_token_ids
+            ask = Asker(many, zoo.DEFAULT, ends)
+            single = Asker(one, zoo.DEFAULT, ends)
+            other = Asker(theirs, str(root / "base"), ends)
+            _throughput(
+                {
+                    "one client": lambda n: ask.rate(1, n),
+                    f"{rows} clients": lambda n: ask.rate(rows, n),
+                    "one client, --rows 1": lambda n: single.rate(1, n),
+                    "one client, mlx_lm.server": lambda n: other.rate(1, n),
+                    f"{rows} clients, mlx_lm.server": lambda n: other.rate(rows, n),
+                },
+                tokens,
+                rounds,
+            )
+            _first(ask, rows, words, rounds)
 
 
-def _throughput(measures: dict[str, Any], rounds: int) -> None:
+def _throughput(measures: dict[str, Callable[[int], float]], tokens: int, rounds: int) -> None:
     for measure in measures.values():
-        measure()  # warm up
+        measure(2)  # warm up
     found: dict[str, list[float]] = {name: [] for name in measures}
     for _ in tqdm(range(rounds), desc="throughput", leave=False):
         for name, measure in measures.items():
-            found[name].append(measure())
+            found[name].append(measure(tokens))
     median = {name: statistics.median(values) for name, values in found.items()}
     alone = median["one client"]
     table(
@@ -203,26 +253,25 @@ def _throughput(measures: dict[str, Any], rounds: int) -> None:
     click.echo()
 
 
-def _first(client: httpx.Client, rows: int, words: str, rounds: int) -> None:
-    """Seconds to the first token."""
-    name, question = zoo.DEFAULT, "What is this about?"
+def _first(ask: Asker, rows: int, words: str, rounds: int) -> None:
+    """Seconds to the first token, of questions that no snapshot knows."""
 
-    def median(model: str, text: str) -> float:
-        # Another question each time: no snapshot knows it.
-        times = [ask(client, model, f"{text} {time.time()}", 2)[0] for _ in range(rounds)]
-        return statistics.median(times)
+    def median(memory: str = "") -> float:
+        asked = (f"What is {next(ask.numbers)}?" for _ in range(rounds))
+        return statistics.median(ask.first(question, memory) for question in asked)
 
-    quiet = median(name, question)
-    found = {"nobody else": quiet}
-    with busy(client, name, rows - 1):
-        found[f"{rows - 1} others are answered"] = median(name, question)
-    job = digest(client, "meanwhile", words * 8, wait=False)
-    while client.get(f"/v1/memory_jobs/{job}").json()["status"] == "queued":
-        time.sleep(0.1)
-    found["a document is read"] = median(name, question)
-    client.post(f"/v1/memory_jobs/{job}/cancel", json={})
-    digest(client, "book", words, wait=True)
-    found["a book, as a model"] = median(f"{name}@book", question)
-    found["a book, sent along"] = median(name, f"{words}\n\n{question}")
+    others, found = f"{rows - 1} others are answered", dict[str, float]()
+    median()  # warm up
+    found["nobody else"] = quiet = median()
+    with ask.busy(rows - 1):
+        found[others] = median()
+    with reading(ask.client, "meanwhile", words * 32):
+        found["a document is read"] = median()
+        with ask.busy(rows - 1):
+            found[f"a document is read, {others}"] = median()
+    found["(a chunk of a document)"] = read(ask.client, "book", words, prefill_step())
+    median(memory="@book")  # now it is loaded
+    found["a book, as a model"] = median(memory="@book")
+    found["a book, sent along"] = ask.first(f"{words} What is this?")
     rows_of = [[what, f"{s:.2f}", f"{s / quiet:.1f}"] for what, s in found.items()]
     table(["first token while", "seconds", "/ nobody else"], rows_of)

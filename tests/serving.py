@@ -1,7 +1,10 @@
 """A small model behind a real server on loopback, for tests that ask it as clients do."""
 
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +14,8 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
-from checkpoints import CHATML, chat_tokenizer
+import pytest
+from checkpoints import CHATML, REPO, chat_tokenizer
 from mlx_lm.models import llama
 from mlx_lm.tool_parsers import json_tools
 
@@ -93,6 +97,43 @@ class Site:
         wait_until(lambda: self.service.engine.free == self.service.engine.rows)
 
 
+@contextmanager
+def started(*args: object) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
+    """ahn-mlx serve as a process of its own: it, a client, and what it says of rows."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ahn_mlx", "serve", "--port", "0", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+    )
+    try:
+        assert process.stdout is not None
+        first, second = process.stdout.readline(), process.stdout.readline()
+        found = re.match(r"(http://127\.0\.0\.1:\d+)/v1 serves (\S+)$", first)
+        assert found, (first, process.stderr and process.stderr.read())
+        with httpx.Client(base_url=found[1], timeout=60, trust_env=False) as client:
+            yield process, client, second
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def install(*command: object, cwd: Path) -> None:
+    """Run a package manager, and skip the test where it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def environment(path: Path, *packages: str) -> Path:
+    """Programs of packages from the registry, in an environment of their own."""
+    path.mkdir(exist_ok=True)
+    install(sys.executable, "-m", "venv", path, cwd=path)
+    install(path / "bin/python", "-m", "pip", "install", "-q", *packages, cwd=path)
+    return path / "bin"
+
+
 def wait_until(true: Any, seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not true():
@@ -136,4 +177,15 @@ def serving(
         end(service, digests)
 
 
-__all__ = ["CHATML", "CONTROL", "Site", "model", "serving", "tokenizer", "wait_until"]
+__all__ = [
+    "CHATML",
+    "CONTROL",
+    "Site",
+    "environment",
+    "install",
+    "model",
+    "serving",
+    "started",
+    "tokenizer",
+    "wait_until",
+]

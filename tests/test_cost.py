@@ -268,6 +268,19 @@ print(sorted({{"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub"}} & s
     assert len(lines) > 12 and max(map(len, lines)) <= 80
 
 
+def test_a_base_of_a_name_needs_no_network(monkeypatch):
+    def asked(repo):
+        raise AssertionError(f"the hub was asked for {repo}")
+
+    monkeypatch.setattr("ahn_mlx.hub.download.config_dir", asked)
+    for kind in ("deltanet", "mamba2"):
+        of_base, of_name = (
+            json.loads(run(estimate, "--model", name, "--kind", kind, "--json").output)
+            for name in ("Qwen/Qwen2.5-7B-Instruct", "ahn-gdn-7b")
+        )
+        assert of_base == of_name
+
+
 def listed(*arguments):
     done = run(models, *arguments)
     assert done.exit_code == 0, done.output
@@ -281,6 +294,8 @@ def test_models_says_what_fits(tmp_path, monkeypatch):
     assert fits["ahn-gdn-smollm2-135m"] is True and fits["ahn-gdn-14b"] is False
     rows = {line.split()[0]: line.split() for line in listed().splitlines() if line[:1].isalpha()}
     assert rows["ahn-gdn-14b"][-2:] == ["no", "-"]
+    one = listed("ahn-gdn-14b")
+    assert "ahn-gdn-7b" not in one and "ahn-mlx pull ahn-gdn-14b " in one
 
 
 def test_models_lists_what_people_converted(tmp_path, monkeypatch):

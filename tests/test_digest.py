@@ -85,7 +85,7 @@ def test_info_as_json_says_the_same_of_any_memory(directory, tmp_path):
         "file": str(tmp_path / "a.ahn"),
         "version": 2,
         "model": str(directory),
-        "memory": "gated_deltanet",
+        "kind": "gated_deltanet",
         "dtype": "float32",
         "bits": None,
         "window_bits": None,
@@ -147,6 +147,21 @@ def test_verify_looks_at_the_tail_too(book):
     book.write_bytes(data)
     with pytest.raises(AHNError, match=r"book\.ahn: damaged"):
         run(memory, "verify", book)
+
+
+def test_a_memory_that_was_cut_is_to_be_digested_again(book):
+    whole = book.read_bytes()
+    for size in (5, 100, len(whole) - 1):
+        book.write_bytes(whole[:size])
+        with pytest.raises(AHNError, match=r"book\.ahn: damaged .*; digest the text again$"):
+            memoryfile.verify(book)
+
+
+def test_an_empty_text_is_not_read(directory):
+    session = Session(*load(directory))
+    with pytest.raises(AHNError, match="the text is empty"):
+        session.read("")
+    assert session.tokens == 0 and session.texts == []
 
 
 def test_a_model_that_has_moved_is_asked_for(directory, tmp_path):

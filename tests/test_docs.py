@@ -190,7 +190,7 @@ def test_command_lines_parse(document: Path) -> None:
         ("ahn-mlx chat --memory x --window 5", ["window has no effect"]),
         ("ahn-mlx no-such", ["no-such"]),
         ("ahn-mlx memory look x", ["look"]),
-        ("ahn-mlx models x", ["x"]),
+        ("ahn-mlx doctor x", ["x"]),
         ("mlx.launch -n 2 ahn-mlx train --data x", ["Missing option"]),
         ("python convert.py --ahn x", ["Missing option"]),
         ("python -m benchmarks far x --token 3 # a comment", ["--token"]),

@@ -3,6 +3,7 @@
 import builtins
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,8 +15,10 @@ import pytest
 from checkpoints import REPO
 
 from ahn_mlx import AHNError
+from ahn_mlx.platform import pip_install
 from ahn_mlx.reading import documents
 from ahn_mlx.reading.text import find, read_documents, read_file, read_texts
+from ahn_mlx.train.data import texts
 
 NOVEL = (REPO / "ahn_mlx/demo/pride-and-prejudice.txt").read_text(encoding="utf-8")
 WEB = "http://127.0.0.1:9/"  # nobody answers
@@ -363,7 +366,8 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, monkeypatch):
         ("a.docx", papers.docx(papers.paragraph("x")), "a Word document"),
         ("a.html", b"<p>x", "a page of HTML"),
     ):
-        command = r"pip install 'ahn-mlx\[documents\]'"
+        # The command that doctor names.
+        command = re.escape(pip_install("pypdfium2", "mammoth", "html-to-markdown"))
         with pytest.raises(AHNError, match=rf"{name}: is {what}; {command} makes it readable"):
             read_file(file(tmp_path, data, name))
     assert read_file(file(tmp_path, "\ufeff# Title\n", "a.md")) == "# Title\n"
@@ -408,8 +412,45 @@ def test_a_folder_is_read_as_people_number_files(tmp_path, capsys):
     found = [os.path.relpath(file, tmp_path) for file in find([str(tmp_path)])]
     assert found == ["ch1.txt", "ch2/a.md", "ch2/b.md", "Ch3.txt", "ch10.txt"]
     said = capsys.readouterr().err
-    assert said.startswith(f"note: {tmp_path}: left out ch2/a b.png, empty.txt, which")
-    assert said.count("\n") == 1
+    what = "ch2/a b.png, a picture (PNG); empty.txt, empty"
+    assert said == f"note: {tmp_path}: left out {what}\n"
+
+
+@pytest.mark.parametrize("place", ["notes", "notes/*"])
+def test_what_is_no_text_or_damaged_is_left_out_unless_it_is_named(
+    tmp_path, monkeypatch, capsys, place
+):
+    monkeypatch.chdir(tmp_path)
+    bad = {
+        "latin one.txt": b"caf\xe9",
+        "wide.txt": "wide open".encode("utf-16-le"),
+        "damaged.pdf": b"%PDF-1.4 and no more",
+        "blank.txt": b" \n",
+    }
+    for name, data in bad.items():
+        file(tmp_path, data, f"notes/{name}")
+        with pytest.raises(AHNError):
+            read_documents([f"notes/{name}"], has_prompt=False)
+    with pytest.raises(AHNError, match="is empty"):  # nothing is left, and the first is named
+        read_documents([place], has_prompt=False)
+    file(tmp_path, "good\n", "notes/z.txt")
+    file(tmp_path, b"\x89PNG\r\n\x1a\n\0", "notes/pic.png")
+    capsys.readouterr()
+    assert read_documents([place], has_prompt=False) == "good\n"
+    said = capsys.readouterr().err
+    assert said.count("note: ") == said.count("\n") == len(bad) + 1
+    assert "pic.png, a picture (PNG)" in said
+    command = "iconv -f WINDOWS-1252 -t utf-8 'notes/latin one.txt' > 'notes/latin one.utf8.txt'"
+    assert "latin one.txt: not UTF-8 text (byte 3);" in said and command in said
+    subprocess.run(command, shell=True, check=True)
+    assert Path("notes/latin one.utf8.txt").read_text(encoding="utf-8") == "caf\u00e9"
+    assert list(texts((place,))) == ["caf\u00e9", "good\n"]  # training reads alike
+
+
+def test_a_bad_line_of_json_is_not_left_out(tmp_path):
+    file(tmp_path, '{"text": "a"}\n{"text": 5}\n', "corpus/a.jsonl")
+    with pytest.raises(AHNError, match="line 2"):
+        list(texts((str(tmp_path / "corpus"),)))
 
 
 def test_nothing_found_and_a_file_twice_are_named(tmp_path, monkeypatch):

@@ -61,6 +61,9 @@ def test_numbers_of_a_run(loaded: Any) -> None:
     assert [read for read, _ in seen] == [*range(0, len(prompt), 100), len(prompt) - 1, len(prompt)]
     assert 0 < seen[-2][1] <= seen[-1][1] <= 1.01 * seen[-2][1]  # full and flat
     assert f"prompt {len(prompt)} tokens" in run.summary()
+    assert "MB, full attention " in run.summary()
+    run.read = 64 + 4 - run.generated
+    assert run.summary().endswith(" MB, full at 68 tokens")
 
 
 def test_full_attention_is_what_mlx_lm_would_hold(loaded: Any) -> None:

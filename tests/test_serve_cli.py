@@ -4,14 +4,10 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
-from contextlib import contextmanager
 
-import httpx
 import pytest
-from checkpoints import REPO, talking_model
-from serving import wait_until
+from checkpoints import talking_model
+from serving import started, wait_until
 
 from ahn_mlx import AHNError
 from ahn_mlx.cli import cli
@@ -22,36 +18,10 @@ def directory(tmp_path_factory):
     return talking_model("qwen2-gdn", tmp_path_factory.mktemp("serve"))
 
 
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "ahn_mlx", "serve", *map(str, args)]
-
-
 def refused(*args: object) -> str:
     with pytest.raises(AHNError) as e:
         cli.main(["serve", *map(str, args)], standalone_mode=False)
     return str(e.value)
-
-
-@contextmanager
-def started(*args: object):
-    """The process, a client, and what it said first."""
-    process = subprocess.Popen(
-        command("--port", 0, *args),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-    )
-    try:
-        assert process.stdout is not None
-        first, second = process.stdout.readline(), process.stdout.readline()
-        found = re.match(r"(http://127\.0\.0\.1:\d+)/v1 serves (\S+)$", first)
-        assert found, (first, process.stderr and process.stderr.read())
-        with httpx.Client(base_url=found[1], timeout=60, trust_env=False) as client:
-            yield process, client, second
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.slow
@@ -93,7 +63,18 @@ def test_what_it_refuses_before_it_loads_a_model(directory, tmp_path):
     assert "--port must be" in refused("--port", 70000)
     assert "without a path" in refused("--allow-origin", "http://a.b/c")
     assert "--allow-origin" in refused("--allow-origin", "*")
-    assert "cannot listen" in refused("--host", "192.0.2.1", "--api-key-file", _key(key))
+    elsewhere = ("--host", "192.0.2.1", "--memories", tmp_path)
+    assert "cannot listen" in refused(*elsewhere, "--api-key-file", _key(key))
+
+
+def test_memories_have_a_place_if_nobody_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    elsewhere = ("--host", "192.0.2.1", "--api-key-file", _key(tmp_path / "key"))
+    assert "cannot listen" in refused(*elsewhere)
+    assert (tmp_path / "ahn-mlx" / "memories").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    assert "give a directory as --memories" in refused(*elsewhere)
 
 
 def _key(file):

@@ -1,25 +1,20 @@
-"""The engine: whoever else is answered, an answer is the same; and no request ends the thread."""
+"""The engine: whoever else is answered, an answer is the same."""
 
-import queue
 import time
-from contextlib import contextmanager
-from itertools import pairwise
 
 import mlx.core as mx
 import pytest
 from checkpoints import chat_tokenizer, talking_model
+from engines import PROMPTS, cancel, finish, made, running, small, start
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from serving import wait_until
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model
-from ahn_mlx.reading.sampling import Sampling
-from ahn_mlx.serve.answers import Done, Failed, Piece, Request
-from ahn_mlx.serve.engine import Engine, fresh
+from ahn_mlx.serve.answers import Piece
+from ahn_mlx.serve.budget import row_bytes
+from ahn_mlx.serve.engine import fresh
 from ahn_mlx.serve.parameters import APIError
-from ahn_mlx.serve.sampling import Wish
-
-# Within the window, just full, far beyond it; and one token alone.
-PROMPTS = [[(7 * i + n) % 256 for i in range(n)] for n in (5, 1, 31, 70, 12, 200)]
 
 
 def load(variant, path):
@@ -27,24 +22,9 @@ def load(variant, path):
     return load_model(path, dtype="float32")[0], load_tokenizer(path)
 
 
-def small(engine, **options):
-    session = fresh(engine, options.get("bits"), options.get("group", 64))
-    session.step = 16
-    return session
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     return load("qwen2-gdn", tmp_path_factory.mktemp("serve"))
-
-
-@contextmanager
-def running(*loaded, rows):
-    engine = Engine(*loaded, rows=rows)
-    try:
-        yield engine
-    finally:
-        engine.stop()
 
 
 @pytest.fixture(scope="module")
@@ -58,41 +38,11 @@ def base(engine):
     return small(engine)
 
 
-WISHES = ("bias", "presence", "frequency", "top_logprobs")
-
-
-def wish(**options):
-    own = {k: options.pop(k) for k in WISHES if k in options}
-    return Wish(Sampling(**{"max_tokens": 24, **options}), **own)
-
-
-def start(engine, base, ids, n=1, **options):
-    told: queue.SimpleQueue = queue.SimpleQueue()
-    request = Request(base, ids, wish(**options), told.put, n)
-    engine.reserve(n)
-    engine.submit(request)
-    return request, told
-
-
-def finish(told, n=1):
-    """Tokens of each answer, and how each ended."""
-    tokens, done = [[] for _ in range(n)], {}
-    while len(done) < n:
-        event = told.get(timeout=60)
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Piece) and event.token:
-            tokens[event.choice].append((event.token.id, event.token.logprob))
-        if isinstance(event, Done):
-            done[event.choice] = event
-    return tokens, done
-
-
 def alone(model, ids, n):
     """Greedy tokens by the caches of one row and nothing of the server."""
     caches, found = model.make_cache(), []
-    for start in range(0, len(ids) - 1, 16):
-        model(mx.array([ids[start : min(start + 16, len(ids) - 1)]]), cache=caches)
+    for at in range(0, len(ids) - 1, 16):
+        model(mx.array([ids[at : min(at + 16, len(ids) - 1)]]), cache=caches)
     token = ids[-1]
     for _ in range(n):
         token = mx.argmax(model(mx.array([[token]]), cache=caches)[0, -1]).item()
@@ -122,18 +72,6 @@ def check_company(engine, base, model, prompts):
 
 def test_answers_are_the_same_alone_and_in_company(engine, base, loaded):
     check_company(engine, base, loaded[0], PROMPTS)
-
-
-def made(memory, hidden=64, heads=2, **options):
-    """A model of random parameters whose memory is heard."""
-    args = llama.ModelArgs("llama", hidden, 2, hidden, heads, rms_norm_eps=1e-5, vocab_size=256)
-    mx.random.seed(0)
-    model = augment(llama.Model(args), AHNConfig(memory, 12, 4, "clamped", **options))
-    for layer in model.layers:
-        projection = layer.self_attn.ahn.o_proj
-        projection.weight = mx.random.normal(projection.weight.shape)
-    mx.eval(model.parameters())
-    return model
 
 
 @pytest.mark.parametrize(
@@ -192,90 +130,6 @@ def test_a_session_that_was_answered_goes_on_as_one_that_was_not_in_a_pool(engin
     assert [t for t, _ in again[0]] == found
 
 
-def wait_until(true):
-    for _ in range(600):
-        if true():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come to pass")
-
-
-def cancel(engine, *requests):
-    for request in requests:
-        request.cancelled = True
-    engine.wake()
-
-
-def test_rows_that_are_busy_are_refused_at_once_and_a_cancelled_one_is_free(engine, base):
-    running = [start(engine, base, PROMPTS[2], max_tokens=100_000)[0] for _ in range(4)]
-    with pytest.raises(APIError, match="busy") as e:
-        engine.reserve(1)
-    assert (e.value.status, e.value.after) == (429, 1)
-    cancel(engine, running[0])
-    wait_until(lambda: engine.free == 1)
-    finish(start(engine, base, PROMPTS[0])[1])
-    cancel(engine, *running[1:])
-    wait_until(lambda: engine.free == 4)
-
-
-def test_a_long_prompt_delays_a_row_by_one_chunk_at_most(engine, base):
-    order: list[str] = []
-
-    def submit(name, ids):
-        sampling = wish(max_tokens=100_000)
-        request = Request(base, ids, sampling, lambda e: order.append(f"{name}{type(e).__name__}"))
-        engine.reserve(1)
-        engine.submit(request)
-        return request
-
-    row = submit("row", PROMPTS[0])
-    wait_until(lambda: "rowPiece" in order)
-    prompt = submit("long", PROMPTS[5])  # 13 steps of 16 tokens
-    wait_until(lambda: "longPiece" in order)
-    cancel(engine, row, prompt)
-    wait_until(lambda: engine.free == 4)
-    reads = [i for i, name in enumerate(order) if name == "longRead"]
-    assert len(reads) == 13
-    assert all("rowPiece" in order[a:b] for a, b in pairwise(reads))
-
-
-def test_two_prompts_are_read_by_turns(engine, base):
-    order: list[str] = []
-    requests = []
-    for name in "ab":
-        sampling = wish(max_tokens=1)
-        tell = lambda e, name=name: order.append(name)  # noqa: E731
-        requests.append(Request(base, PROMPTS[5], sampling, tell))
-        engine.reserve(1)
-    # In one turn of the engine.
-    engine.call(lambda: [engine.submit(r) for r in requests]).result()
-    wait_until(lambda: engine.free == 4)
-    assert "".join(order).startswith("abababab")
-
-
-class Breaks(Exception):
-    pass
-
-
-def test_what_fails_is_told_and_the_thread_goes_on(engine, base):
-    with pytest.raises(APIError, match="not among the model's"):
-        finish(start(engine, base, [5, 1 << 30])[1])
-    with pytest.raises(APIError, match="empty"):
-        finish(start(engine, base, [])[1])
-
-    def bad(*_):
-        raise Breaks
-
-    # Whoever listens is gone, and every word to it fails.
-    engine.reserve(1)
-    engine.submit(Request(base, [1, 2], wish(max_tokens=4), bad))
-    with pytest.raises(Breaks):
-        engine.call(bad).result(timeout=30)
-    assert len(finish(start(engine, base, PROMPTS[2])[1])[0][0]) == 24
-    wait_until(lambda: engine.free == 4)
-    assert engine.thread.is_alive() and not engine.stuck
-
-
 def test_penalties_and_bias(engine, base):
     plain, _ = finish(start(engine, base, PROMPTS[0])[1])
     token = plain[0][0][0]
@@ -331,3 +185,26 @@ def test_nothing_grows(engine, base):
     for n in range(12):
         finish(start(engine, base, PROMPTS[n % len(PROMPTS)], temp=1.0 + n / 100)[1])
     assert engine.call(held).result() <= before + 4096
+
+
+def test_rows_hold_what_is_said_of_them():
+    """Weights, rows, and nothing that a chunk needed."""
+    model = made("gated_deltanet")
+    with running(model, chat_tokenizer(), rows=4) as engine:
+        session = small(engine)
+        row = row_bytes(engine, session)
+        requests = []
+
+        def held() -> int:
+            mx.clear_cache()
+            return mx.get_active_memory()
+
+        before = engine.call(held).result()
+        for ids in PROMPTS[2:]:
+            requests.append(start(engine, session, ids, max_tokens=100_000)[0])
+        for ended in (False, True):
+            if ended:
+                cancel(engine, *requests)
+            wait_until(lambda: engine.reading == 0)
+            time.sleep(0.5)
+            assert engine.call(held).result() <= before + 4 * row * 1.02 + 16384

@@ -280,6 +280,14 @@ def test_half_a_body_is_not_waited_for(site: Site, monkeypatch):
     assert time.monotonic() - begun < 60
 
 
+def test_words_are_not_held_back(site: Site):
+    """Nagle's algorithm would wait 40 ms for an acknowledgement, answer by answer."""
+    site.ok("/health")
+    for connection in list(site.server.server_state.connections):
+        connected = connection.transport.get_extra_info("socket")
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+
 def test_connections_are_bounded(site: Site, monkeypatch):
     monkeypatch.setattr("ahn_mlx.serve.guard.MAX_CONNECTIONS", 5)
     host, _, port = site.url.removeprefix("http://").partition(":")

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..errors import AHNError, show
 
+FETCH = "fetch it again"  # of a damaged file that came from elsewhere
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
 MAX_DIM = 2**31 - 1  # MLX counts dimensions in int32
 MAX_NDIM = 8
@@ -161,7 +163,18 @@ def _check_layout(file: Path, header: dict[str, TensorInfo], data_size: int) -> 
 
 
 def _broken(file: Path, why: str) -> AHNError:
-    return AHNError(f"{file}: damaged safetensors file, {why}; fetch it again")
+    return AHNError(f"{file}: damaged safetensors file, {why}; {FETCH}")
+
+
+@contextmanager
+def mended(mend: str) -> Iterator[None]:
+    """Around the reading of a file that this program wrote itself: what to do if it is damaged."""
+    try:
+        yield
+    except AHNError as e:
+        if not str(e).endswith(FETCH):
+            raise
+        raise AHNError(str(e).removesuffix(FETCH) + mend) from None
 
 
 class TensorWriter:

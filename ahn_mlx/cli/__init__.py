@@ -9,12 +9,16 @@ import os
 import sys
 from pathlib import Path
 
-import click
-from click.shell_completion import CompletionItem
-
 from .. import __version__
-from ..errors import AHNError
-from .command import Group
+
+try:
+    import click
+    from click.shell_completion import CompletionItem
+
+    from ..errors import AHNError
+    from .command import Group
+except KeyboardInterrupt:
+    sys.exit(130)
 
 # Name -> (module, attribute, line in the overview).
 COMMANDS = {
@@ -105,7 +109,7 @@ def main() -> None:
         code = _fail(f"{e.format_message()} See {command} --help")
     except (AHNError, click.ClickException) as e:
         code = _fail(str(e))
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
         # The reader has left (`| head`). Python would complain again when it exits.
@@ -147,5 +151,7 @@ def _tolerate() -> None:
 
 
 def _fail(message: str) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    from .terminal import say
+
+    say(f"error: {' '.join(message.split())}")
     return 2

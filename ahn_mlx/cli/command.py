@@ -5,6 +5,7 @@ answered with what is right, and what an option says can be said without it wher
 """
 
 import io
+import shlex
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
@@ -24,6 +25,18 @@ RENAMED = {
     "--plot": "--out",
     "--system": "--system-prompt",
     "--weight-bits": "--q-bits",
+}
+# What other programs call what ours call otherwise; the first that a command has is meant.
+ELSEWHERE = {
+    "--context-length": ("--window",),
+    "--ctx-size": ("--window",),
+    "--file": ("--prompt-file", "--text", "--data"),
+    "--max-kv-size": ("--window",),
+    "--max-new-tokens": ("--max-tokens",),
+    "--output": ("--out",),
+    "--quantize": ("--q-bits",),
+    "--question": ("--prompt",),
+    "--temperature": ("--temp",),
 }
 # Of two of these one would not be read; of other options the last counts, as people expect.
 ONCE = ("file", "memory", "prompt", "text")
@@ -148,15 +161,34 @@ def _no_such(typed: str, args: list[str], options: dict[str, Any]) -> str:
     text = next((a for a in args if a.startswith(typed) and any(map(str.isspace, a))), "")
     if text:
         return f"{said} A text that begins with a dash goes after --, as in: -- {text[:40]!r}"
-    if meant := nearest(typed, (o for o in options if o.startswith("--"))):
-        return f"{said} Did you mean {meant}?"
-    return said
+    meant = next((o for o in ELSEWHERE.get(typed, ()) if o in options), "")
+    if not meant and typed not in ELSEWHERE:
+        # Dashes, which all have, would make short ones alike.
+        name = nearest(typed.lstrip("-"), (o[2:] for o in options if o.startswith("--")))
+        meant = f"--{name}" if name else ""
+    return f"{said} Did you mean {meant}?" if meant else said
 
 
 class Group(click.Group):
     """A group that knows which command was probably meant."""
 
     command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = list(args)  # click takes them away
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as e:
+            said = f"No such option {e.option_name!r}."
+            if meant := nearest(e.option_name, [o for p in self.get_params(ctx) for o in p.opts]):
+                raise click.UsageError(f"{said} Did you mean {meant}?", ctx) from None
+            command = next((a for a in rest if a in self.list_commands(ctx)), "")
+            if not command:
+                raise click.UsageError(f"{said} Options come after a command.", ctx) from None
+            rest.remove(command)
+            right = shlex.join([*ctx.command_path.split(), command, *rest])
+            said = f"Options come after the command. Did you mean {right}?"
+            raise click.UsageError(said, ctx) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

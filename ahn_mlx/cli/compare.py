@@ -1,12 +1,15 @@
 """ahn-mlx compare: what a memory is worth on a text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import AHNError
+from ..hub.published import MODELS
+from ..model.config import AHNConfig
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
 from .command import Command, Word
 from .estimate import print_table
@@ -79,6 +82,10 @@ def compare(**options: Any) -> None:
         reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
         out = picture(options["plot"], tuple(filter(None, reads)), options["force"])
     text = read_typed([options["text"]], has_prompt=False)
+    L, count = options["seq_len"], options["segments"]
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if options["tokens"] is None and size < L * count:  # no token is shorter than a byte
+        raise AHNError(_too_short(options, size // 6, f"{size:,} bytes"))
     import mlx.core as mx
 
     from ..measure import compare as measure
@@ -90,12 +97,8 @@ def compare(**options: Any) -> None:
     if options["tokens"]:
         _stream(model, mx.array([*begin, *ids]), options, out)
         return
-    L, count = options["seq_len"], options["segments"]
     if len(ids) < L * count:
-        raise AHNError(
-            f"{options['text']}: {len(ids):,} tokens are less than {count} segments of {L:,};"
-            " use fewer or shorter ones"
-        )
+        raise AHNError(_too_short(options, len(ids), f"{len(ids):,} tokens"))
     with progress_bar(count, "comparing", "segments") as bar:
         result = measure.compare(
             model,
@@ -105,6 +108,21 @@ def compare(**options: Any) -> None:
             bar.update,
         )
     _show(result, options, out)
+
+
+def _too_short(options: dict[str, Any], tokens: int, said: str) -> str:
+    """What is said of a text of about so many tokens: what would do for it."""
+    L, count = options["seq_len"], options["segments"]
+    fewer = f"--segments {tokens // L}"
+    if tokens < L:
+        length = 1 << max(4, tokens.bit_length() - 1)
+        fewer = f"--segments 1 --seq-len {length}"
+        settings = MODELS[options["name"]].settings if options["name"] in MODELS else AHNConfig()
+        chosen = {k: options[k] for k in ("window", "sinks") if options[k] is not None}
+        if replace(settings, **chosen).capacity + 1 >= length:
+            fewer += f" --window {length // 2} --sinks 4"
+    segments = f"{count} segments of {L:,} tokens" if count > 1 else f"a segment of {L:,} tokens"
+    return f"{options['text']}: {said} are fewer than {segments}; give {fewer}, or a longer text"
 
 
 def _stream(model: Any, ids: Any, options: dict[str, Any], out: OutFile | None) -> None:
@@ -180,9 +198,10 @@ def _print(result: "Comparison") -> None:
         if total.has_gap
         else "the window alone is as good in NLL, as far as so few tokens tell"
     )
+    spread = f" (segments {min(result.ratios):.3f} to {max(result.ratios):.3f})"
     click.echo(
         f"{SENTENCES[total.verdict]} KL with memory is {result.ratio:.3f} of the window's"
-        f" (segments {min(result.ratios):.3f} to {max(result.ratios):.3f}); {gap}"
+        f"{spread if len(result.ratios) > 1 else ''}; {gap}"
     )
     click.echo(ERRORS)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..errors import AHNError
 from .command import Command, Word
 from .options import quiet_option
 
@@ -48,5 +49,10 @@ def convert(base: str | None, q_bits: str, **options: Any) -> None:
     from ..checkpoints.convert import convert
     from ..hub.bases import find_base
 
-    convert(find_base(base) if base else None, q_bits=int(q_bits), **options)
+    path = find_base(base) if base else None
+    try:
+        convert(path, q_bits=int(q_bits), **options)
+    except AHNError as e:
+        # Who named a repository or a model of ours has never seen where its files are.
+        raise AHNError(str(e).replace(f"{path}:", f"{base}:") if base else str(e)) from None
     click.echo(f"wrote {options['out']}")

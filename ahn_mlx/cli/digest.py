@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..outputs.files import OutFile, parts_of, real_path
 from .command import Command, Word
 from .options import (
     check_numbers,
+    force_option,
     is_given,
     load_model,
     loading_options,
@@ -26,7 +28,7 @@ from .options import (
     window_bits_options,
 )
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
-from .words import memory_name, read_typed
+from .words import is_there, looks_like_file, memory_name, read_typed
 
 
 @click.command(cls=Command)
@@ -37,6 +39,7 @@ from .words import memory_name, read_typed
     when=lambda options: options["append"],
     why="with --append: {out} goes on as it began",
 )
+@no_effect("force", when=lambda options: options["append"], why="with --append, which adds")
 @loading_options
 @prompt_file_option
 @click.option(
@@ -46,6 +49,7 @@ from .words import memory_name, read_typed
     help="File to write. Default: that of the document, .ahn.",
 )
 @click.option("--append", is_flag=True, help="Go on reading where OUT stopped.")
+@force_option
 @window_bits_options
 @template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
@@ -64,9 +68,10 @@ def digest(**options: Any) -> None:
     """
     check_numbers(options)
     files = list(options["prompt_file"])
+    _refuse_question(files)
     out = options["out"] = options["out"] or memory_name(files)
     partial = out.parent / f"{out.name}.partial"  # "." has no name
-    _check_out(out, partial, options["append"])
+    _check_out(out, partial, options)
     text = read_typed(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
@@ -82,7 +87,7 @@ def digest(**options: Any) -> None:
     finished = session.fork()
     finished.note_text(name, done["done"])
     try:
-        _check_out(out, partial, options["append"])
+        _check_out(out, partial, options)
         finished.save(out)
     except AHNError as e:
         session.save(partial, **done)
@@ -157,12 +162,23 @@ def _read(
     return session, {"job": job, "done": len(ids), "opening": opening}
 
 
-def _check_out(out: Path, partial: Path, append: bool) -> None:
-    """Raise AHNError unless both can be written and nothing is lost by it."""
-    from ..reading.memoryfile import is_memory
+def _refuse_question(files: list[str]) -> None:
+    """Raise AHNError for one among the names of files."""
+    for word in files:
+        if is_there(word) or looks_like_file(word) or not (word.endswith("?") or " " in word):
+            continue
+        where = [memory_name([f]) for f in files if f != word and f != "-"]
+        asks = f"ahn-mlx ask {shlex.quote(str(where[0])) if where else 'book.ahn'}"
+        raise AHNError(f"digest takes no question; {asks} {shlex.quote(word)} does")
 
-    if os.path.isfile(real_path(out)) and not append:
-        raise AHNError(f"{out}: exists; --append reads more into it, or choose another name")
+
+def _check_out(out: Path, partial: Path, options: dict[str, Any]) -> None:
+    """Raise AHNError unless both can be written and nothing is lost by it."""
+    if os.path.isfile(real_path(out)) and not (options["append"] or options["force"]):
+        mend = "--append reads more into it, --force replaces it, or choose another name"
+        raise AHNError(f"{out}: exists; {mend}")
+    from ..reading.memoryfile import is_memory  # takes a second
+
     for file in (out, partial):
         OutFile(file, "a memory", is_memory).check()
 

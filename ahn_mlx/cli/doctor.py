@@ -30,4 +30,6 @@ def doctor(as_json: bool) -> None:
     for finding in missing:
         click.echo(f"to mend {finding.name}: {finding.mend}")
     if not missing:
-        click.echo("nothing is missing")
+        optional = ", ".join(finding.name for finding in findings if finding.optional)
+        absent = f"; optional, and not there: {optional}" if optional else ""
+        click.echo(f"everything needed is there{absent}")

@@ -131,12 +131,15 @@ def estimate(**options: Any) -> None:
 
 def _shape(options: dict[str, Any]) -> Any:
     """Sizes of what was named. A name of ours needs neither MLX nor a network."""
-    from ..hub.published import MODELS
+    from ..hub.published import MODELS, on_base
     from ..measure.cost import shape_by_name, shape_of
+    from ..model.config import AHNConfig
 
     name = options["name"]
     if name in MODELS and not Path(name).is_dir():
         return shape_by_name(name, replace(MODELS[name].settings, **_chosen(options)))
+    if (known := on_base(name)) and not Path(name).is_dir():
+        return shape_by_name(known.name, replace(AHNConfig(), **_chosen(options)))
     from ..checkpoints.load import built
 
     return built(name, shape_of, config_of(options))
@@ -150,7 +153,7 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
     """config.json of what was named, with the AHN settings asked for."""
     from ..checkpoints.formats import describe_config, is_gguf
     from ..hub.disk import variants
-    from ..hub.published import MODELS, no_such_model
+    from ..hub.published import MODELS, no_such_model, on_base
     from ..model.config import AHNConfig
 
     name = options["name"]
@@ -158,6 +161,8 @@ def config_of(options: dict[str, Any]) -> dict[str, Any]:
         config = describe_config(path)
     elif name in MODELS:
         config = {**MODELS[name].base.config, "ahn": MODELS[name].settings.to_dict()}
+    elif known := on_base(name):
+        config = known.base.config
     elif REPOSITORY.fullmatch(name):
         here = variants(name)
         if here:

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..errors import AHNError, show
+from ..errors import AHNError, near_file, show
 from ..reading.sampling import Sampling
 from .command import Command
 from .options import (
@@ -27,7 +28,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .terminal import printable, progress_bar, say, warn_slow
+from .terminal import Answer, is_piped_in, progress_bar, say, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
@@ -111,6 +112,8 @@ def _typed(words: tuple[str, ...], options: dict[str, Any]) -> tuple[list[str], 
     for file in files if question is None and not options["prompt"] else ():
         if file != "-" and not looks_like_file(file):
             say(f"note: {show(file)} is there and is read; --prompt makes it the question")
+    if question and not files and not re.search(r"\s", question) and near_file(question):
+        say(f"note: {show(question)} is the question{near_file(question)}")
     files += options["prompt_file"]
     if is_given("prompt"):
         if question is not None:
@@ -124,13 +127,15 @@ def _typed(words: tuple[str, ...], options: dict[str, Any]) -> tuple[list[str], 
             raise AHNError("the question is empty; give one, or leave it out")
     if files.count("-") > 1:
         raise AHNError("standard input can be read once; give one -")
+    if question is None and files and "-" not in files and is_piped_in():
+        say("note: what is piped in is not read; -p - makes it the question")
     return files, question
 
 
 def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
     """Print the answer as it comes and then its numbers, or give it to `take`; the exit code."""
     code = 0
-    last = ""
+    answer = Answer()
     bar = progress_bar(len(run.prompt), "reading", "tokens")
 
     def progress(read: int, cache_bytes: int) -> None:
@@ -142,19 +147,12 @@ def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
     run.progress = progress
     try:
         for text in run:
-            (take or _print)(text)
-            last = text or last
+            (take or answer.write)(text)
     except KeyboardInterrupt:
         code = 130
     finally:
         bar.close()
-    if take:
-        return code
-    if last and not last.endswith("\n"):
-        print(flush=True)
-    say(run.summary())
+        answer.end()
+    if not take:
+        say(run.summary())
     return code
-
-
-def _print(text: str) -> None:
-    print(printable(text), end="", flush=True)

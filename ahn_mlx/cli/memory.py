@@ -13,7 +13,16 @@ from .options import json_option
 from .terminal import day, in_bytes
 
 
-@click.group(cls=Group)
+class Memory(Group):
+    """Knows a file where a command should be."""
+
+    def no_such(self, ctx: click.Context, typed: str) -> str:
+        if typed.endswith(".ahn") or Path(typed).is_file():
+            return f"No such command {typed!r}. Did you mean ahn-mlx memory info {typed!r}?"
+        return super().no_such(ctx, typed)
+
+
+@click.group(cls=Memory)
 def memory() -> None:
     """Look into the files that ahn-mlx digest writes.
 
@@ -44,7 +53,7 @@ def describe(file: Path) -> dict[str, Any]:
     from ..reading.memoryfile import read_facts
 
     facts, header = read_facts(file), read_header(file)
-    parts = dict.fromkeys(("window, sinks, gates", "state", "trace", "tail"), 0)
+    parts = dict.fromkeys(("window, sinks, gates", "state", "trace", "tail", "tokens seen"), 0)
     for name, tensor in header.items():
         parts[_part(name)] += tensor.end - tensor.begin
     windows = [layer for layer in facts["layers"] if len(layer) > 1]
@@ -52,7 +61,7 @@ def describe(file: Path) -> dict[str, Any]:
         "file": str(file),
         "version": facts["version"],
         "model": facts["model"]["name"],
-        "memory": facts.get("memory"),
+        "kind": facts.get("memory"),
         "dtype": facts.get("base", {}).get("dtype"),
         "bits": facts.get("base", {}).get("bits"),
         "window_bits": windows[0][3] if windows else None,
@@ -75,13 +84,15 @@ def describe(file: Path) -> dict[str, Any]:
 def _part(name: str) -> str:
     if name in ("tail", "pending") or ".tail." in name:
         return "tail"
+    if name == "seen":
+        return "tokens seen"
     if ".trace." in name:
         return "trace"
     return "state" if name.endswith(".memory") else "window, sinks, gates"
 
 
 def _rows(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    kind = about["memory"] and f"{about['memory']}, {about['dtype']}"
+    kind = about["kind"] and f"{about['kind']}, {about['dtype']}"
     bits = [f"{about[k]}-bit {what}" for k, what in BITS.items() if about[k] is not None]
     yield "model", about["model"] or "(not said; give --model to ask)"
     yield "memory", ", ".join([kind or "(version 1 does not say)", *bits])

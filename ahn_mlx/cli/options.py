@@ -142,7 +142,20 @@ _LOADING = (
     ),
     _on_its_base,
 )
-_SAMPLING = (
+# Settings of answers that change nothing: which, when, and what is said of it.
+_IDLE: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], str], ...] = (
+    (
+        ("top_p", "top_k", "min_p", "seed"),
+        lambda options: options["temp"] == 0,
+        "at --temp 0, which is greedy; give --temp",
+    ),
+    (
+        ("repetition_context_size",),
+        lambda options: options["repetition_penalty"] == 1,
+        "without --repetition-penalty",
+    ),
+)
+_SAMPLING: tuple[Decorator, ...] = (
     click.option("-m", "--max-tokens", default=256, show_default=True, help="Longest answer."),
     click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 is greedy."),
     click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling."),
@@ -161,16 +174,7 @@ _SAMPLING = (
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="Ends the answer before it. Repeatable."
     ),
-    no_effect(
-        *("top_p", "top_k", "min_p", "seed"),
-        when=lambda options: options["temp"] == 0,
-        why="at --temp 0, which is greedy; give --temp",
-    ),
-    no_effect(
-        "repetition_context_size",
-        when=lambda options: options["repetition_penalty"] == 1,
-        why="without --repetition-penalty",
-    ),
+    *(no_effect(*names, when=when, why=why) for names, when, why in _IDLE),
 )
 _TEMPLATE = (
     click.option(
@@ -238,6 +242,11 @@ def check_numbers(options: dict[str, Any]) -> None:
 def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
     """Those of these options that say how an answer is drawn, as Sampling takes them."""
     return {k: options[k] for k in Sampling.__dataclass_fields__ if k in options}
+
+
+def why_idle(name: str, sampling: dict[str, Any]) -> str:
+    """Why one of these settings changes nothing, in the words of the command line, or ""."""
+    return next((why for names, when, why in _IDLE if name in names and when(sampling)), "")
 
 
 def _option(name: str) -> str:

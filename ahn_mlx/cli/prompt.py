@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
@@ -24,13 +26,14 @@ LONGEST = 10_000  # characters of a line that is worth keeping
 class Prompt:
     """Lines of whoever types, or of what is piped in.
 
-    words: what completes a first word, and what may follow it; PATHS for paths. typed: whether
-    someone types; seen: and sees what this program says; editor: and can edit.
+    words: what completes a first word, and what may follow it; PATHS for paths. pasted: gives
+    what a text is that was pasted, or dropped, on an empty line. typed: whether someone types;
+    seen: and sees what this program says; editor: and can edit.
     """
 
     PATHS = ("paths",)
 
-    def __init__(self, words: dict[str, tuple[str, ...]]):
+    def __init__(self, words: dict[str, tuple[str, ...]], pasted: Callable[[str], str]):
         shown = next((s for s in (sys.stdout, sys.stderr) if s.isatty()), None)
         self.typed = sys.stdin.isatty()
         self.seen = self.typed and shown is not None
@@ -44,6 +47,7 @@ class Prompt:
                 complete_while_typing=False,
                 complete_style=CompleteStyle.READLINE_LIKE,
                 enable_suspend=True,  # Ctrl-Z
+                key_bindings=_keys(pasted),
             )
 
     def line(self, default: str = "", pressed: bool = False) -> str:
@@ -71,6 +75,18 @@ class Prompt:
         if not line:
             raise EOFError
         return line
+
+
+def _keys(pasted: Callable[[str], str]) -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add(Keys.BracketedPaste)
+    def _(event: KeyPressEvent) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        buffer = event.current_buffer
+        buffer.insert_text(text if buffer.text else pasted(text))
+
+    return keys
 
 
 class _Kept(FileHistory):

@@ -1,6 +1,7 @@
 """ahn-mlx serve: OpenAI's and Anthropic's APIs, in memory that does not grow."""
 
 import ipaddress
+import os
 import socket
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from .terminal import say, warn_slow
 @click.option(
     "--memories",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Directory of digested texts; each is a model name, MODEL@NAME.",
+    help="Directory of digested texts, each a model name MODEL@NAME. Default: a place of yours.",
 )
 @click.option(
     "--api-key-file",
@@ -48,9 +49,8 @@ def serve(**options: Any) -> None:
     check_numbers(options)
     _check(options)
     key = _key(options["api_key_file"])
-    memories: Path | None = options["memories"]
-    if memories is not None:
-        check_writable(memories)
+    memories = options["memories"] = options["memories"] or _own_memories()
+    check_writable(memories)
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -77,6 +77,17 @@ def _check(options: dict[str, Any]) -> None:
         raise AHNError(
             f"--host {options['host']} can be reached from other machines; give --api-key-file"
         )
+
+
+def _own_memories() -> Path:
+    """Where memories are kept if nobody says where: they are data, not a cache."""
+    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    place = data / "ahn-mlx" / "memories"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise AHNError(f"{place}: {e.strerror}; give a directory as --memories") from None
+    return place
 
 
 def _is_loopback(host: str) -> bool:
@@ -137,6 +148,8 @@ def _run(
     click.echo(f"http://{shown}:{port}/v1 serves {service.name}")
     rows = f"{options['rows']} rows of {service.row_bytes / 1e6:.1f} MB"
     click.echo(f"{rows}, as much again for what waits; {fit} rows fit in this machine")
+    click.echo(f"documents and conversations, in a browser: http://{shown}:{port}/")
+    click.echo(f"memories: {options['memories']}")
     if not loopback:
         click.echo("other machines can reach this server; every request must bring the key")
     try:

@@ -29,7 +29,7 @@ HEAD = ["task", "items", "score", "standard error", "paper"]
 
 
 def _path(name: str, about: str, **attributes: Any) -> Callable[..., Any]:
-    return click.option(name, type=click.Path(path_type=Path), help=about, **attributes)
+    return click.option(*name.split("/"), type=click.Path(path_type=Path), help=about, **attributes)
 
 
 _SUITE = (
@@ -52,7 +52,7 @@ _SUITE = (
     click.option("--limit", type=int, help="Items of each task, evenly spaced. Default: all."),
     _path("--data", "Directory with the suite's files. Default: downloaded."),
     _path("--prompts", "Directory with the prompts' file. Default: downloaded."),
-    _path("--out", "Directory of the predictions; a run goes on there.", required=True),
+    _path("-o/--out", "Directory of the predictions; a run goes on there.", required=True),
     json_option,
     quiet_option,
     needs_memory,
@@ -85,7 +85,7 @@ longbench = _suite(
 
     \b
     ahn-mlx eval longbench --model ahn-gdn-3b --out longbench-3b
-    ahn-mlx eval longbench --tasks hotpotqa,qmsum --limit 20 --mixer window --out window
+    ahn-mlx eval longbench --tasks hotpotqa,qmsum --mixer window -o window
     """,
 )
 infinitebench = _suite(
@@ -93,7 +93,7 @@ infinitebench = _suite(
     """Questions about whole novels, in English and Chinese.
 
     \b
-    ahn-mlx eval infinitebench --model ahn-gdn-7b --limit 10 --out infinitebench-7b
+    ahn-mlx eval infinitebench --model ahn-gdn-7b --limit 10 -o infinite-7b
     """,
 )
 lveval = _suite(

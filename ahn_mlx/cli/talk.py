@@ -3,19 +3,19 @@ memory, and of `ahn-mlx ask`, where each is asked of the same memory."""
 
 import errno
 import json
+import re
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ..errors import AHNError, nearest
 from ..outputs.files import OutFile
 from ..reading.text import typed_line, typed_path, typed_paths
-from .options import check_numbers, needs_memory, sampling_options
+from . import settings
+from .options import needs_memory
 from .prompt import Prompt
-from .terminal import Left, printable, progress_bar, say, stop_between_steps, waiting
+from .terminal import Answer, Left, progress_bar, say, stop_between_steps, waiting
 from .words import read_typed
 
 # Name -> (argument, line of the help, whether it changes the conversation or keeps it).
@@ -31,13 +31,8 @@ COMMANDS = {
     "/help": ("", "this list", False),
     "/exit": ("", "or /quit, or Ctrl-D; Ctrl-C stops an answer", False),
 }
-HIDDEN = {"/quit": "/exit"}
+HIDDEN = {"/quit": "/exit", "/": "/help", "/?": "/help"}
 TWICE = 1.0  # seconds after one Ctrl-C in which another is the second
-
-
-# What /set can change: the sampling options of the command line.
-_SETTER = click.command(sampling_options(lambda **options: None))
-SETTINGS = {str(p.name): p for p in _SETTER.params if not getattr(p, "is_flag", False)}
 
 
 class Talk:
@@ -59,9 +54,10 @@ class Talk:
 
     def run(self) -> int:
         """Read lines until there are no more, and answer them; the exit code."""
-        paths, names = Prompt.PATHS, tuple(_shown(name) for name in SETTINGS)
-        follow = {"/read": paths, "/save": paths, "/load": paths, "/set": names}
-        prompt = Prompt({name: follow.get(name, ()) for name in self.commands})
+        paths = Prompt.PATHS
+        follow = {"/read": paths, "/save": paths, "/load": paths, "/set": settings.NAMES}
+        words = {name: follow.get(name, ()) for name in self.commands}
+        prompt = Prompt(words, self._pasted)
         self.edited = prompt.editor is not None
         if prompt.seen:
             self._banner()
@@ -111,22 +107,21 @@ class Talk:
     def _is_file(self, line: str) -> bool:
         """Whether a line is no message but files that were dropped there; then offer to read
         them."""
-        from ..reading.memoryfile import is_memory
-
-        if not line.startswith(("/", "~/", "'", '"', "file://")) or "\n" in line:
+        if not (paths := _dropped(line)):
             return False
-        paths = [Path(path) for path in typed_paths(line)]
-        if not all(path.is_absolute() and path.exists() for path in paths):
-            return False
-        command = "/load" if paths[0].is_file() and is_memory(paths[0]) else "/read"
-        offer = f"{command} {shlex.join(map(str, paths))}"
+        what = f"{paths[0]} is a {'folder' if paths[0].is_dir() else 'file'}"
         if not self.keeps:
-            raise AHNError(f"{paths[0]} is a file; {self._elsewhere()}")
+            raise AHNError(f"{what}; {self._elsewhere()}")
         if not self.edited:
-            raise AHNError(f"{paths[0]} is a file; {offer}")
-        say(f"{paths[0]} is a file; Enter goes on as below, Ctrl-C does not")
-        self.default = offer
+            raise AHNError(f"{what}; {_reading(paths)}")
+        say(f"{what}; Enter goes on as below, Ctrl-C does not")
+        self.default = _reading(paths)
         return True
+
+    def _pasted(self, text: str) -> str:
+        """What stands at the prompt after files were dropped on it, or any other paste."""
+        paths = _dropped(text.strip()) if self.keeps else []
+        return f"{_reading(paths)} " if paths else text
 
     @needs_memory
     def _command(self, command: str, argument: str) -> bool:
@@ -137,6 +132,8 @@ class Talk:
             raise AHNError(f"{command} takes nothing after it")
         if takes.startswith("FILE") and not argument:
             raise AHNError(f"{command} needs a file: {command} {takes}")
+        if takes.startswith("FILE") and _is_open(argument):
+            raise AHNError(f"{command} {argument}: the quotation does not end")
         if command == "/exit":
             return False
         action = getattr(self, f"_{command[1:]}")
@@ -167,7 +164,7 @@ class Talk:
 
     def _read(self, argument: str) -> None:
         files = typed_paths(argument)
-        text = read_typed(files, has_prompt=False)
+        text = read_typed(files, has_prompt=False, memory="/load {file} goes on with it")
         after = self.session.fork()  # Ctrl-C leaves the conversation as it was
         with stop_between_steps() as check:
             ids = after.encode(text)
@@ -229,35 +226,24 @@ class Talk:
         self._answer(before, question)
 
     def _set(self, argument: str) -> None:
-        name, _, typed = argument.partition(" ")
-        if not name:
+        if not argument:
             for name, value in self.sampling.items():
-                say(f"{_shown(name):<20} {_value(value)}")
+                say(settings.row(name, value, width=20), indent=21)
             return
-        parameter = SETTINGS.get(name.removeprefix("--").replace("-", "_").lower())
-        if parameter is None:
-            names = ", ".join(map(_shown, SETTINGS))
-            raise AHNError(f"no setting {name}; there are {names}")
-        key = str(parameter.name)
-        if typed.strip():
-            changed = {**self.sampling, key: _typed_value(parameter, typed.strip())}
-            try:
-                check_numbers(changed)
-            except AHNError as e:
-                raise AHNError(str(e).removeprefix("--")) from None
-            self.sampling = changed
-        say(f"{_shown(key)} {_value(self.sampling[key])}")
+        self.sampling, said = settings.change(argument, self.sampling)
+        for line in said:
+            say(line)
 
     def _stats(self) -> None:
         say(f"{self.session.tokens:,} tokens, {self.session.nbytes / 1e6:.1f} MB of memory")
 
     def _model(self) -> None:
         for label, value in _about(self.session):
-            say(f"{label:<10} {value}")
+            say(f"{label:<10} {value}", indent=11)
 
     def _help(self) -> None:
         for name, (argument, line, _) in self.commands.items():
-            say(f"{f'{name} {argument}':<18} {line}")
+            say(f"{f'{name} {argument}':<18} {line}", indent=19)
 
     def _banner(self) -> None:
         """What someone who begins should know."""
@@ -282,7 +268,7 @@ def print_answer(
     """
     start, first, count, code = time.perf_counter(), 0.0, 0, 0
     pieces: list[str] = []
-    bar = None
+    bar, shown = None, Answer()
 
     def progress(read: int, total: int) -> None:
         nonlocal bar
@@ -300,7 +286,7 @@ def print_answer(
                 count += 1
                 pieces.append(text)
                 if not as_json:
-                    print(printable(text), end="", flush=True)
+                    shown.write(text)
                 check()
         except KeyboardInterrupt as e:
             if isinstance(e, Left) or not count:
@@ -310,8 +296,7 @@ def print_answer(
             if bar is not None:
                 bar.close()
             answer.close()
-            if not as_json and not "".join(pieces).endswith("\n") and any(pieces):
-                print(flush=True)
+            shown.end()
     seconds = time.perf_counter() - start
     rate = (count - 1) / (seconds - first) if count > 1 else 0
     if as_json:
@@ -327,6 +312,33 @@ def print_answer(
     return code
 
 
+def _dropped(text: str) -> list[Path]:
+    """The paths that a text is and that are there; none if it is anything else."""
+    if not text.startswith(("/", "~/", "'", '"', "file://")) or "\n" in text:
+        return []
+    paths = [Path(path) for path in typed_paths(text)]
+    return paths if all(path.is_absolute() and path.exists() for path in paths) else []
+
+
+def _reading(paths: list[Path]) -> str:
+    """The line that reads these, or goes on with a memory."""
+    from ..reading.memoryfile import is_memory
+
+    command = "/load" if paths[0].is_file() and is_memory(paths[0]) else "/read"
+    return f"{command} {shlex.join(map(str, paths))}"
+
+
+def _is_open(typed: str) -> bool:
+    """Whether a quotation in it does not end; an apostrophe within a word is none."""
+    if Path(typed).exists() or not re.search(r"(^|\s)['\"]", typed):
+        return False
+    try:
+        shlex.split(typed)
+    except ValueError:
+        return True
+    return False
+
+
 def _unknown(line: str, commands: dict[str, Any]) -> str:
     """What to say of a line that begins with a slash and is no command."""
     first = line.split()[0]
@@ -335,31 +347,6 @@ def _unknown(line: str, commands: dict[str, Any]) -> str:
     near = nearest(first, [*commands, *HIDDEN])
     mend = f"; did you mean {near}?" if near else ""
     return f"no such command: {first}{mend} (/help lists them, // begins a message with a slash)"
-
-
-def _shown(name: str) -> str:
-    """A parameter as it is typed after /set."""
-    return name.replace("_", "-")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return " ".join(map(repr, value)) or "none"
-    return "none" if value is None else str(value)
-
-
-def _typed_value(parameter: click.Parameter, typed: str) -> Any:
-    """A value as the command line would take it, or the default. Raises AHNError."""
-    name, option = str(parameter.name), max(parameter.opts, key=len)
-    try:
-        words = shlex.split(typed) if parameter.multiple else [typed]
-        given = [] if typed.lower() in ("none", "default") else [f"{option}={w}" for w in words]
-        value: Any = _SETTER.make_context("/set", given).params[name]
-    except click.UsageError as e:
-        raise AHNError(e.format_message()) from None
-    except ValueError as e:  # a quotation without its end
-        raise AHNError(f"{_shown(name)}: {e}") from None
-    return value
 
 
 def _name(session: Any) -> str:

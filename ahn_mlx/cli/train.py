@@ -50,7 +50,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 @click.option(
     "--data",
     multiple=True,
-    metavar="FILE|GLOB",
+    metavar="FILE|FOLDER|GLOB",
     shell_complete=complete_file,
     help="Text or JSONL. Repeatable.",
 )

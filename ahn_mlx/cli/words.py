@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import AHNError, show
+from ..errors import AHNError, near_file, show
 from ..reading.text import read_documents, typed_path
 from .terminal import progress_bar
 
@@ -48,9 +48,15 @@ def files_and_question(
     files = [w for w in words if is_there(w)]
     others = [w for w in words if not is_there(w)]
     for missing in filter(looks_like_file, others):
-        raise AHNError(f"{show(missing)}: no such file; {mend}")
+        raise AHNError(f"{show(missing)}: no such file{near_file(missing) or f'; {mend}'}")
     if len(others) > 1:
-        if all(w.strip() and not re.search(r"\s", w) for w in others):
+        single = [w for w in others if w.strip() and not re.search(r"\s", w)]
+        for missing in single:
+            # One of them is a file, by another name or beside a question of several words.
+            near = near_file(missing)
+            if near or len(single) < len(others):
+                raise AHNError(f"{show(missing)}: no such file{near or f'; {mend}'}")
+        if single:
             raise AHNError(f'a question of several words goes in quotes: "{" ".join(others)}"')
         raise AHNError(f"{show(others[0])} and {show(others[1])}: one question at a time")
     if others and not others[0].strip():
@@ -66,14 +72,24 @@ def memory_and_question(words: Sequence[str]) -> tuple[Path | None, str | None]:
     files, question = files_and_question(words, "ahn-mlx digest writes one")
     if len(files) > 1:
         raise AHNError(f"{show(files[0])} and {show(files[1])}: one memory file at a time")
+    if not files and question and (near := near_file(question, ".ahn")):
+        raise AHNError(f"{show(question)}: no such file{near}")
     return (Path(typed_path(files[0])) if files else None), question
 
 
-def read_typed(files: Sequence[str], has_prompt: bool) -> str:
-    """The text of documents, as read_documents has it, with a bar for those of many pages."""
+def read_typed(files: Sequence[str], has_prompt: bool, memory: str = "ahn-mlx ask reads it") -> str:
+    """The text of documents, as read_documents has it, with a bar for those of many pages.
+
+    memory: what to do about a memory file, which is no document; may name {file}. Raises
+    AHNError, also for the home directory and those that it is in: nobody means all of them.
+    """
+    home = Path("/", os.path.expanduser("~")).resolve()
     for file in files:
-        if file.lower().endswith(".ahn") and os.path.isfile(file):
-            raise AHNError(f"{file}: is a memory, not a document; ahn-mlx ask reads it")
+        path = Path(typed_path(file))
+        if path.suffix.lower() == ".ahn" and path.is_file():
+            raise AHNError(f"{file}: is a memory, not a document; {memory.format(file=file)}")
+        if file != "-" and path.is_dir() and home.is_relative_to(path.resolve()):
+            raise AHNError(f"{file}: is too much to read; give a folder in it, or files")
     with progress_bar(0, "opening", "pages") as bar:
 
         def progress(read: int, total: int) -> None:

@@ -187,6 +187,9 @@ def no_such_model(name: str) -> str:
         return f"no model directory {name}"
     if meant := nearest(name, MODELS):
         return f"no model {show(name)}; did you mean {meant}?"
+    typed = name.lower()
+    if meant := ", ".join(n for n, e in MODELS.items() if typed in f"{n} {e.base.repo.lower()}"):
+        return f"no model {show(name)}; did you mean one of {meant}?"
     return f"no model directory {name}; names: {', '.join(MODELS)}; or give ORG/NAME"
 
 
@@ -197,6 +200,11 @@ CONVERTED = "it is converted already and has the bits it has"
 def has_bits_to_choose(name: str) -> bool:
     """Whether what is loaded by this name is converted here, from a published base."""
     return name in MODELS and bool(MODELS[name].repo) and not Path(name).is_dir()
+
+
+def on_base(repo: str) -> Published | None:
+    """The first of the names on this base, whose sizes are known."""
+    return next((entry for entry in MODELS.values() if entry.base.repo == repo), None)
 
 
 def counts(name: str, memory: str) -> Counts:

@@ -18,6 +18,7 @@ from ..ops import kernels
 from ..ops.kernels import Sizes
 from ..ops.window import DECODE, PREFILL
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype, pip_install
+from ..reading.documents import PACKAGES
 
 KERNELS = (DECODE, PREFILL, *STEPS.values(), *SCANS.values())
 # What kernels are timed on here; a model's own sizes, when it first uses one.
@@ -28,11 +29,13 @@ SLOW = 15.0  # GFLOP/s; the reference BLAS stays below, OpenBLAS far above on on
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `mend` is a command when something is missing."""
+    """One line of the report; `mend` is a command when something is missing, unless that is
+    optional: then the value names it."""
 
     name: str
     value: str
     mend: str = ""
+    optional: bool = False  # and missing
 
 
 def examine() -> list[Finding]:
@@ -154,7 +157,7 @@ def _extra(name: str, what: str, packages: tuple[str, ...]) -> Finding:
     """Something that not everybody needs, and how to get it."""
     missing = [p for p in packages if not _is_there(p)]
     if missing:
-        return Finding(name, f"no {what}; {pip_install(*missing)}")
+        return Finding(name, f"no {what}; {pip_install(*missing)}", optional=True)
     return Finding(name, ", ".join(f"{p} {version(p)}" for p in packages))
 
 
@@ -168,7 +171,7 @@ def _is_there(package: str) -> bool:
 # By the names of the extras of pyproject.toml: what they are for, and their packages.
 EXTRAS = {
     "plot": ("pictures", ("matplotlib",)),
-    "documents": ("PDF, Word, EPUB or HTML", ("pypdfium2", "mammoth", "html-to-markdown")),
+    "documents": ("PDF, Word, EPUB or HTML", PACKAGES),
     "gguf": ("GGUF of all quantizations", ("gguf",)),
     "torch": ("checkpoints as pickles", ("torch",)),
 }

@@ -15,9 +15,11 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from ..errors import AHNError, foreign, show
+from ..platform import pip_install
 from .encoding import decode_page
 from .kinds import Kind
 
+PACKAGES = ("pypdfium2", "mammoth", "html-to-markdown")  # of the extra
 # Bytes of the parts with text, together and of one. The longest novels are 10 MB of markup
 # in a hundred chapters; Word keeps a document in one part, some 10 kB a page.
 UNPACKED = 200 * 10**6
@@ -61,7 +63,7 @@ def parts(kind: Kind, stream: BinaryIO, name: str) -> Iterator[Part]:
         yield from readers[kind.reader or ""](stream, name)
     except ImportError:
         raise AHNError(
-            f"{name}: is {kind.what}; pip install 'ahn-mlx[documents]' makes it readable"
+            f"{name}: is {kind.what}; {pip_install(*PACKAGES)} makes it readable"
         ) from None
 
 

@@ -2,7 +2,9 @@
 or a page of HTML says; bytes that are something else are named, never guessed at."""
 
 import codecs
+import os
 import re
+import shlex
 
 from ..errors import AHNError, show
 
@@ -27,7 +29,7 @@ def decode(data: bytes, name: str) -> str:
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
     encoding = MARKS.get(mark, "UTF-8")
     if not mark and (wide := unmarked(data[:4096])):
-        raise AHNError(f"{name}: is {wide} without a byte order mark; iconv -f {wide} -t utf-8")
+        raise AHNError(f"{name}: is {wide} without a byte order mark; {_iconv(wide, name)}")
     if encoding == "UTF-8" and b"\0" in data:
         raise AHNError(f"{name}: is a binary file, not text (byte {data.index(0):,} is NUL)")
     try:
@@ -41,7 +43,8 @@ def decode(data: bytes, name: str) -> str:
         if not mark and (begin := _begin_of_text(data)):
             why = f"begins within a character of UTF-8; cut off {begin} bytes"
             raise AHNError(f"{name}: {why}") from None
-        mend = "" if mark else "; convert it from what it is, as iconv -f WINDOWS-1252 -t utf-8"
+        command = _iconv("WINDOWS-1252", name)
+        mend = "" if mark else f"; convert it from what it is, as {command}"
         raise AHNError(f"{name}: not {encoding} text (byte {e.start:,}){mend}") from None
     if "\0" in text:
         raise AHNError(f"{name}: is a binary file, not text (character {text.index(chr(0)):,})")
@@ -71,6 +74,15 @@ def decode_page(data: bytes, name: str) -> str:
             f"{name}: says that it is in {show(label)}, which is no known encoding; "
             "save it as UTF-8"
         ) from None
+
+
+def _iconv(encoding: str, name: str) -> str:
+    """The command that makes UTF-8 of it; of a file that is there, to be pasted."""
+    command = f"iconv -f {encoding} -t utf-8"
+    if not os.path.isfile(name):
+        return command
+    stem, ending = os.path.splitext(name)
+    return f"{command} {shlex.quote(name)} > {shlex.quote(f'{stem}.utf8{ending}')}"
 
 
 def _begin_of_text(data: bytes) -> int:

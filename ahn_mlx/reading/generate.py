@@ -139,14 +139,19 @@ class Run:
         }
 
     def summary(self) -> str:
-        """The closing line: speeds, peak memory, and cache against full attention."""
+        """The closing line: speeds, peak memory, and cache: against full attention once window
+        and sinks, whose room is taken at once, are full."""
         start, read, last = self._times or (0.0, 0.0, 0.0)
+        capacity = self.model.ahn.capacity
+        if self.read + self.generated > capacity:
+            beside = f"full attention {self.full_attention_bytes / 1e6:.1f} MB"
+        else:
+            beside = f"full at {capacity:,} tokens"
         return (
             f"prompt {self.read:,} tokens, {_rate(self.read, read - start)}"
             f" | generation {self.generated:,} tokens, {_rate(self.generated, last - read)}"
             f" | peak memory {mx.get_peak_memory() / 1e9:.2f} GB"
-            f" | cache {self.cache_bytes / 1e6:.1f} MB,"
-            f" full attention {self.full_attention_bytes / 1e6:.1f} MB"
+            f" | cache {self.cache_bytes / 1e6:.1f} MB, {beside}"
         )
 
 

@@ -18,8 +18,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import load_safetensors
-from ..checkpoints.safetensors import WRITTEN, Layout, TensorWriter, bits, read_header_and_metadata
-from ..errors import AHNError, show
+from ..checkpoints.safetensors import (
+    WRITTEN,
+    Layout,
+    TensorWriter,
+    bits,
+    mended,
+    read_header_and_metadata,
+)
+from ..errors import AHNError, near_file, show
 from ..model.augment import FullCache
 from ..model.cache import AHNCache
 from ..model.trace import Trace
@@ -30,6 +37,7 @@ from .penalty import Seen, pack, unpack
 from .tail import Tail, before, changed, redo, undo
 
 VERSION = 2
+AGAIN = "digest the text again"
 HEADER = 1 << 20  # bytes of it that tell what a file is
 MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
 
@@ -183,12 +191,15 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
     """Facts, dtype and shape of each array, and the header's metadata; nothing but the header
     is read."""
     if not file.is_file():
-        what = "is a directory, not a memory" if file.is_dir() else "no such file"
-        raise AHNError(f"{file}: {what}; ahn-mlx digest writes one")
+        if file.is_dir():
+            raise AHNError(f"{file}: is a directory, not a memory; ahn-mlx digest writes one")
+        meant = near_file(file, ".ahn") or "; ahn-mlx digest writes one"
+        raise AHNError(f"{file}: no such file{meant}")
     with file.open("rb") as f:
         if f.read(9)[8:] not in (b"{", b""):  # where each header begins
             raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")
-    header, metadata = read_header_and_metadata(file)
+    with mended(AGAIN):
+        header, metadata = read_header_and_metadata(file)
     if "ahn" not in metadata:
         raise AHNError(f"{file}: is not a memory; ahn-mlx digest writes one")
     with _named(file):
@@ -248,9 +259,7 @@ def _memory_of(name: str, arrays: Mapping[str, mx.array]) -> tuple[mx.array | No
 
 
 @contextmanager
-def _named(
-    file: Path, what: str = "damaged", mend: str = "digest the text again"
-) -> Iterator[None]:
+def _named(file: Path, what: str = "damaged", mend: str = AGAIN) -> Iterator[None]:
     """Name the file in which something is wrong."""
     try:
         yield

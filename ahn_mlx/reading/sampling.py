@@ -63,6 +63,8 @@ def complaint(name: str, value: Any) -> str:
     if name == "seed" and value is None:
         return ""
     must = _WRONG[name](value)
+    if name == "stop" and isinstance(value, tuple) and "" in value:
+        value = ""  # of several, that one
     return (
         f"must be {must}, not {value if isinstance(value, int | float) else show(value)}"
         if must

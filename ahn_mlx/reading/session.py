@@ -137,6 +137,8 @@ class Session:
         'book.txt'
         """
         self._check()
+        if not text:
+            raise AHNError("the text is empty; give a text to read")
         ids = self.encode(text)
         self.read_ids(ids, progress)
         self.note_text(name, len(ids))

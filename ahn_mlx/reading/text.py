@@ -11,13 +11,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
-from ..errors import AHNError, show
+from ..errors import AHNError, near_file, show
 from .documents import parts
 from .encoding import decode, newlines
 from .kinds import kind_of
@@ -28,15 +28,21 @@ Progress = Callable[[int, int], object]
 # The last is also used of other JSON, which is named rather than trained on as a text.
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 STDIN = Path("-")
+T = TypeVar("T")
+
+
+class Unreadable(AHNError):
+    """Of one file, among others of a folder, that is no text or document, or a damaged one."""
 
 
 def read_documents(files: Sequence[str], has_prompt: bool, progress: Progress | None = None) -> str:
     """The text of documents in the order given; of several, each below a line with its name.
 
-    files: each a file, a folder (what can be read of it and the folders in it), a pattern, or
-    "-" for standard input. None of them is what is piped in, if anything; without that,
-    has_prompt says whether no text will do. Raises AHNError, naming the file, if one cannot be
-    read, is empty, is nothing that can be read, or is given twice.
+    files: each a file, a folder (with the folders in it), a pattern, or "-" for standard input;
+    what cannot be read in a folder or pattern is left out, and named on stderr. None of them is
+    what is piped in, if anything; without that, has_prompt says whether no text will do. Raises
+    AHNError, naming the file, if one cannot be read, is empty, is nothing that can be read, or
+    is given twice.
     """
     if not files:
         if sys.stdin is None or sys.stdin.isatty():
@@ -44,35 +50,66 @@ def read_documents(files: Sequence[str], has_prompt: bool, progress: Progress | 
                 raise AHNError("nothing to read; give a document, a question, or pipe in a text")
             return ""
         files = ("-",)
-    found = find(files)
+    found = dict(read_each(files, lambda file: _read_any(file, progress)))
     if len(found) == 1:
-        return _read_any(found[0], progress)
+        return found.popitem()[1]
     base = os.path.commonpath([os.path.abspath(file.parent) for file in found if file != STDIN])
     texts = []
-    for file in found:
+    for file, text in found.items():
         name = "standard input" if file == STDIN else os.path.relpath(file, base)
-        texts.append(f"=== {one_line(name)} ===\n\n{_read_any(file, progress).strip()}\n")
+        texts.append(f"=== {one_line(name)} ===\n\n{text.strip()}\n")
     return "\n".join(texts)
+
+
+def read_each(files: Sequence[str], read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """What `read` makes of each file that these names stand for. Those of a folder or pattern
+    that are Unreadable are left out and named on stderr, with the reason.
+
+    Raises AHNError as find and `read` do, and if nothing is left.
+    """
+    count = 0
+    left_out: list[Unreadable] = []
+    for file, place in _found(files).items():
+        try:
+            made = read(file)
+        except Unreadable as e:
+            if not place:
+                raise
+            left_out.append(e)
+            continue
+        count += 1
+        yield file, made
+    if left_out and not count:
+        raise left_out[0]
+    for error in left_out:
+        print(one_line(f"note: left out {error}"), file=sys.stderr)
 
 
 def find(files: Sequence[str]) -> list[Path]:
     """The files that these names, folders and patterns stand for, in their order; those of a
     folder or pattern sorted as people number them. "-" stays as it is.
 
-    Raises AHNError, naming it, if one stands for nothing or a file is there twice.
+    What nothing here reads in a folder or pattern is left out, and named on stderr. Raises
+    AHNError, naming it, if one stands for nothing or a file is there twice.
     """
-    found: dict[tuple[int, int] | str, Path] = {}
+    return list(_found(files))
+
+
+def _found(files: Sequence[str]) -> dict[Path, str]:
+    """As find has them, each with the folder or pattern that it is of, or ""."""
+    found: dict[tuple[int, int] | str, tuple[Path, str]] = {}
     for name in files:
-        these: dict[tuple[int, int] | str, Path] = {}
-        for file in _stands_for(name):
-            these.setdefault(_identity(file), file)
-        for key, file in these.items():
+        place, several = _stands_for(name)
+        these: dict[tuple[int, int] | str, tuple[Path, str]] = {}
+        for file in several:
+            these.setdefault(_identity(file), (file, place))
+        for key, (file, _) in these.items():
             if key in found:
-                twice = "standard input" if file == STDIN else str(file)
-                also = "" if str(found[key]) == str(file) else f", also as {found[key]}"
+                twice, before = "standard input" if file == STDIN else str(file), found[key][0]
+                also = "" if str(before) == str(file) else f", also as {before}"
                 raise AHNError(f"{twice}: is given twice{also}; leave one out")
         found |= these
-    return list(found.values())
+    return dict(found.values())
 
 
 def _identity(file: Path) -> tuple[int, int] | str:
@@ -83,52 +120,62 @@ def _identity(file: Path) -> tuple[int, int] | str:
     return about.st_dev, about.st_ino
 
 
-def _stands_for(name: str) -> list[Path]:
+def _stands_for(name: str) -> tuple[str, list[Path]]:
+    """The folder or pattern that it is, if any, and its files."""
     if name == "-":
-        return [STDIN]
+        return "", [STDIN]
     path = Path(typed_path(name))
     try:
         is_folder, is_there = path.is_dir(), os.path.lexists(path)
     except ValueError:  # a NUL in it, which is said when it is read
-        return [path]
+        return "", [path]
     if is_folder:
-        return _in_folder(path)
+        what = "is a folder without a text or document"
+        return str(path), _readable_of(str(path), path, _in_folder(path), what)
     if is_there or not glob.has_magic(name):
-        return [path]
+        return "", [path]
     matches = [Path(match) for match in glob.glob(os.path.expanduser(name), recursive=True)]
-    if files := sorted((match for match in matches if match.is_file()), key=_natural):
-        return files
+    if files := [match for match in matches if match.is_file()]:
+        what = "only files that nothing here reads have such a name"
+        return name, _readable_of(name, Path(), files, what)
     raise AHNError(f"{name}: no file has such a name")
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    """Its files that can be read. The others are named on stderr, but for hidden ones."""
-    found: list[Path] = []
-    left_out: list[Path] = []
+def _in_folder(folder: Path) -> Iterator[Path]:
+    """Its files, and those of the folders in it, but for hidden ones."""
     for place, folders, names in os.walk(folder):  # does not follow links, which may be circles
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = Path(place, name)
             if not name.startswith(".") and file.is_file():
-                (found if _can_be_read(file) else left_out).append(file)
-    if not found:
-        raise AHNError(f"{folder}: is a folder without a text or document")
+                yield file
+
+
+def _readable_of(name: str, base: Path, files: Iterable[Path], nothing: str) -> list[Path]:
+    """Those that can be read by the looks of them, in their order. The others are named on
+    stderr, from `base` on. Raises AHNError, which says `nothing`, if there are none."""
+    judged = [(file, _why_not(file)) for file in sorted(files, key=_natural)]
+    left_out = [f"{os.path.relpath(file, base)}, {why}" for file, why in judged if why]
+    more = f"; and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
+    said = "; ".join(left_out[:5]) + more
+    if len(left_out) == len(judged):
+        raise AHNError(f"{name}: {nothing}" + (f" ({said})" if said else ""))
     if left_out:
-        named = sorted((os.path.relpath(file, folder) for file in left_out), key=_natural)
-        more = f" and {len(named) - 5:,} more" if len(named) > 5 else ""
-        line = f"note: {folder}: left out {', '.join(named[:5])}{more}, which nothing here reads"
-        print(one_line(line), file=sys.stderr)
-    return sorted(found, key=_natural)
+        print(one_line(f"note: {name}: left out {said}"), file=sys.stderr)
+    return [file for file, why in judged if not why]
 
 
-def _can_be_read(file: Path) -> bool:
+def _why_not(file: Path) -> str:
+    """What a file is that cannot be read, or ""."""
     try:
         with file.open("rb") as stream:
-            is_empty = not stream.read(1)
+            if not stream.read(1):
+                return "empty"
             stream.seek(0)
-            return not is_empty and kind_of(stream, file.suffix.lower()).reader is not None
+            kind = kind_of(stream, file.suffix.lower())
     except OSError as e:
-        raise AHNError(f"{file}: {e.strerror}") from None
+        return e.strerror or str(e)
+    return "" if kind.reader else kind.what
 
 
 def _natural(path: Path | str) -> list[tuple[int, int, str]]:
@@ -150,11 +197,14 @@ def _read_any(file: Path, progress: Progress | None) -> str:
 
 def read_file(file: str | Path, progress: Progress | None = None) -> str:
     """The text of a file, whatever kind of document it is. Raises AHNError as read_documents
-    does."""
+    does, Unreadable if that is for what is in it."""
     with _opened(file) as stream:
-        text = _text(stream, str(file), Path(file).suffix.lower(), progress)
+        try:
+            text = _text(stream, str(file), Path(file).suffix.lower(), progress)
+        except AHNError as e:
+            raise Unreadable(str(e)) from None
     if not text.strip():
-        raise AHNError(f"{file}: is empty; give a text to read")
+        raise Unreadable(f"{file}: is empty; give a text to read")
     return text
 
 
@@ -182,6 +232,8 @@ def _opened(file: str | Path) -> Iterator[BinaryIO]:
     try:
         with Path(file).open("rb") as stream:
             yield stream if stream.seekable() else io.BytesIO(stream.read())
+    except FileNotFoundError as e:
+        raise AHNError(f"{file}: {e.strerror}{near_file(file)}") from None
     except OSError as e:
         raise AHNError(f"{file}: {e.strerror}") from None
     except ValueError as e:  # a name with a NUL in it

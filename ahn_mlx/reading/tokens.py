@@ -111,8 +111,9 @@ class _Literal(NamedTuple):
         return cls(other, stand_ins, originals)
 
     def encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.originals.get(i, i) for i in ids]
+        # One text alone would be encoded with Python's lock held, and all threads wait.
+        (found,) = self.tokenizer.encode_batch([text], add_special_tokens=False)
+        return [self.originals.get(i, i) for i in found.ids]
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:

@@ -129,6 +129,11 @@ class Reading:
     def cancelled(self) -> bool:
         return self.request.cancelled
 
+    @property
+    def share(self) -> float:
+        """What it reads next, as a part of a whole step."""
+        return len(self._waiting[: self.session.step]) / self.session.step
+
     def advance(self) -> bool:
         """One step of the prompt, as the session reads, but for the last token."""
         caches, n = self.session.caches, min(self.session.step, len(self._waiting) - 1)
@@ -228,9 +233,9 @@ class Answer:
         stop = self._cut.found
         give_back(self.caches)
         self.session.turn = "answered" if ended else "cut"
+        self.engine.metrics.count("answers_total", reason=reason)
         self.ended = True
         self.engine.release()
-        self.engine.metrics.count("answers_total", reason=reason)
         self.request.tell(
             Done(
                 self.index,
@@ -245,17 +250,20 @@ class Answer:
 
     def cut(self) -> None:
         """End here: nobody listens any more, or the server ends."""
-        if not self.ended:
+        if self.ended:
+            return
+        try:
             self._end("cancelled" if self.request.cancelled else "length")
+        except BaseException as e:
+            self.fail(e)
 
     def fail(self, error: BaseException) -> None:
         """Only this answer; but who asked for several gets none."""
         if not self.ended:
-            self.ended = True
+            self.ended = self.request.cancelled = True
             self.engine.release()
-            self.engine.metrics.count("answers_total", reason="failed")
             self.request.fail(error)
-            self.request.cancelled = True
+            self.engine.metrics.count("answers_total", reason="failed")
 
 
 def _facts(token: int, chosen: Chosen) -> Token:

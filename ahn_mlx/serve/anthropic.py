@@ -152,6 +152,7 @@ async def messages(service: Service, http: HTTPRequest, body: dict[str, Any]) ->
     spare = {"stop": found["stop_sequences"], "n": 1, "seed": None, "min_p": 0, "logit_bias": None}
     spare |= {"presence_penalty": 0, "frequency_penalty": 0, "stream_options": None}
     wish = wish_of({**found, **spare}, vocabulary(service), None)
+    service.engine.check_free(1)
     conversation, prompt, tools = await _asked(service, found)
     running = service.start([prompt], wish)
     answer_id, answered = new_id("msg_"), list[Answered]()

@@ -1,10 +1,12 @@
 """Routes, and a server for them that ends cleanly."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import mlx.core as mx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,8 +17,17 @@ from starlette.types import ASGIApp
 
 from . import anthropic, openai, responses
 from .digests import Digests
-from .guard import LOOPBACK, MAX_HEADERS, Guard, Protocol, error_body, error_headers
+from .guard import (
+    LOOPBACK,
+    MAX_HEADERS,
+    Guard,
+    Protocol,
+    allow_connections,
+    error_body,
+    error_headers,
+)
 from .openapi import DIGEST, SAVE, document
+from .pages import page_routes
 from .parameters import APIError, parse, parse_json
 from .service import Service, told
 
@@ -101,10 +112,13 @@ class App:
 
     async def health(self, request: Request) -> Response:
         engine = self.service.engine
+        ahn = engine.model.ahn
         facts = {
             **{"status": "stuck" if engine.stuck else "ok", "model": self.service.name},
             **{"heartbeat_seconds": round(time.monotonic() - engine.beat, 3)},
             **{"rows": engine.rows, "rows_free": engine.free, "row_bytes": self.service.row_bytes},
+            **{"window": ahn.window, "sinks": ahn.sinks},
+            **{"active_bytes": mx.get_active_memory(), "memories": self.digests is not None},
         }
         return JSONResponse(facts, 503 if engine.stuck else 200)
 
@@ -158,7 +172,7 @@ class App:
             if given is None or isinstance(given, str):
                 raise APIError("a part named 'file' is needed", param="file")
             source, name = given.file, given.filename or "file.txt"
-            facts = await self.service.aside(files.add, name, source)
+            facts = await asyncio.to_thread(files.add, name, source)
         return JSONResponse(facts)
 
     async def files(self, request: Request) -> Response:
@@ -264,7 +278,9 @@ def make_app(
 ) -> ASGIApp:
     """Routes behind the guard; see Guard."""
     handlers = {HTTPException: _http_error}
-    app = Starlette(routes=App(service, digests).routes(), exception_handlers=handlers)
+    app = Starlette(
+        routes=[*page_routes(), *App(service, digests).routes()], exception_handlers=handlers
+    )
     return Guard(app, key, hosts, origins)
 
 
@@ -291,6 +307,7 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        allow_connections()
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._service.engine.drain(GRACE)

@@ -1,5 +1,6 @@
-"""The one thread that computes: commands, one token of every row, one chunk of one reader, and
-again. Whatever fails is told to the request it belongs to; the thread goes on.
+"""The one thread that computes: commands, one token of every row, one chunk of prompts or else of
+one document, and again. Whatever fails is told to the request it belongs to; the thread goes
+on. What libraries raise is of any kind: a panic in one of them is no Exception.
 """
 
 import logging
@@ -62,8 +63,10 @@ class Engine:
         self.beat = time.monotonic()
         self._free, self._lock = rows, threading.Lock()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._readers: deque[Reader] = deque()
+        self._prompts: deque[Reading] = deque()
+        self._documents: deque[Reader] = deque()
         self._answers: list[Answer] = []
+        self._answers_alone = 0.0  # until then: they have as much time as documents
         self._deadline: float | None = None  # when what still runs is cut
         self._stopping = self._ended = False
         self._last_step = 0.0
@@ -83,27 +86,31 @@ class Engine:
 
     @property
     def reading(self) -> int:
-        return len(self._readers)
+        return len(self._prompts) + len(self._documents)
 
     @property
     def stuck(self) -> bool:
         """Whether the thread has ended or no longer turns."""
         return not self.thread.is_alive() or time.monotonic() - self.beat > STUCK
 
-    def reserve(self, n: int) -> None:
-        """Take n rows. Raises APIError, at once, if they are not free."""
+    def check_free(self, n: int) -> None:
+        """Raise APIError, at once, if n rows are not free."""
         if n > self.rows:
             raise APIError(f"{n} answers at once, but this server has {self.rows} rows", param="n")
+        if self._ended or self._deadline is not None:
+            raise APIError("the server is stopping", status=503, code="stopping")
+        if n > self._free:
+            raise APIError(
+                f"all {self.rows} rows are busy; try again later",
+                status=429,
+                code="rate_limit_exceeded",
+                after=1,
+            )
+
+    def reserve(self, n: int) -> None:
+        """Take n rows. Raises APIError as check_free."""
         with self._lock:
-            if self._ended or self._deadline is not None:
-                raise APIError("the server is stopping", status=503, code="stopping")
-            if n > self._free:
-                raise APIError(
-                    f"all {self.rows} rows are busy; try again later",
-                    status=429,
-                    code="rate_limit_exceeded",
-                    after=1,
-                )
+            self.check_free(n)
             self._free -= n
 
     def release(self, n: int = 1) -> None:
@@ -115,9 +122,10 @@ class Engine:
         """Answer a request that has its rows."""
         self._put(lambda: self._begin(request))
 
-    def add(self, reader: Reader) -> None:
-        """Read something between the answers."""
-        self._put(lambda: self._readers.append(reader))
+    def add(self, document: Reader) -> None:
+        """Read something in the background: while no prompt waits, and half of the time at most
+        while others are answered."""
+        self._put(lambda: self._documents.append(document))
 
     def _put(self, command: Callable[[], None]) -> None:
         """Raises APIError once the thread has ended: what is put is obeyed."""
@@ -168,10 +176,7 @@ class Engine:
         try:
             while not self._stopping:
                 self.beat = time.monotonic()
-                self._obey()
-                self._drop_cancelled()
-                self._decode()
-                self._read()
+                self._guarded(self._turn)
         finally:
             with self._lock:
                 self._ended = True
@@ -181,9 +186,15 @@ class Engine:
             # MLX's own threads would outlive this one, and the process be aborted.
             mx.clear_streams()
 
+    def _turn(self) -> None:
+        self._obey()
+        self._drop_cancelled()
+        self._decode()
+        self._read()
+
     def _obey(self, wait: bool = True) -> None:
         """All commands there are; if there is nothing else to do, wait for one."""
-        idle = wait and not self._answers and not self._readers
+        idle = wait and not self._answers and not self.reading
         try:
             command = self._commands.get(timeout=1.0) if idle else self._commands.get_nowait()
             while True:
@@ -196,21 +207,21 @@ class Engine:
         """Cut what runs."""
         for answer in self._answers:
             self._guarded(answer.cut)
-        for reader in self._readers:
+        for reader in (*self._prompts, *self._documents):
             self._guarded(reader.end)
-        self._answers, self._readers = [], deque()
+        self._answers, self._prompts, self._documents = [], deque(), deque()
 
     def _guarded(self, work: Callable[[], Any]) -> None:
-        """What fails while something ends must not keep others from ending."""
+        """What fails here is nobody's answer: others go on, or end."""
         try:
             work()
-        except Exception as e:
-            log.error("%s while a request ended", type(e).__name__)  # no words of a client's
+        except BaseException as e:
+            log.error("%s in the engine", type(e).__name__)  # no words of a client's
 
     def _begin(self, request: Request) -> None:
         try:
-            self._readers.append(Reading(request, self))
-        except Exception as e:
+            self._prompts.append(Reading(request, self))
+        except BaseException as e:
             self.release(request.n)
             self._guarded(partial(request.fail, e))
 
@@ -219,21 +230,33 @@ class Engine:
         for answer in [a for a in self._answers if a.request.cancelled or late]:
             self._guarded(answer.cut)
             self._answers.remove(answer)
-        for reader in [r for r in self._readers if r.cancelled or late]:
-            self._guarded(reader.end)
-            self._readers.remove(reader)
+        for prompt in [p for p in self._prompts if p.cancelled or late]:
+            self._guarded(prompt.end)
+            self._prompts.remove(prompt)
+        for document in [d for d in self._documents if d.cancelled or late]:
+            self._guarded(document.end)
+            self._documents.remove(document)
 
     def _read(self) -> None:
-        """One chunk of whoever waits longest."""
-        if not self._readers:
-            return
-        reader = self._readers.popleft()
+        """One chunk: of prompts, those first that wait longest, or of a document if none does."""
+        began, room = time.monotonic(), 1.0
+        if self._prompts:
+            while self._prompts and (share := self._prompts[0].share) <= room:
+                room -= share
+                self._advance(self._prompts)
+        elif self._documents and not (self._answers and began < self._answers_alone):
+            self._advance(self._documents)
+            ended = time.monotonic()
+            self._answers_alone = ended + (ended - began)
+
+    def _advance(self, readers: deque[Any]) -> None:
+        reader = readers.popleft()
         try:
             if not reader.advance():
-                self._readers.append(reader)
-        except Exception as e:
+                readers.append(reader)
+        except BaseException as e:
             self._guarded(partial(reader.fail, e))
-            mx.clear_cache()
+            self._guarded(mx.clear_cache)
 
     def answer(self, answers: Sequence[Answer]) -> None:
         """What has been read is answered from the next step on."""
@@ -246,10 +269,9 @@ class Engine:
             return
         try:
             logits = self._step([a.caches for a in self._answers], [a.next for a in self._answers])
-        except Exception as e:
-            mx.clear_cache()
-            for answer in self._answers:
-                self._guarded(partial(answer.fail, e))
+        except BaseException as e:
+            self._guarded(mx.clear_cache)
+            self._fail(self._answers, e)
             self._answers = []
             return
         self.take(self._answers, logits)
@@ -272,22 +294,40 @@ class Engine:
 
     def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
         """Choose and deliver a token of each. logits: [n, V]."""
-        likely = mx.argmax(logits, axis=-1)
-        chosen: list[Chosen | None] = []
-        for i, answer in enumerate(answers):
-            try:
-                chosen.append(answer.choose(likely[i], logits[i]))
-            except Exception as e:
-                self._guarded(partial(answer.fail, e))
-                chosen.append(None)
-        mx.eval(chosen)
+        try:
+            chosen = self._choose(answers, logits)
+        except BaseException as e:
+            self._fail(answers, e)
+            return
         for answer, found in zip(answers, chosen, strict=True):
             if found is None:
                 continue
             try:
                 answer.take(found)
-            except Exception as e:
-                self._guarded(partial(answer.fail, e))
+            except BaseException as e:
+                self._fail([answer], e)
+
+    def _choose(self, answers: Sequence[Answer], logits: mx.array) -> list[Chosen | None]:
+        """A token of each; None for one that has failed."""
+        likely, finite = mx.argmax(logits, axis=-1), mx.isfinite(mx.max(logits, axis=-1))
+        chosen: list[Chosen | None] = []
+        for i, answer in enumerate(answers):
+            try:
+                chosen.append(answer.choose(likely[i], logits[i]))
+            except BaseException as e:
+                self._fail([answer], e)
+                chosen.append(None)
+        mx.eval(chosen, finite)
+        for i, answer in enumerate(answers):
+            if chosen[i] is not None and not finite[i].item():
+                said = "the model's numbers are not finite; try another --dtype"
+                self._fail([answer], APIError(said, status=500))
+                chosen[i] = None
+        return chosen
+
+    def _fail(self, answers: Sequence[Answer], error: BaseException) -> None:
+        for answer in answers:
+            self._guarded(partial(answer.fail, error))
 
 
 def fresh(

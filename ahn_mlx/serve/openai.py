@@ -225,6 +225,7 @@ async def chat_completions(service: Service, http: HTTPRequest, body: dict[str, 
     wish = wish_of(found, vocabulary(service), top)
     tools = tools_of(found, tokenizer)
     messages = messages_of(found["messages"])
+    service.engine.check_free(found["n"])
     conversation = await service.conversation(found["model"], messages, tools)
     prompt = await service.aside(service.chat.prompt, conversation)
     running = service.start([prompt], wish, found["n"])
@@ -321,9 +322,11 @@ async def completions(service: Service, http: HTTPRequest, body: dict[str, Any])
     found = parse(body, COMPLETIONS)
     top = found["logprobs"]
     wish = wish_of(found, vocabulary(service), top)
+    given = _prompts(found["prompt"], vocabulary(service))
+    service.engine.check_free(len(given) * found["n"])
     memory, _ = await service.open(found["model"])
     prompts = []
-    for prompt in _prompts(found["prompt"], vocabulary(service)):
+    for prompt in given:
         if isinstance(prompt, str):
             prompts.append(await service.aside(service.chat.plain, prompt, memory))
         else:

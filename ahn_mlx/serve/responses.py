@@ -130,6 +130,7 @@ async def responses(service: Service, http: HTTPRequest, body: dict[str, Any]) -
     wish = wish_of({**found, **spare}, vocabulary(service), None)
     listed = {"tools": _tools(found["tools"] or []), "tool_choice": found["tool_choice"]}
     tools = tools_of(listed, service.engine.tokenizer)
+    service.engine.check_free(1)
     conversation, prompt = await _asked(service, found, tools)
     running = service.start([prompt], wish)
     answer_id, answered = new_id("resp_"), list[Answered]()
@@ -164,7 +165,7 @@ def _text_part(text: str) -> dict[str, Any]:
 
 
 def _message_item(name: str, text: str, status: str = "completed") -> dict[str, Any]:
-    content = [_text_part(text)] if status == "completed" else []
+    content = [] if status == "in_progress" else [_text_part(text)]
     kind = {"type": "message", "role": "assistant"}
     return {"id": name, **kind, "status": status, "content": content}
 
@@ -179,6 +180,11 @@ def _reasoning_item(name: str, text: str) -> dict[str, Any]:
     return {"id": name, "type": "reasoning", "summary": [], "content": content}
 
 
+def _status(answer: Answered) -> str:
+    assert answer.done is not None
+    return "incomplete" if answer.done.reason == "length" else "completed"
+
+
 def _whole(
     head: dict[str, Any], running: Running, answer: Answered, name: str = ""
 ) -> dict[str, Any]:
@@ -187,9 +193,8 @@ def _whole(
     if answer.reasoning:
         output.append(_reasoning_item(new_id("rs_"), answer.reasoning))
     if answer.content or not answer.calls:
-        output.append(_message_item(name or new_id("msg_"), answer.content))
+        output.append(_message_item(name or new_id("msg_"), answer.content, _status(answer)))
     output += [_call_item(call) for call in answer.calls]
-    cut = answer.done.reason == "length"
     said = answer.done.tokens
     usage = {
         **{"input_tokens": running.prompt_tokens, "output_tokens": said},
@@ -197,9 +202,10 @@ def _whole(
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": running.prompt_tokens + said,
     }
-    details = {"reason": "max_output_tokens"} if cut else None
-    status = {"status": "incomplete" if cut else "completed", "incomplete_details": details}
-    return {**head, **status, "output": output, "usage": usage}
+    status = _status(answer)
+    details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+    ending = {"status": status, "incomplete_details": details}
+    return {**head, **ending, "output": output, "usage": usage}
 
 
 async def _events(
@@ -236,7 +242,7 @@ async def _events(
         whole_part = _text_part(answer.content)
         yield event("response.output_text.done", **where, text=answer.content, logprobs=[])
         yield event("response.content_part.done", **where, part=whole_part)
-        ended = _message_item(name, answer.content)
+        ended = _message_item(name, answer.content, _status(answer))
         yield event("response.output_item.done", output_index=n, item=ended)
         n += 1
     for call in answer.calls:
@@ -251,5 +257,4 @@ async def _events(
         yield event("response.output_item.done", output_index=n, item=made)
         n += 1
     whole = _whole(head, running, answer, name)
-    kind = "completed" if whole["status"] == "completed" else "incomplete"
-    yield event(f"response.{kind}", response=whole)
+    yield event(f"response.{whole['status']}", response=whole)

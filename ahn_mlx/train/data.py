@@ -1,9 +1,7 @@
 """Texts as sequences of equal length, in an order that a seed fixes."""
 
-import glob
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import AHNError
-from ..reading.text import read_texts
+from ..reading.text import read_each, read_texts
 from ..reading.tokens import Encoder
 
 # Sequences that are not trained on: at most so many, and one in so many.
@@ -21,7 +19,7 @@ HELD, ONE_IN = 2, 20
 class Sequences:
     """All texts one after the other, each ended, cut into sequences of `length` tokens.
 
-    patterns: files or globs; a .jsonl file has an object with "text" in each line.
+    patterns: files, folders or globs; a .jsonl file has an object with "text" in each line.
     held_out: [n, length], a few of them, evenly from the texts, that are not trained on.
     Raises AHNError if a file cannot be read or all are shorter than one sequence.
     """
@@ -61,6 +59,5 @@ class Sequences:
 
 def texts(patterns: tuple[str, ...]) -> Iterator[str]:
     """The texts of these files. Raises AHNError naming the file, and the line."""
-    for pattern in patterns:
-        for file in sorted(glob.glob(pattern)) or [pattern]:
-            yield from read_texts(Path(file))
+    for _, found in read_each(patterns, lambda file: list(read_texts(file))):
+        yield from found

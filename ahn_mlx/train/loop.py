@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoints.directory import load_safetensors
-from ..checkpoints.safetensors import not_finite, read_header_and_metadata
+from ..checkpoints.safetensors import mended, not_finite, read_header_and_metadata
 from ..errors import AHNError, show
 from ..model.augment import memory_layers
 from ..outputs.files import replacing
@@ -238,7 +238,8 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
     file = directory / STATE
     if not file.is_file():
         raise AHNError(f"{file}: no such file; train without --resume")
-    _, facts = read_header_and_metadata(file)
+    with mended("train without --resume, into another --out"):
+        _, facts = read_header_and_metadata(file)
     try:
         found, step = json.loads(facts["settings"]), int(facts["step"])
         theirs = {field.name: found[field.name] for field in fields(Settings)}
