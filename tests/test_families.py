@@ -245,7 +245,7 @@ def test_served_rows_are_each_alone(family):
             close(row[0], wanted[0, n])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3", "stablelm"])
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "phi3", "stablelm"])
 def test_a_digested_text_comes_back(family, tmp_path):
     config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
     model = remember(augment(base(family, vocab_size=256), config))

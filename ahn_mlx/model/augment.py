@@ -275,8 +275,10 @@ def shape_of_attention(model: nn.Module) -> Fit:
 def dtype_of(model: nn.Module) -> mx.Dtype:
     """Of what flows through the base, whose matrices may be quantized."""
     parameters: Any = tree_flatten(model.layers[0].parameters())
-    base = (x.dtype for name, x in parameters if not name.startswith(MEMORY))
-    return next(dtype for dtype in base if mx.issubdtype(dtype, mx.floating))
+    base = [x for name, x in parameters if not name.startswith(MEMORY)]
+    # Of a norm, if there is one: scales of packed weights may have another.
+    base.sort(key=lambda x: x.ndim != 1)
+    return next(x.dtype for x in base if mx.issubdtype(x.dtype, mx.floating))
 
 
 def hidden_states(
