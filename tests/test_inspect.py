@@ -71,7 +71,7 @@ def test_numbers_are_those_of_the_equations(loaded):
             np.testing.assert_allclose(found.length, 1 / decay.mean(axis=0), rtol=1e-4)
         else:
             np.testing.assert_allclose(found.length, -1 / last[..., 1].mean(axis=0), rtol=1e-4)
-        x = x + attention.merge(heads)
+        x = x + attention.merge(heads, h)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
 
 

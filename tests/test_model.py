@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
-from mlx_lm.models import gemma, llama
+from mlx_lm.models import gpt_neox, llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
@@ -177,9 +177,13 @@ def test_quantizing_leaves_the_memory_alone():
 
 
 def test_refusals_name_what_is_wrong():
-    args = gemma.ModelArgs(**{**SIZES, "model_type": "gemma"}, head_dim=16)
-    with pytest.raises(AHNError, match=r"gemma.*llama, qwen2, qwen3"):
-        augment(gemma.Model(args), AHNConfig(window=8))
+    args = gpt_neox.ModelArgs(
+        **{k: v for k, v in SIZES.items() if k in ("vocab_size", "hidden_size")},
+        **{"model_type": "gpt_neox", "max_position_embeddings": 64, "num_attention_heads": 4},
+        **{"num_hidden_layers": 1, "layer_norm_eps": 1e-5, "rotary_emb_base": 1, "rotary_pct": 1.0},
+    )
+    with pytest.raises(AHNError, match=r"'gpt_neox' is not supported: it has no model.layers"):
+        augment(gpt_neox.Model(args), AHNConfig(window=8))
     plain, model = tiny(window=8)
     with pytest.raises(AHNError, match="already"):
         augment(model, AHNConfig(window=8))

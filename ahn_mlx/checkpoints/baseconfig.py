@@ -28,6 +28,8 @@ OBJECTS = (
     "ahn_release",
 )
 THETA = 10_000.0  # that transformers assumes; mlx_lm's qwen2 would take another
+# Families whose model files pass over settings that change the model.
+OWN = ("llama", "qwen2", "qwen3")
 # Rope types that count from the positions that the model was trained for.
 FROM_TRAINED = ("yarn", "llama3", "longrope")
 
@@ -59,7 +61,8 @@ def normalise(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     check_config(file, config)
     config = {**config, **_rope(file, config)}
-    config.pop("rope_parameters", None)
+    if family(config) in OWN:
+        config.pop("rope_parameters", None)
     dtype, old = config.pop("dtype", None), config.get("torch_dtype")
     if dtype or old:
         config["torch_dtype"] = str(dtype or old).removeprefix("torch.")
@@ -72,9 +75,27 @@ def normalise(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def family(config: dict[str, Any]) -> str:
+    """The model file of mlx-lm that runs it: a mistral is a llama."""
+    kind = str(config["model_type"])
+    if kind in OWN:
+        return kind
+    from ..model.augment import family_of  # mlx-lm takes a second
+
+    return family_of(kind)
+
+
+def has_own_window(config: dict[str, Any]) -> bool:
+    """Whether a converted model's base has layers with a window of their own."""
+    in_use = config.get("use_sliding_window") is not False
+    return family(config) not in OWN and config.get("sliding_window") is not None and in_use
+
+
 def complete(config: dict[str, Any], tied: bool | None = None) -> dict[str, Any]:
     """A base's normal form with what it leaves unsaid, as transformers takes it."""
-    unsaid = {"rope_theta": THETA, "tie_word_embeddings": bool(tied)}
+    unsaid: dict[str, Any] = {"tie_word_embeddings": bool(tied)}
+    if family(config) in OWN:
+        unsaid["rope_theta"] = THETA
     return {**config, **{k: v for k, v in unsaid.items() if config.get(k) is None}}
 
 
@@ -112,9 +133,12 @@ def _rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     perhaps one entry for each type of layer: those in use must agree, as mlx_lm's models have
     one for all."""
     parameters = config.get("rope_parameters") or {}
+    others = family(config) not in OWN
     entries = {name: x for name, x in parameters.items() if isinstance(x, dict)}
     if not entries:
         return _rope_of(file, config, parameters)
+    if others:
+        return {"rope_scaling": config.get("rope_scaling")}  # for its model file to read
     used = sorted(set(map(str, config.get("layer_types") or entries)))
     found = [_rope_of(file, config, entries.get(name, {})) for name in used]
     for name, rope in zip(used, found, strict=True):
@@ -196,7 +220,9 @@ def _number(file: Path, text: str) -> int | None:
 
 def _check_settings(file: Path, config: dict[str, Any]) -> None:
     """Refuse what mlx_lm's classes pass over in silence, and which changes the model."""
-    family = config["model_type"]
+    if family(config) not in OWN:
+        return  # what mlx-lm's model file reads is what there is
+    kind = config["model_type"]
     wide, heads = config.get("hidden_size") or 0, config.get("num_attention_heads") or 1
     scaling = config["rope_scaling"] or {}
     factor: Any = scaling.get("factor")
@@ -205,15 +231,15 @@ def _check_settings(file: Path, config: dict[str, Any]) -> None:
     passed_over = {
         "hidden_act": config.get("hidden_act") not in (None, "silu", "swish"),
         "partial_rotary_factor": config.get("partial_rotary_factor") not in (None, 1),
-        "attention_bias": family == "qwen3" and bool(config.get("attention_bias")),
-        "head_dim": family == "qwen2" and config.get("head_dim") not in (None, wide // heads),
+        "attention_bias": kind == "qwen3" and bool(config.get("attention_bias")),
+        "head_dim": kind == "qwen2" and config.get("head_dim") not in (None, wide // heads),
         "layer_types": config.get("layer_types") is not None and not _full_attention(config),
         "use_sliding_window": _slides(config),
     }
     for name, wrong in passed_over.items():
         if wrong:
             found = show(config[name])
-            raise AHNError(f"{file}: a {family} model with {name} {found} is not supported")
+            raise AHNError(f"{file}: a {kind} model with {name} {found} is not supported")
     if scaling.get("rope_type") == "yarn":
         attention = scaling.get("attention_factor")
         for name, wrong in {
@@ -235,14 +261,14 @@ def _full_attention(config: dict[str, Any]) -> bool:
     types, layers = config["layer_types"], config.get("num_hidden_layers")
     if not isinstance(types, list) or len(types) != layers:
         return False
-    unused = config["model_type"] != "llama" and not config.get("use_sliding_window")
+    unused = family(config) != "llama" and not config.get("use_sliding_window")
     known = ("full_attention", "sliding_attention") if unused else ("full_attention",)
     return all(kind in known for kind in types)
 
 
 def _slides(config: dict[str, Any]) -> bool:
     """Whether Qwen's own window is in use. A memory's window has its name."""
-    if config["model_type"] == "llama" or "_ahn_implementation" in config or "ahn" in config:
+    if family(config) == "llama" or "_ahn_implementation" in config or "ahn" in config:
         return False
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return False

@@ -19,7 +19,7 @@ from ..model.augment import FLOAT32, build
 from ..model.config import AHNConfig
 from ..model.names import is_memory
 from ..outputs.directories import check_out, replacing, reporting
-from .baseconfig import check_same_base
+from .baseconfig import OWN, check_same_base, family
 from .card import origin, write_card
 from .directory import Source, copy_files, read_json
 from .formats import describe, is_gguf
@@ -116,7 +116,9 @@ def _open(base: Path | None, ahn: Path, yarn: float | None) -> Checkpoint:
         sources = {**base_sources, **sources}
         if "eos_token_id" in ahn_config:
             config.setdefault("eos_token_id", ahn_config["eos_token_id"])
-    config = {k: v for k, v in config.items() if k not in RELEASE_FIELDS}
+    # A base of a family that the release does not know may have a window of its own.
+    own = {"sliding_window"} if base is not None and family(config) not in OWN else set()
+    config = {k: v for k, v in config.items() if k not in RELEASE_FIELDS - own}
     config["ahn"] = settings.to_dict()
     release = RELEASE_FIELDS - {"save_ahn_only"}  # which is for the export to say
     if kept := {k: v for k, v in ahn_config.items() if k in release}:

@@ -11,7 +11,7 @@ from ..errors import AHNError, show
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import is_memory, published_name
 from ..outputs.directories import check_out, replacing, reporting
-from .baseconfig import read_config
+from .baseconfig import has_own_window, read_config
 from .convert import RELEASE
 from .directory import INDEX, Source, copy_files, read_headers, read_unused
 from .formats import Reader
@@ -51,6 +51,11 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
             ahn = AHNConfig.from_dict(config)
         except AHNError as e:
             raise AHNError(f"{path}: {e}") from None
+        if layout == "merged" and has_own_window(config):
+            raise AHNError(
+                f"{path}: its base has a window of its own (sliding_window), which that layout has"
+                " no name for; export ahn-only"
+            )
         plan = _plan(path, config, layout)
         parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
         names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))

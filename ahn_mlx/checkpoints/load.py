@@ -114,10 +114,28 @@ def fit(
     sources = rename_published(sources, layers)
     if config["tie_word_embeddings"]:  # mlx_lm drops the weight, and no scales
         sources = {name: s for name, s in sources.items() if not name.startswith("lm_head.")}
-    sources = getattr(model, "sanitize", dict)(sources)
+    sources = _sanitized(model, config, sources, base)
     _quantize_as_given(model, config, sources, base)
     _check_shapes(model, config, sources, base, ahn)
     return sources
+
+
+def _sanitized(
+    model: nn.Module, config: dict[str, Any], sources: dict[str, Source], base: Path
+) -> dict[str, Source]:
+    """By the names that mlx_lm gives them. Where it would compute, as when it stacks experts,
+    they must be as it leaves them."""
+    try:
+        return dict(getattr(model, "sanitize", dict)(dict(sources)))
+    except (AttributeError, TypeError, KeyError):
+        parameters: Any = tree_flatten(model.parameters())
+        packed = (".scales", ".biases")
+        if {n for n in sources if not n.endswith(packed)} == {name for name, _ in parameters}:
+            return sources
+    raise AHNError(
+        f"{base}: mlx_lm rearranges the tensors of a {config['model_type']} model when it loads"
+        " them; write it anew with mlx_lm.convert, and use that"
+    )
 
 
 def _quantize_as_given(

@@ -30,6 +30,7 @@ COMMANDS = {
     "memory": (".cli.memory", "memory", "Look into a digested document's file."),
     "inspect": (".cli.inspect", "inspect", "Draw what a digested document left."),
     "models": (".cli.models", "models", "List models by name, and what is on this machine."),
+    "families": (".cli.families", "families", "List the kinds of models a memory fits."),
     "pull": (".cli.models", "pull", "Download and convert a model."),
     "rm": (".cli.models", "rm", "Delete a converted model."),
     "convert": (".cli.convert", "convert", "Convert a checkpoint of the PyTorch release."),

@@ -47,13 +47,14 @@ def bench(**options: Any) -> None:
     from mlx.utils import tree_flatten
 
     from ..measure import cost, speed
+    from ..model.augment import dtype_of
     from ..reading.generate import prefill_step
 
     warn_slow()
     model, _ = load_model(options)
     shape = cost.shape_of({**vars(model.args), "ahn": model.ahn.to_dict()})
     context, tokens = options["context"], options["tokens"]
-    dtype = model.layers[0].input_layernorm.weight.dtype
+    dtype = dtype_of(model)
     cache = model.make_cache()
     mx.reset_peak_memory()
     start = time.perf_counter()

@@ -357,11 +357,13 @@ def _about(session: Any) -> list[tuple[str, str]]:
     """Labels and facts of the model that answers."""
     from mlx.utils import tree_flatten
 
+    from ..model.augment import dtype_of
+
     model, ahn = session.model, session.model.ahn
     weights: Any = tree_flatten(model.parameters())
     packed = sorted({part.bits for part in model.modules() if getattr(part, "bits", None)})
     kept = next((c.bits for c in session.caches if getattr(c, "bits", None)), None)
-    dtype = str(model.layers[0].input_layernorm.weight.dtype).removeprefix("mlx.core.")
+    dtype = str(dtype_of(model)).removeprefix("mlx.core.")
     base = f"{', '.join(map(str, packed))} bits, rest {dtype}" if packed else dtype
     return [
         ("model", _name(session)),

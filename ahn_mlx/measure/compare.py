@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AHNError
-from ..model.augment import head
+from ..model.augment import head, hidden_states
 from ..train.losses import ROWS, divergence
 from ..train.streams import silenced, study, teach
 
@@ -197,7 +197,7 @@ def _stream(
     L = tokens.shape[1]
     for a in range(0, L - 1, STEP):
         b = min(a + STEP, L - 1)
-        hidden = model.model(tokens[:, a:b], cache=cache)
+        hidden = hidden_states(model, tokens[:, a:b], cache)
         mx.eval(hidden, [c.state for c in cache])
         for n in range(max(a, first), b, ROWS):
             rows = slice(n, min(n + ROWS, b))

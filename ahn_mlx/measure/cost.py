@@ -96,24 +96,29 @@ def shape_of(config: dict[str, Any]) -> Shape:
     """Count a config.json with AHN fields. Raises AHNError as build does."""
     from mlx.utils import tree_flatten
 
-    from ..model.augment import build
+    from ..model.augment import build, shape_of_attention
 
     model = build(config)
+    kind = config["model_type"]
+    if model.own_layers:
+        raise AHNError(f"{kind}: layers with a window or a state of their own are not counted")
     groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "embedding")
     found = dict.fromkeys(groups, 0)
     parameters: Any = tree_flatten(model.parameters())
     for name, x in parameters:
+        if x.ndim == 3 and ".self_attn." not in name:
+            raise AHNError(f"{kind}: experts, of which a token takes some, are not counted")
         found[_group(name, x)] += x.size
     tied = not any(name.startswith("lm_head") for name, _ in parameters)
     if not tied:
         found["embedding"] //= 2  # the head has as many
-    attention = model.layers[0].self_attn
+    attention = shape_of_attention(model)
     return Shape(
         ahn=model.ahn,
         layers=len(model.layers),
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
-        head_dim=attention.k_proj.weight.shape[0] // attention.n_kv_heads,
+        head_dim=attention.head_dim,
         tied=tied,
         **found,
     )

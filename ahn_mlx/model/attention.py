@@ -16,35 +16,34 @@ from ..memory.forms import scan, step
 from ..memory.layers import Derived, Kept
 from ..ops import window_attention
 from ..ops.ring import Place, write_slots
-from ..ops.window import attend, attend_to_all
-from .cache import AHNCache, BatchAHNCache, PureCache
+from ..ops.window import Logits, attend, attend_to_all
+from .cache import AHNCache, BatchAHNCache, PureCache, Watched
 from .config import AHNConfig
+from .fit import fit_of, plain_facts
 from .slots import Rows, pack, unpack
 from .together import RowsCache
 
 # Tokens of a batch whose attention is computed at once, to all slots.
 PIECE = 256
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
 
 class AHNAttention(nn.Module):
     """Sinks + window + memory in place of full attention.
 
-    attention: an mlx-lm attention layer with q/k/v/o projections and RoPE, and
-    perhaps q_norm and k_norm. hidden: width C of the hidden state.
+    attention: an mlx-lm attention layer. hidden: width C of the hidden state. Raises AHNError
+    if no reading of the layer fits.
     """
 
     def __init__(self, attention: nn.Module, config: AHNConfig, hidden: int):
         super().__init__()
-        for name in (*PROJECTIONS, "rope", "q_norm", "k_norm"):
-            if name in attention:
-                self[name] = attention[name]
-        self.n_heads = attention.n_heads
-        self.n_kv_heads = attention.n_kv_heads
-        self.scale = attention.scale
+        self.fit = fit = fit_of(attention, hidden)
+        # A model file may ask its attention whether it is local, and the like.
+        self.__dict__.update(plain_facts(attention))
+        for name in fit.children:
+            self[name] = attention[name]
+        self.n_heads, self.n_kv_heads = fit.n_heads, fit.n_kv_heads
+        self.head_dim, self.scale = fit.head_dim, fit.scale
         self.config = config
-        self.head_dim = attention.k_proj.weight.shape[0] // self.n_kv_heads
         options = {"query_projection": True} if config.query_projection else {}
         self.ahn = MEMORIES[config.memory](hidden, self.n_heads, self.head_dim, **options)
         if config.router:
@@ -75,7 +74,15 @@ class AHNAttention(nn.Module):
                 return self._batch(x, cache)
             if x.shape[1] == 1 and cache.full:
                 return self._decode(x, cache)
-            return self.merge(self.heads(x, cache))
+            heads = self.heads(x, cache)
+            if cache.watched is not None:
+                cache.watched.append(Watched(x, heads))
+            return self.merge(heads, x)
+
+    @property
+    def logits(self) -> Logits | None:
+        """What is done with the scores beyond their scale."""
+        return self.fit.logits(self)
 
     def heads(self, x: mx.array, cache: AHNCache) -> mx.array:
         """x [B, L, C] -> [B, H, L, D], attention + memory of each head, before o_proj.
@@ -89,12 +96,12 @@ class AHNAttention(nn.Module):
         gates, z = self.gates(x, derived)
         q, k, q_sink = self._rotate(q, k, offset, cache.capacity)
         if x.shape[1] == 1:
-            return attend(q, *cache.fill(k, v, gates), self.scale)
+            return attend(q, *cache.fill(k, v, gates), self.scale, logits=self.logits)
         update = cache.update(k, v, gates)
-        heads = window_attention(q, update, self.scale, q_sink, self.training)
+        heads = window_attention(q, update, self.scale, q_sink, self.training, self.logits)
         if T := update.evicts:
             if self.config.query_projection:
-                q = self.rope(self.ahn.q_proj(raw), offset=offset)
+                q = self.turn(self.ahn.q_proj(raw), offset)
             q, rates = q[:, :, -T:], derived.rates
             o, cache.memory = scan(self.ahn, q, update, cache.memory, rates, self.training)
             m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype))
@@ -149,9 +156,9 @@ class AHNAttention(nn.Module):
         q, k, v, raw = self.project(x)
         gates, z = self.gates(x, derived)
         q, q_sink = self._turn(q, where, cache.sinks)
-        k, asks = self.rope(k, offset=where.at), q
+        k, asks = self.fit.turn_keys(self, k, where.at), q
         if self.config.query_projection:
-            asks = self.rope(self.ahn.q_proj(raw), offset=where.at)
+            asks = self.turn(self.ahn.q_proj(raw), where.at)
         heads = []
         for n, row in enumerate(cache.caches):
             own = slice(n, n + 1)
@@ -165,7 +172,7 @@ class AHNAttention(nn.Module):
             heads.append(said)
         if rest := x.shape[0] - len(heads):
             heads.append(mx.zeros((rest, *heads[0].shape[1:]), dtype=heads[0].dtype))
-        return self.merge(mx.concatenate(heads))
+        return self.merge(mx.concatenate(heads), x)
 
     def _row(
         self,
@@ -183,7 +190,9 @@ class AHNAttention(nn.Module):
         (q, q_sink, asks, z), where, before = mine, Place(*place), Rows(*rows)
         written = pack(*new, bits, group_size)
         left, buffers = before.leaving, write_slots(before.buffers, written, where.slots)
-        heads, leaving = attend_to_all(q, buffers, self.scale, q_sink, sinks, where)
+        heads, leaving = attend_to_all(
+            q, buffers, self.scale, q_sink, sinks, where, logits=self.logits
+        )
         left = unpack(left, bits, group_size)
         loudness = self.router(where.evicted, window) if self.config.router else None
         rates = Derived(*derived).rates
@@ -213,21 +222,25 @@ class AHNAttention(nn.Module):
         q, k, v, raw = self.project(x)
         gates, z = self.gates(x, parameters)
         q, q_sink = self._turn(q, where, sinks)
-        k = self.rope(k, offset=where.at)
+        k = self.fit.turn_keys(self, k, where.at)
         new = pack(k, v, gates, bits, group_size)
         if x.shape[1] == 1 and where.valid is None:
             left, buffers = before.leaving, write_slots(before.buffers, new, where.slots)
-            heads, leaving = attend_to_all(q, buffers, self.scale, q_sink, sinks, where, plain)
+            heads, leaving = attend_to_all(
+                q, buffers, self.scale, q_sink, sinks, where, plain, self.logits
+            )
             after = Rows(buffers, leaving, before.memory)
         else:
             after, keys, values, left = before.put_chunk(new, where)
-            heads = attend(q, keys, values, self.scale, where.seen, q_sink, sinks, plain)
+            heads = attend(
+                q, keys, values, self.scale, where.seen, q_sink, sinks, plain, self.logits
+            )
         if self.config.query_projection:
-            q = self.rope(self.ahn.q_proj(raw), offset=where.at)
+            q = self.turn(self.ahn.q_proj(raw), where.at)
         left = unpack(left, bits, group_size)
         loudness = self.router(where.evicted, window) if self.config.router else None
         heads, memory = step(self.ahn, q, left, before.memory, heads, z, parameters.rates, loudness)
-        return self.merge(heads), tuple(after._replace(memory=memory))
+        return self.merge(heads, x), tuple(after._replace(memory=memory))
 
     def _derive(self, begins: bool = False) -> Derived:
         """What follows from the memory's parameters. begins: a text does; they may have been
@@ -239,16 +252,17 @@ class AHNAttention(nn.Module):
     def _turn(self, q: mx.array, where: Place, sinks: int) -> tuple[mx.array, mx.array | None]:
         """Queries [B, H, L, D] at their positions, and as the sinks see them, if they do."""
         B, H, L, D = q.shape
-        if sinks == 0 or self.config.sink_positions != "clamped":
-            return self.rope(q, offset=where.at), None
+        turn = self.fit.turn_queries
+        if sinks == 0 or self.fit.rope is None or self.config.sink_positions != "clamped":
+            return turn(self, q, where.at), None
         if L == 1:
             # Both at once.
             twice = mx.broadcast_to(q, (2, *q.shape)).reshape(2 * B, H, 1, D)
-            twice = self.rope(twice, offset=where.both)
+            twice = turn(self, twice, where.both)
             return twice[:B], twice[B:]
         alone = q.swapaxes(1, 2).reshape(B * L, H, 1, D)
-        near = self.rope(alone, offset=where.near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
-        return self.rope(q, offset=where.at), near
+        near = turn(self, alone, where.near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
+        return turn(self, q, where.at), near
 
     def __getstate__(self) -> dict[str, Any]:
         # What cannot be copied or pickled, or need not; it is made again.
@@ -262,23 +276,20 @@ class AHNAttention(nn.Module):
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """x [B, L, C] -> q [B, H, L, D], k and v [B, Hkv, L, D], and the queries before their
         norm."""
-        B, L, _ = x.shape
-        raw = self.q_proj(x).reshape(B, L, self.n_heads, -1)
-        k = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1)
-        v = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1)
-        q = self.q_norm(raw) if "q_norm" in self else raw
-        k = self.k_norm(k) if "k_norm" in self else k
-        q, k, v, raw = (y.swapaxes(1, 2) for y in (q, k, v, raw))
-        return q, k, v, raw
+        return self.fit.project(self, x)
+
+    def turn(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """x [B, heads, L, D] at the positions from `offset` on, as RoPE alone turns it."""
+        return self.fit.turn(self, x, offset)
 
     def gates(self, x: mx.array, derived: Derived) -> tuple[mx.array, mx.array]:
         """x [B, L, C] -> gates [B, H, L, G] of the memory, and its output gate [B, L, H]."""
         gates, z = self.ahn.project(x, derived)
         return gates.swapaxes(1, 2), z
 
-    def merge(self, heads: mx.array) -> mx.array:
-        """Heads [B, H, L, D] -> [B, L, C]."""
-        return self.o_proj(heads.swapaxes(1, 2).flatten(2))
+    def merge(self, heads: mx.array, x: mx.array) -> mx.array:
+        """Heads [B, H, L, D], and the x that they came from -> [B, L, C]."""
+        return self.fit.merge(self, heads, x)
 
     def _rotate(
         self, q: mx.array, k: mx.array, offset: int, capacity: int
@@ -286,14 +297,15 @@ class AHNAttention(nn.Module):
         """Queries and keys [B, heads, L, D] at their positions t, and, where sinks are
         clamped, the queries at min(t, capacity); None where that is t."""
         B, H, L, D = q.shape
-        clamped = self.config.sink_positions == "clamped" and offset + L > capacity
-        if not clamped:
-            return self.rope(q, offset=offset), self.rope(k, offset=offset), None
+        turn, k = self.fit.turn_queries, self.fit.turn_keys(self, k, offset)
+        clamped = self.config.sink_positions == "clamped" and self.fit.rope is not None
+        if not clamped or offset + L <= capacity:
+            return turn(self, q, offset), k, None
         near = max(0, capacity - offset)
         # Each query beyond becomes a sequence of one token, to share one position.
         far = q[:, :, near:].reshape(B, -1, 1, D)
-        far = self.rope(far, offset=capacity).reshape(B, H, L - near, D)
-        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        far = turn(self, far, capacity).reshape(B, H, L - near, D)
+        q = turn(self, q, offset)
         return q, k, mx.concatenate([q[:, :, :near], far], axis=2) if near else far
 
 

@@ -1,28 +1,42 @@
 """From a plain mlx-lm decoder to an AHN model.
 
-`augment` replaces each layer's attention and gives the model `make_cache`; all else,
-its forward pass included, stays mlx-lm's.
+`augment` replaces the attention of each layer that sees all tokens and gives the model
+`make_cache`; all else, its forward pass included, stays mlx-lm's: so do layers with a window of
+their own and recurrent ones, with the caches that mlx-lm gives them.
 """
 
+import copy
+import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache
 import mlx_lm.utils
+from mlx.utils import tree_flatten
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import KVCache
 
-from ..errors import AHNError
-from .attention import PROJECTIONS, AHNAttention
+from ..errors import AHNError, show
+from .attention import AHNAttention
 from .cache import AHNCache
 from .config import AHNConfig
+from .fit import Fit, fit_of
 from .names import rename_published
 
-# Model files of mlx-lm whose attention is known to fit.
-SUPPORTED = ("llama", "qwen2", "qwen3")
+# What a model file of mlx-lm raises for settings that make no sense.
+WRONG = (
+    *(TypeError, ArithmeticError, LookupError, ValueError, RuntimeError, AssertionError),
+    *(AttributeError, NotImplementedError),
+)
+
+# Of a layer's parameters, those that are not the base's.
+MEMORY = ("self_attn.ahn.", "self_attn.router.")
 
 # Parameters that stay float32 whatever the model's dtype: decays need the precision.
 FLOAT32 = ("A_log", "dt_bias")
@@ -45,13 +59,28 @@ class AHNModel:
 
     ahn: AHNConfig
 
-    def make_cache(self) -> list[AHNCache | FullCache]:
-        """One cache per layer: AHNCache, or FullCache where full attention is kept."""
-        full = self.ahn.fa_layer_ids
-        return [
-            FullCache() if i in full else AHNCache(self.ahn.window, self.ahn.sinks)
-            for i in range(len(self.layers))  # type: ignore[attr-defined]
-        ]
+    def make_cache(self) -> list[Any]:
+        """One cache per layer: AHNCache; FullCache where full attention is kept; and mlx-lm's own
+        where a layer has another kind."""
+        full, kept = self.ahn.fa_layer_ids, set(self.kept_layers)
+        caches: list[Any] = _plain_caches(super(), len(self.layers))  # type: ignore[attr-defined]
+        for i in range(len(caches)):
+            if i not in kept:
+                caches[i] = AHNCache(self.ahn.window, self.ahn.sinks)
+            elif i in full and type(caches[i]) is KVCache:
+                caches[i] = FullCache()
+        return caches
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Layers without a memory: those of fa_layer_ids, and those that never saw all tokens."""
+        layers = enumerate(self.layers)  # type: ignore[attr-defined]
+        return tuple(i for i, layer in layers if not _has_memory(layer))
+
+    @property
+    def own_layers(self) -> tuple[int, ...]:
+        """Of these, those that mlx-lm gives a cache of another kind."""
+        return tuple(i for i in self.kept_layers if i not in self.ahn.fa_layer_ids)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Published parameter names to ours, after the base model's own clean-up."""
@@ -65,32 +94,43 @@ def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
     New memory parameters start as in the paper's release: the output projection is
     zero, so the memory adds nothing until weights are loaded or trained.
 
-    Raises AHNError for a model of another family or a layer that does not fit.
+    Raises AHNError for a model whose attention does something that is not known here.
 
     >>> from mlx_lm.models import llama
     >>> args = llama.ModelArgs("llama", 32, 1, 64, 2, rms_norm_eps=1e-5, vocab_size=100)
     >>> ahn_mlx.augment(llama.Model(args), ahn_mlx.AHNConfig(window=40, sinks=4)).ahn.window
     40
     """
-    family = type(model).__module__.rsplit(".", 1)[-1]
     if isinstance(model, AHNModel):
         raise AHNError("the model is an AHN model already")
-    if family not in SUPPORTED:
-        raise AHNError(f"model family {family!r} is not supported; use {', '.join(SUPPORTED)}")
-    layers = model.layers
+    family = type(model).__module__.rsplit(".", 1)[-1]
+    layers, hidden = _layers(model, family)
     absent = [i for i in config.fa_layer_ids if i >= len(layers)]
     if absent:
         raise AHNError(f"fa_layer_ids names layer {absent[0]}, but there are {len(layers)}")
-    for i, layer in enumerate(layers):
-        if getattr(layer, "use_sliding", False):
-            raise AHNError(f"layer {i} has sliding-window attention already; use a base without")
-        missing = [name for name in PROJECTIONS if name not in layer.self_attn]
-        if missing:
-            raise AHNError(f"the attention of layer {i} has no {missing[0]}")
-    _check_rope(model)
-    for i, layer in enumerate(layers):
-        if i not in config.fa_layer_ids:
-            layer.self_attn = AHNAttention(layer.self_attn, config, model.args.hidden_size)
+    caches = _plain_caches(model, len(layers))
+    if len(caches) != len(layers):
+        raise AHNError(
+            f"model family {family!r} has {len(layers)} layers and {len(caches)} caches; a memory"
+            " needs one for each"
+        )
+    full = [i for i, cache in enumerate(caches) if type(cache) is KVCache]
+    if not full:
+        kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
+        raise AHNError(
+            f"model family {family!r} has no layer with a key/value cache alone, only {kinds}"
+        )
+    made = {}
+    for i in full:
+        if i in config.fa_layer_ids:
+            continue
+        try:
+            made[i] = AHNAttention(_attention(layers[i]), config, hidden)
+        except AHNError as e:
+            raise AHNError(f"layer {i} of model family {family!r} does not fit: {e}") from None
+    _check_rope(model, list(made.values()))
+    for i, attention in made.items():
+        layers[i].self_attn = attention
     base = type(model)
     # A subclass made on the spot keeps parameter names, forward pass and sharding.
     model.__class__ = type(f"AHN{family.capitalize()}", (AHNModel, base), {})
@@ -98,39 +138,106 @@ def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
     return model
 
 
-def _check_rope(model: nn.Module) -> None:
-    """The compiled step knows positions as arrays alone; some kinds of RoPE want numbers."""
-    attention = model.layers[0].self_attn  # all layers have the same
-    scaling = getattr(model.args, "rope_scaling", None) or {}
-    kind = scaling.get("type") or scaling.get("rope_type") or type(attention.rope).__name__
-    x = mx.ones((1, 1, 1, attention.k_proj.weight.shape[0] // attention.n_kv_heads))
-    places = [7, 1 << 20]
-    try:
-        # Traced, but not run: a machine whose compiler fails is another matter.
-        mx.compile(lambda x, offset: attention.rope(x, offset=offset))(x, mx.array([7]))
-        turned = attention.rope(mx.repeat(x, 2, axis=0), offset=mx.array(places))
-        expected = mx.concatenate([attention.rope(x, offset=n) for n in places])
-        same = mx.allclose(turned, expected, atol=1e-4).item()
-    except (TypeError, ValueError, RuntimeError):
-        same = False
-    if not same:
-        raise AHNError(
-            f"rope_type {kind!r} cannot run here, it needs positions as numbers; use a base with"
-            " another"
+def _layers(model: nn.Module, family: str) -> tuple[list[nn.Module], int]:
+    """The decoder's layers and the width of their input."""
+    hidden = getattr(getattr(model, "args", None), "hidden_size", None)
+    inner = getattr(model, "model", None)
+    layers = getattr(inner, "layers", None)
+    missing = [
+        name
+        for name, there in (
+            ("args.hidden_size", type(hidden) is int),
+            ("model.layers", isinstance(layers, list) and layers),
+            ("model.embed_tokens", hasattr(inner, "embed_tokens")),
         )
+        if not there
+    ]
+    if missing:
+        raise AHNError(
+            f"model family {family!r} is not supported: it has no {missing[0]}, as a plain decoder"
+            " has"
+        )
+    return layers, hidden  # type: ignore[return-value]
+
+
+def _plain_caches(model: Any, layers: int) -> list[Any]:
+    """What mlx-lm gives the layers of a plain model."""
+    make = getattr(model, "make_cache", None)
+    return list(make()) if make else [KVCache() for _ in range(layers)]
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, nn.Module):
+        raise AHNError("it has no self_attn")
+    return attention
+
+
+def _has_memory(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "self_attn", None), AHNAttention)
+
+
+def _check_rope(model: nn.Module, attentions: list[AHNAttention]) -> None:
+    """The compiled step knows positions as arrays alone; some kinds of RoPE want numbers."""
+    scaling = getattr(model.args, "rope_scaling", None) or {}
+    kinds: dict[Any, AHNAttention] = {}
+    for attention in attentions:
+        if attention.fit.rope is not None:
+            kinds.setdefault(repr(attention[attention.fit.rope]), attention)
+    for attention in kinds.values():
+        rope = type(attention[attention.fit.rope]).__name__
+        kind = scaling.get("type") or scaling.get("rope_type") or rope
+        x = mx.ones((1, 1, 1, attention.head_dim))
+        places = [7, 1 << 20]
+        turn = attention.turn
+        try:
+            # Traced, but not run: a machine whose compiler fails is another matter.
+            mx.compile(turn)(x, mx.array([7]))
+            turned = turn(mx.repeat(x, 2, axis=0), mx.array(places))
+            expected = mx.concatenate([turn(x, n) for n in places])
+            same = mx.allclose(turned, expected, atol=1e-4).item()
+        except (TypeError, ValueError, RuntimeError):
+            same = False
+        if not same:
+            raise AHNError(
+                f"rope_type {kind!r} cannot run here, it needs positions as numbers; use a base"
+                " with another"
+            )
+
+
+def family_of(model_type: Any) -> str:
+    """The model file of mlx-lm that runs a model_type; a name that it has none for stays."""
+    return str(mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type))
+
+
+def is_family(name: str) -> bool:
+    """Whether mlx-lm has a model file of this name; a name may come from anyone."""
+    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        return False
+    spec = importlib.util.find_spec(f"mlx_lm.models.{name}")
+    if spec is None or spec.origin is None:
+        return False
+    return b"class ModelArgs" in Path(spec.origin).read_bytes()
 
 
 def build_base(config: dict[str, Any]) -> nn.Module:
     """The plain mlx-lm model that a config.json describes, not evaluated."""
-    family = config.get("model_type")
-    if family not in SUPPORTED:
-        raise AHNError(f"model_type {family!r} is not supported; use {', '.join(SUPPORTED)}")
-    model_class, args_class = mlx_lm.utils._get_classes(config)
+    kind = config.get("model_type")
+    family = family_of(kind)
+    if not is_family(family):
+        raise AHNError(
+            f"model_type {show(kind)} is not supported: this mlx-lm has no model of that name;"
+            " ahn-mlx families lists what fits"
+        )
+    try:
+        model_class, args_class = mlx_lm.utils._get_classes(config)
+    except (ImportError, ValueError, SystemExit) as e:  # one of them leaves when it lacks a package
+        raise AHNError(f"model_type {show(kind)} is not supported: {e}") from None
     try:
         return model_class(args_class.from_dict(config))
-    except (TypeError, ArithmeticError, LookupError, ValueError, RuntimeError, AssertionError) as e:
+    except WRONG as e:
         reason = f"it lacks {e}" if isinstance(e, KeyError) else e
-        raise AHNError(f"config.json does not describe a {family} model: {reason}") from None
+        raise AHNError(f"config.json does not describe a {kind} model: {reason}") from None
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -153,12 +260,68 @@ class ModelArgs(BaseModelArgs):
 def memory_layers(model: nn.Module) -> Iterator[tuple[int, AHNAttention]]:
     """Number and attention of each layer that has a memory."""
     for i, layer in enumerate(model.layers):
-        if isinstance(layer.self_attn, AHNAttention):
+        if _has_memory(layer):
             yield i, layer.self_attn
 
 
+def shape_of_attention(model: nn.Module) -> Fit:
+    """Of the layers with memories, or of the first layer if there are none."""
+    _, first = next(memory_layers(model), (0, None))
+    if first is not None:
+        return first.fit
+    return fit_of(_attention(model.layers[0]), model.args.hidden_size)
+
+
+def dtype_of(model: nn.Module) -> mx.Dtype:
+    """Of what flows through the base, whose matrices may be quantized."""
+    parameters: Any = tree_flatten(model.layers[0].parameters())
+    base = [x for name, x in parameters if not name.startswith(MEMORY)]
+    # Of a norm, if there is one: scales of packed weights may have another.
+    base.sort(key=lambda x: x.ndim != 1)
+    return next(x.dtype for x in base if mx.issubdtype(x.dtype, mx.floating))
+
+
+def hidden_states(
+    model: nn.Module, ids: mx.array, cache: Any = None, layers: list[Any] | None = None
+) -> mx.array:
+    """ids [B, L] -> [B, L, C] after the final norm. layers: instead of the decoder's own."""
+    whole, inner = copy.copy(model), copy.copy(model.model)
+    inner.__class__ = _noting(inner.__class__)
+    if layers is not None:
+        inner.layers = layers
+    whole.model = inner
+    whole(ids, cache=cache)  # its logits are never computed
+    hidden: mx.array = inner.__dict__["noted"]
+    return hidden
+
+
 def head(model: nn.Module, hidden: mx.array) -> mx.array:
-    """Hidden states after the final norm -> logits."""
-    tied = "lm_head" not in model
-    logits: mx.array = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+    """Hidden states after the final norm -> logits, as the model itself makes them."""
+    whole, inner = copy.copy(model), copy.copy(model.model)
+    inner.__class__ = _giving(inner.__class__)
+    inner.__dict__["given"], whole.model = hidden, inner
+    logits: mx.array = whole(mx.zeros((1, 1), dtype=mx.int32))
     return logits
+
+
+@lru_cache(maxsize=8)
+def _noting(kind: type) -> Any:
+    """A decoder that notes what it returns."""
+
+    class Noting(kind):
+        def __call__(self, *arguments: Any, **named: Any) -> Any:
+            self.__dict__["noted"] = super().__call__(*arguments, **named)
+            return self.__dict__["noted"]
+
+    return Noting
+
+
+@lru_cache(maxsize=8)
+def _giving(kind: type) -> Any:
+    """A decoder that returns what was given to it."""
+
+    class Giving(kind):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            return self.__dict__["given"]
+
+    return Giving

@@ -7,7 +7,7 @@ Keys and values may be kept quantized, in mlx-lm's format. New tokens are quanti
 before anything reads them, so results do not depend on how a prompt was cut.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
@@ -22,6 +22,14 @@ from .trace import Trace
 GROWTH = 256
 
 
+class Watched(NamedTuple):
+    """Of one call of a layer. x: [B, L, C], its normed input. heads: [B, H, L, D], before their
+    output projection."""
+
+    x: mx.array
+    heads: mx.array
+
+
 class AHNCache(_BaseCache):
     """Fixed-size cache of one attention layer, in mlx-lm's cache protocol.
 
@@ -30,8 +38,9 @@ class AHNCache(_BaseCache):
     `memory` is the recurrent state [B, H, D, D] float32, None before the first eviction.
     """
 
-    # Set by whoever wants to know what the memory does.
+    # Set by whoever wants to know what the memory does, and what went into a layer's heads.
     trace: Trace | None = None
+    watched: list[Watched] | None = None
 
     def __init__(self, window: int, sinks: int, bits: int | None = None, group_size: int = 64):
         self.window = window

@@ -10,7 +10,7 @@ from mlx.utils import tree_unflatten
 
 from ..errors import AHNError
 from ..ops.ring import Place, place
-from .augment import head, memory_layers
+from .augment import dtype_of, head, hidden_states, memory_layers
 from .cache import PureCache
 from .slots import Rows, pack
 
@@ -26,14 +26,16 @@ def initial_state(model: nn.Module, rows: int = 1) -> list[mx.array]:
 
     Raises AHNError for a model with layers that keep full attention: they have no fixed size.
     """
-    if model.ahn.fa_layer_ids:
-        layers = ", ".join(map(str, model.ahn.fa_layer_ids))
-        raise AHNError(
-            f"layers {layers} keep full attention (fa_layer_ids), whose cache grows;"
-            " a pure step has a state of fixed size"
+    if model.kept_layers:
+        layers = ", ".join(map(str, model.kept_layers))
+        why = (
+            "have no memory (mlx-lm's own cache)"
+            if model.own_layers
+            else "keep full attention (fa_layer_ids), whose cache grows"
         )
+        raise AHNError(f"layers {layers} {why}; a pure step has a state of fixed size")
     state: list[mx.array] = []
-    dtype = model.layers[0].input_layernorm.weight.dtype
+    dtype = dtype_of(model)
     for _, attention in memory_layers(model):
         H, D = attention.n_heads, attention.head_dim
         for slots in (model.ahn.capacity, 1):
@@ -66,7 +68,7 @@ def pure_step(model: nn.Module, last: bool = False) -> Step:
             _cache(model, here, state[n * PER_LAYER : (n + 1) * PER_LAYER]) for n in range(layers)
         ]
         if last:
-            hidden = model.model(ids, cache=caches)
+            hidden = hidden_states(model, ids, caches)
             if L > 1:
                 hidden = mx.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)
             logits = head(model, hidden)[:, 0]

@@ -8,7 +8,7 @@ rotated at W + S, so that sinks never drift out of the range the model was train
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +31,27 @@ FIRST = mx.array([[[True]], [[False]]])
 Stored = Any
 
 
+class Logits(NamedTuple):
+    """What is done with scaled scores s before their softmax. cap: they become
+    cap tanh(s / cap). sinks: [H], a logit of each head that takes its share and gives nothing."""
+
+    cap: float | None
+    sinks: mx.array | None
+
+    def capped(self, s: mx.array) -> mx.array:
+        return s if self.cap is None else mx.tanh(s / self.cap) * self.cap
+
+    def softmax(self, s: mx.array) -> mx.array:
+        """s [B, Hkv, R, K], where R are the rows of the query heads below each other."""
+        if self.sinks is None:
+            return mx.softmax(s, axis=-1, precise=True)
+        B, Hkv, R, _ = s.shape
+        rows = self.sinks.reshape(Hkv, -1, 1).astype(s.dtype)
+        rows = mx.repeat(rows, R // rows.shape[1], axis=1)
+        s = mx.concatenate([s, mx.broadcast_to(rows[None], (B, Hkv, R, 1))], axis=-1)
+        return mx.softmax(s, axis=-1, precise=True)[..., :-1]
+
+
 def attend(
     q: mx.array,
     k: Stored,
@@ -40,6 +61,7 @@ def attend(
     q_sink: mx.array | None = None,
     sinks: int = 0,
     plain: bool = False,
+    logits: Logits | None = None,
 ) -> mx.array:
     """Softmax attention; the first `sinks` keys may be scored by a query of their own.
 
@@ -49,7 +71,7 @@ def attend(
     """
     if q_sink is None or sinks == 0:
         q_sink, sinks = q, 0
-    if not on_cpu():
+    if not on_cpu() and logits is None:
         return few_launches(q, k, v, scale, mask, q_sink, sinks)
     B, H, L, D = q.shape
     Hkv = _rows(k)[0].shape[1]
@@ -58,11 +80,15 @@ def attend(
     s = _scores(q, _rows(k, sinks), plain)
     if sinks:
         s = mx.concatenate([_scores(q_sink, _rows(k, 0, sinks), plain), s], axis=-1)
+    if logits is not None:
+        s = logits.capped(s)
     if mask is not None:
         # Added, not selected: a tenth of the time on the CPU.
         bias = mx.where(mask, 0.0, mx.finfo(s.dtype).min).astype(s.dtype)
         s = (s.reshape(B, H, L, -1) + bias).reshape(s.shape)
-    if s.dtype == mx.float32 and not plain:
+    if logits is not None:
+        o = _mix(logits.softmax(s), v, D)
+    elif s.dtype == mx.float32 and not plain:
         p = exp(s - mx.stop_gradient(s.max(axis=-1, keepdims=True)))
         o = _mix(p, v, D) / p.sum(axis=-1, keepdims=True)
     else:
@@ -142,6 +168,7 @@ def attend_to_all(
     sinks: int,
     place: Place,
     plain: bool = False,
+    logits: Logits | None = None,
 ) -> tuple[mx.array | Shares, tuple[mx.array, ...]]:
     """One token (L = 1), which has been written, and all slots in use.
 
@@ -150,12 +177,12 @@ def attend_to_all(
     now, since a reader still waiting when its slot is written would force a copy of the window.
     """
     where = place.filled, place.following, place.seen
-    if not plain and len(buffers) == 3:
+    if not plain and logits is None and len(buffers) == 3:
         k = buffers[0]
         window = max(1, k.shape[2] - sinks)
         if chosen(DECODE, Sizes.of(q, k, window, sinks, q_sink is not None)):
             return window_kernels.decode(q, buffers, *where[:2], scale, q_sink, sinks)
-    return _attend_to_all_ops(q, buffers, scale, q_sink, sinks, *where, plain)
+    return _attend_to_all_ops(q, buffers, scale, q_sink, sinks, *where, plain, logits)
 
 
 def _attend_to_all_ops(
@@ -168,11 +195,12 @@ def _attend_to_all_ops(
     following: mx.array,
     seen: mx.array | None,
     plain: bool = False,
+    logits: Logits | None = None,
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
     leaving = read_slots(buffers, following)
     # Gates are not part of attention; without this their writes would pile up.
     k, v = split(*mx.depends(list(buffers[:-1]), [buffers[-1], *leaving]))
-    return attend(q, k, v, scale, seen, q_sink, sinks, plain), leaving
+    return attend(q, k, v, scale, seen, q_sink, sinks, plain, logits), leaving
 
 
 def split(*held: mx.array) -> tuple[Stored, Stored]:
@@ -214,6 +242,7 @@ def window_attention(
     scale: float,
     q_sink: mx.array | None = None,
     gradients: bool = False,
+    logits: Logits | None = None,
 ) -> mx.array:
     """Attention of a chunk of tokens to sinks and window.
 
@@ -223,13 +252,17 @@ def window_attention(
     """
     k, clamped = update.chunk[0], q_sink is not None
     sizes = Sizes.of(q, k, update.window, update.sinks, clamped)
-    if not gradients and chosen(PREFILL, sizes):
+    if not gradients and logits is None and chosen(PREFILL, sizes):
         return window_kernels.prefill(q, update, scale, q_sink)
-    return _window_attention_ops(q, update, scale, q_sink)
+    return _window_attention_ops(q, update, scale, q_sink, logits)
 
 
 def _window_attention_ops(
-    q: mx.array, update: Update, scale: float, q_sink: mx.array | None
+    q: mx.array,
+    update: Update,
+    scale: float,
+    q_sink: mx.array | None,
+    logits: Logits | None = None,
 ) -> mx.array:
     keys, values = update.seen()
     offset, window, sinks = update.offset, update.window, update.sinks
@@ -242,6 +275,7 @@ def _window_attention_ops(
         sinks=sinks,
         scale=scale,
         q_sink=q_sink,
+        logits=logits,
     )
 
 
@@ -256,6 +290,7 @@ def tiled(
     scale: float,
     q_sink: mx.array | None = None,
     tile: int | None = None,
+    logits: Logits | None = None,
 ) -> mx.array:
     """Attention of the tokens offset ... offset + L - 1, `tile` of them at a time, by default
     as many as suits the device: larger tiles compute more scores outside the window.
@@ -285,7 +320,7 @@ def tiled(
             vt = mx.concatenate([v_sinks, v[..., a:b, :]], axis=2)
         mask = _tile_mask(t1 - t0, t0 - S, t0 - lo, hi - lo, S, window)
         second = near[n] if t1 > window + sinks else None
-        outputs.append(attend(queries[n], kt, vt, 1.0, mask, second, S))
+        outputs.append(attend(queries[n], kt, vt, 1.0, mask, second, S, logits=logits))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -15,6 +15,7 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
+from ..model.augment import dtype_of, shape_of_attention
 from ..platform import default_dtype
 from .penalty import note, nothing_seen
 from .sampling import Cutter, Sampling
@@ -116,12 +117,11 @@ class Run:
     @property
     def full_attention_bytes(self) -> int:
         """What a plain key/value cache would hold after as many tokens."""
-        args = self.model.args
-        kv_heads = getattr(args, "num_key_value_heads", None) or args.num_attention_heads
-        head_dim = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
-        itemsize = self.model.layers[0].input_layernorm.weight.dtype.size
+        fit = shape_of_attention(self.model)
         tokens = self.read + self.generated
-        return 2 * len(self.model.layers) * kv_heads * head_dim * tokens * itemsize
+        width = fit.n_kv_heads * fit.head_dim * dtype_of(self.model).size
+        layers = len(self.model.layers) - len(self.model.own_layers)
+        return 2 * layers * width * tokens
 
     def facts(self) -> dict[str, Any]:
         """The numbers for a program: tokens, seconds, bytes, and why the answer ended: "stop",

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from ..checkpoints.safetensors import DTYPES, FLOATS, MAX_DIM, WRITTEN, not_finite
-from ..errors import show
+from ..errors import AHNError, show
 from ..model.cache import AHNCache, grown_to, unpack
 from ..model.config import PUBLISHED_NAMES
 from ..model.trace import BLOCK
@@ -37,10 +37,21 @@ Cache = AHNCache | KVCache
 
 def make_caches(model: nn.Module, kv_bits: int | None = None, group_size: int = 64) -> list[Cache]:
     """Empty ones of each layer. Only windows are quantized, not full attention."""
+    if model.own_layers:
+        layers = ", ".join(map(str, model.own_layers))
+        raise AHNError(
+            f"layers {layers} keep a cache of mlx-lm's own ({_kinds(model)}), which cannot be saved"
+            " with a text; generate and compare run such a model"
+        )
     caches: list[Cache] = model.make_cache()
     if kv_bits is None:
         return caches
     return [c.to_quantized(group_size, kv_bits) if isinstance(c, AHNCache) else c for c in caches]
+
+
+def _kinds(model: nn.Module) -> str:
+    caches = model.make_cache()
+    return ", ".join(sorted({type(caches[i]).__name__ for i in model.own_layers}))
 
 
 def held(cache: Cache) -> tuple[mx.array, ...]:
@@ -215,7 +226,8 @@ def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
         buffers = held(cache)
         plain = unpack(buffers, *_quantized(facts)) if isinstance(cache, AHNCache) else buffers
         wanted = tuple(Wanted((WRITTEN[x.dtype],), tuple(map(exactly, x.shape))) for x in buffers)
-        kept.append(Kept(exactly(layer.self_attn.n_heads), exactly(plain[0].shape[-1]), wanted))
+        H = exactly(layer.self_attn.n_heads) if isinstance(cache, AHNCache) else ANY
+        kept.append(Kept(H, exactly(plain[0].shape[-1]), wanted))
     return kept
 
 

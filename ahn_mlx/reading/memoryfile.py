@@ -27,7 +27,7 @@ from ..checkpoints.safetensors import (
     read_header_and_metadata,
 )
 from ..errors import AHNError, near_file, show
-from ..model.augment import FullCache
+from ..model.augment import FullCache, dtype_of
 from ..model.cache import AHNCache
 from ..model.trace import Trace
 from ..outputs.files import OutFile
@@ -65,7 +65,7 @@ def model_identity(model: nn.Module) -> dict[str, str]:
 
 def base_facts(model: nn.Module) -> dict[str, Any]:
     """Dtype of the norms, and bits of quantized weights, if there are."""
-    dtype = str(model.layers[0].input_layernorm.weight.dtype).removeprefix("mlx.core.")
+    dtype = str(dtype_of(model)).removeprefix("mlx.core.")
     bits = next((m.bits for _, m in model.named_modules() if hasattr(m, "bits")), None)
     return {"dtype": dtype, "bits": bits}
 

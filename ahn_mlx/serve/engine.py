@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
+from ..model.augment import dtype_of
 from ..model.cache import AHNCache
 from ..model.together import prepare, together
 from ..reading.session import Session
@@ -72,7 +73,7 @@ class Engine:
         self._last_step = 0.0
         # Products of float32 have a fixed shape: their last bits depend on it, and an answer
         # must not depend on who else is answered.
-        exact = model.layers[0].input_layernorm.weight.dtype == mx.float32
+        exact = dtype_of(model) == mx.float32
         self._width = rows if exact else 0
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()

@@ -22,6 +22,7 @@ from ..model.augment import memory_layers
 from ..model.cache import AHNCache
 from ..ops.exp import exp
 from .data import Sequences
+from .streams import walk
 
 # Write strength of a token that is looked at as much as the mean, and its bounds.
 STRENGTH, STRENGTHS = 0.1, (0.002, 0.95)
@@ -49,22 +50,25 @@ def fit(model: nn.Module, data: Sequences, count: int, window: int, sinks: int) 
     """
     model.eval()
     layers = dict(memory_layers(model))
-    streams = [model.model.embed_tokens(data[n]) for n in range(count)]
+    begun = [walk(model, data[n]) for n in range(count)]
+    streams, calls = [x for x, _ in begun], [how for _, how in begun]
     explained, total = mx.zeros(()), mx.zeros(())
     progress = tqdm(
         model.layers, desc="layer-wise", unit=" layers", disable=not sys.stderr.isatty()
     )
     for i, layer in enumerate(progress):
-        if i not in layers:
-            streams = [layer(x, mask="causal") for x in streams]
-        else:
-            normed = [layer.input_layernorm(x) for x in streams]
-            full = [layers[i].heads(h, AHNCache(h.shape[1], 0)) for h in normed]
+        caches = []
+        for n, x in enumerate(streams):
+            cache = AHNCache(x.shape[1], 0)  # a window that nothing leaves
+            cache.watched = []
+            streams[n] = calls[n][i](layer, x, cache)
+            caches.append(cache)
+        if i in layers:
+            watched = [cache.watched[0] for cache in caches if cache.watched]
+            normed, full = [w.x for w in watched], [w.heads for w in watched]
             mx.eval(full)
             parts = _fit_layer(layers[i], normed, full, window, sinks)
             explained, total = explained + parts[0], total + parts[1]
-            streams = [x + layers[i].merge(heads) for x, heads in zip(streams, full, strict=True)]
-            streams = [x + layer.mlp(layer.post_attention_layernorm(x)) for x in streams]
         mx.eval(streams, explained, total)
     return float((explained / total).item())  # type: ignore[arg-type]
 
@@ -144,7 +148,8 @@ def _write_what_is_looked_at(
 def _looked_at(attention: AHNAttention, h: mx.array, window: int, sinks: int) -> mx.array:
     """h [1, L, C] -> [H, L - window - sinks] float32: by how much, squared and summed over
     the queries beyond the window, full attention looks at each token between sinks and window."""
-    q, k = (attention.rope(x) for x in attention.project(h)[:2])
+    q, k = attention.project(h)[:2]
+    q, k = attention.fit.turn_queries(attention, q), attention.fit.turn_keys(attention, k)
     L, D = q.shape[2:]
     H, groups = k.shape[1], q.shape[1] // k.shape[1]
     q, key = q[0].reshape(H, groups, L, D), mx.arange(L)
@@ -153,6 +158,8 @@ def _looked_at(attention: AHNAttention, h: mx.array, window: int, sinks: int) ->
         query = mx.arange(first, min(L, first + ROWS))[:, None]
         scores = q[:, :, first : first + ROWS] @ k[0, :, None].swapaxes(-1, -2)
         scores = (scores * attention.scale).astype(mx.float32)
+        if attention.logits is not None:
+            scores = attention.logits.capped(scores)
         scores = mx.where(key <= query, scores, -mx.inf)
         mass = exp(scores - scores.max(axis=-1, keepdims=True))
         p = mx.where(key <= query - window, mass / mass.sum(axis=-1, keepdims=True), 0)
@@ -171,7 +178,7 @@ def _without_common_key(attention: AHNAttention, normed: list[mx.array], window:
     # Seen from position 0, the keys that have left the window stand at -L ... -window - 1.
     L = normed[0].shape[1]
     there = mx.repeat(mean[:, :, None], L - window, axis=2)
-    seen = attention.rope(there, offset=-L).mean(axis=2)[0]
+    seen = attention.turn(there, -L).mean(axis=2)[0]
     seen = seen / mx.linalg.norm(seen, axis=-1, keepdims=True)
     keep = mx.eye(seen.shape[-1]) - seen[:, :, None] * seen[:, None]
     return mx.repeat(keep, attention.n_heads // attention.n_kv_heads, axis=0)

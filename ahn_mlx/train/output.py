@@ -14,7 +14,7 @@ from ..checkpoints.shards import write_json
 from ..errors import AHNError
 from ..hub import bases
 from ..hub.bases import Base
-from ..model.augment import augment, memory_layers
+from ..model.augment import augment, memory_layers, shape_of_attention
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import published_name
 from ..outputs.directories import check_kind, nearest
@@ -83,11 +83,11 @@ def load_base(options: dict[str, Any]) -> Base:
 
 def _queries_fit(model: nn.Module) -> bool:
     """Whether all heads' raw queries are as wide as the hidden state, as that layout has it."""
-    attention: Any = getattr(model.layers[0], "self_attn", {})
-    # Of another family, which augment refuses by name.
-    if "q_proj" not in attention:
-        return False
-    return bool(attention.q_proj.weight.shape[0] == model.args.hidden_size)
+    try:
+        fit = shape_of_attention(model)
+    except AHNError:
+        return False  # which augment refuses by name
+    return bool(fit.n_heads * fit.head_dim == model.args.hidden_size)
 
 
 def check_out(out: Path, options: dict[str, Any]) -> None:

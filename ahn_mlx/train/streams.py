@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.attention import AHNAttention
-from ..model.augment import memory_layers
+from ..model.augment import hidden_states, memory_layers
 from ..model.cache import AHNCache
 
 # Parameters of memories and routers, by their names in the model.
@@ -60,27 +60,87 @@ def _run(
     keep_heads: bool,
     checkpoint: bool,
 ) -> Stream:
-    x = model.model.embed_tokens(tokens)
+    x, calls = walk(model, tokens)
     kept = []
-    for layer in model.layers:
-        x, heads = _layer(layer, x, cache, checkpoint)
+    for layer, call in zip(model.layers, calls, strict=True):
+        x, heads = _layer(layer, x, call, cache, checkpoint)
         if keep_heads and heads is not None:
             kept.append(heads)
-    return Stream(model.model.norm(x), kept)
+    return Stream(finish(model, tokens, x), kept)
+
+
+class Call(NamedTuple):
+    """How a model calls one of its layers, beside the hidden states."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, x: mx.array, cache: AHNCache | None) -> mx.array:
+        """The layer's output, where `cache` stands for the one that it was called with."""
+
+        def own(value: Any) -> Any:
+            return cache if isinstance(value, AHNCache) else value
+
+        named = {name: own(value) for name, value in self.named.items()}
+        out: mx.array = layer(x, *map(own, self.positional), **named)
+        return out
+
+
+def walk(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[Call]]:
+    """What the first layer gets for tokens [B, L], and how each is called."""
+    seen: list[mx.array] = []
+    calls: list[Call] = []
+
+    def note(x: mx.array, *positional: Any, **named: Any) -> mx.array:
+        seen.append(x)
+        calls.append(Call(positional, named))
+        return x
+
+    layers = dict(memory_layers(model))
+    caches = [AHNCache(1, 0) if i in layers else None for i in range(len(model.layers))]
+    _instead(model, tokens, caches, note)
+    return seen[0], calls
+
+
+def finish(model: nn.Module, tokens: mx.array, x: mx.array) -> mx.array:
+    """What the model makes of the last layer's output."""
+    return _instead(model, tokens, None, lambda *_, **__: x)
+
+
+def _instead(
+    model: nn.Module, tokens: mx.array, caches: list[Any] | None, does: Callable[..., mx.array]
+) -> mx.array:
+    """The model's decoder with something else in place of each layer's work."""
+    stands = [_Stand(layer, does) for layer in model.layers]
+    return hidden_states(model, tokens, caches, stands)
+
+
+class _Stand:
+    """In a layer's place; whatever the model asks of it, the layer answers."""
+
+    def __init__(self, layer: nn.Module, does: Callable[..., mx.array]):
+        self._layer, self._does = layer, does
+
+    def __call__(self, *arguments: Any, **named: Any) -> mx.array:
+        return self._does(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
 def _layer(
-    layer: nn.Module, x: mx.array, cache: Callable[[], AHNCache], checkpoint: bool
+    layer: nn.Module, x: mx.array, call: Call, cache: Callable[[], AHNCache], checkpoint: bool
 ) -> tuple[mx.array, mx.array | None]:
     """The layer's output, and its heads where it has a memory."""
-    if not isinstance(layer.self_attn, AHNAttention):
-        return layer(x, mask="causal"), None
+    if not isinstance(getattr(layer, "self_attn", None), AHNAttention):
+        return call(layer, x, None), None
 
     def forward(parameters: dict[str, Any], x: mx.array) -> tuple[mx.array, mx.array]:
         layer.self_attn.update(parameters)
-        heads = layer.self_attn.heads(layer.input_layernorm(x), cache())
-        x = x + layer.self_attn.merge(heads)
-        return x + layer.mlp(layer.post_attention_layernorm(x)), heads
+        own = cache()
+        own.watched = []
+        x = call(layer, x, own)
+        return x, own.watched[0].heads
 
     if checkpoint:
         forward = mx.checkpoint(forward)

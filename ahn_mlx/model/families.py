@@ -1,0 +1,219 @@
+"""Which of mlx-lm's model files fit, found out by trying: each as a tiny model of its own kind.
+
+A family's settings are those that its ModelArgs asks for; SMALL has a value for the names that
+are common. Nothing here decides what fits: `augment` does.
+"""
+
+import dataclasses
+import io
+import pkgutil
+from contextlib import redirect_stdout
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+
+from ..errors import AHNError
+from .augment import WRONG, augment, build_base, is_family, memory_layers
+from .config import AHNConfig
+
+LAYERS = 4
+
+# Values for a tiny model, by the names that configs have.
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_layers": LAYERS,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5,
+    "layernorm_epsilon": 1e-5,
+    "layer_norm_epsilon": 1e-5,
+    "norm_eps": 1e-5,
+    "norm_epsilon": 1e-5,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "partial_rotary_factor": 0.5,
+    "rotary_dim": 8,
+    "rotary_pct": 0.5,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "sliding_window": 6,
+    "sliding_window_pattern": 2,
+    "full_attention_interval": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+    "no_rope_layers": [1, 0] * (LAYERS // 2),
+    "no_rope_layer_interval": 2,
+    "hidden_act": "silu",
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_topk": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.5,
+    "scale_depth": 1.4,
+    "scale_emb": 2.0,
+    "dim_model_base": 32,
+    "conv_L_cache": 3,
+    "block_dim": 64,
+    "block_ff_dim": 96,
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0,
+    "full_attn_idxs": [1, 3],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_value_head_dim": 16,
+    "attention_chunk_size": 8,
+    "attn_layer_offset": 1,
+    "attn_layer_period": 2,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_dt_rank": 4,
+    "mamba_d_head": 16,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 1,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
+    "qk_norm": True,
+    "use_qk_norm": True,
+    "post_norm": False,
+    "moe_k": 2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+# Where a family has another meaning for one of these names, or wants a list.
+BY_FAMILY: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "llama": {"layer_types": None},
+    "smollm3": {"layer_types": None},
+    "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
+    "phi3": {"partial_rotary_factor": 1.0},
+    "helium": {"tie_word_embeddings": False},
+    "minicpm": {"tie_word_embeddings": False},
+    "nemotron": {"hidden_act": "relu2"},
+    "stablelm": {"qk_layernorm": True},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_theta": 10_000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+class Untold(AHNError):
+    """No tiny model of a family can be made here: its real ones may fit."""
+
+
+class Verdict(NamedTuple):
+    """Of one family. fits: whether at least one of its layers gets a memory; None: that is not
+    known. words: what is special about its attention, or why it does not fit."""
+
+    family: str
+    fits: bool | None
+    words: str
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """A config of a tiny model. Raises Untold if there is a setting that no value is known for,
+    and AHNError if it is no text decoder."""
+    if not is_family(family):
+        raise AHNError(f"this mlx-lm has no model file {family}")
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            _, args = mlx_lm.utils._get_classes({"model_type": family})
+    except (Exception, SystemExit) as e:
+        why = " ".join(said.getvalue().split()) or e
+        raise Untold(f"mlx-lm cannot import it: {why}") from None
+    config: dict[str, Any] = {"model_type": family}
+    known = SMALL | BY_FAMILY.get(family, {})
+    unknown = []
+    for field in dataclasses.fields(args):
+        if field.name in known:
+            config[field.name] = known[field.name]
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            if field.name == "model_type":
+                continue
+            if field.type is bool:
+                config[field.name] = False
+            else:
+                unknown.append(field.name)
+    if "text_config" in unknown:
+        raise AHNError("it is more than a text decoder (text_config); convert its text model")
+    if unknown:
+        raise Untold(f"it has settings that are not known here ({', '.join(unknown[:3])})")
+    return config
+
+
+def _tiny(family: str) -> nn.Module:
+    config = tiny_config(family)
+    try:
+        return build_base(config)
+    except AHNError as e:
+        raise Untold(f"a tiny one cannot be made: {str(e).split(' model: ')[-1]}") from None
+
+
+def judge(family: str) -> Verdict:
+    """Whether it fits, by making one and running it."""
+    try:
+        base = _tiny(family)
+        model = augment(base, AHNConfig(window=8, sinks=2))
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=model.make_cache()))
+    except Untold as e:
+        return Verdict(family, None, str(e)[:200])
+    except AHNError as e:
+        return Verdict(family, False, _shortly(str(e), family))
+    except WRONG as e:
+        return Verdict(family, False, f"a tiny one does not run: {e}"[:200])
+    kinds = {attention.fit.describe() for _, attention in memory_layers(model)}
+    words = [*sorted(kinds - {""})]
+    if own := model.own_layers:
+        caches = model.make_cache()
+        others = sorted({type(caches[i]).__name__ for i in own})
+        words.append(f"{len(own)} of {len(model.layers)} layers keep {', '.join(others)}")
+    return Verdict(family, True, "; ".join(words))
+
+
+def _shortly(error: str, family: str) -> str:
+    """Without what the list says already."""
+    error = error.split(" does not fit: ")[-1].split(" is not supported: ")[-1]
+    return error.removeprefix(f"model family {family!r} ")[:200]
+
+
+def families() -> list[str]:
+    """The model files of this mlx-lm."""
+    import mlx_lm.models
+
+    found = pkgutil.iter_modules(mlx_lm.models.__path__)
+    return sorted(m.name for m in found if not m.ispkg and is_family(m.name))

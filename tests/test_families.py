@@ -1,0 +1,460 @@
+"""Families of mlx-lm with a memory, each as a tiny random model of its own.
+
+The oracles are mlx-lm's: the plain model, and its attention layer alone, called token by token
+with the keys that a window and sinks leave it.
+"""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from checkpoints import byte_tokenizer, same
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
+
+import ahn_mlx
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.export import export_pytorch, release_config
+from ahn_mlx.checkpoints.formats import describe
+from ahn_mlx.checkpoints.load import fit, load_model
+from ahn_mlx.checkpoints.tokenizer import load_tokenizer
+from ahn_mlx.errors import AHNError
+from ahn_mlx.measure.cost import shape_of
+from ahn_mlx.model.augment import augment, build_base, hidden_states, memory_layers
+from ahn_mlx.model.cache import AHNCache
+from ahn_mlx.model.families import families, judge, tiny_config
+from ahn_mlx.model.fit import fit_of
+from ahn_mlx.model.names import published_name
+from ahn_mlx.model.pure import initial_state
+from ahn_mlx.model.together import prepare, together
+from ahn_mlx.reading.session import Session
+from ahn_mlx.train.streams import install, study, teach, trainable
+
+# With a memory in each layer; and with one in those layers alone that see all tokens.
+PLAIN = (
+    *("Klear", "apertus", "cohere", "deepseek", "dots1", "ernie4_5", "ernie4_5_moe", "gemma"),
+    *("gemma2", "glm", "glm4", "glm4_moe", "granite", "granitemoe", "helium", "hunyuan_v1_dense"),
+    *("internlm3", "llama", "mimo", "minicpm", "minimax", "mixtral", "nanbeige", "nemotron"),
+    *("olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "telechat3"),
+)
+MIXED = (
+    *("afmoe", "cohere2", "exaone4", "gemma3_text", "gpt_oss", "granitemoehybrid", "jamba"),
+    *("lfm2", "olmo3", "qwen3_next"),
+)
+# One of each shape is always tried; the others, which are no other shape, are slow together.
+SHAPES = (
+    *("afmoe", "cohere", "gemma2", "glm4", "gpt_oss", "hunyuan_v1_dense", "lfm2", "llama", "olmo2"),
+    *("phi3", "qwen3_next", "smollm3"),
+)
+EACH = [
+    pytest.param(name, marks=() if name in SHAPES else pytest.mark.slow) for name in PLAIN + MIXED
+]
+WINDOW, SINKS = 8, 2
+IDS = mx.array([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19]])
+
+
+def close(a, b, tolerance=1e-4):
+    off = mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1)
+    assert off.item() < tolerance, off.item()
+
+
+def random(model):
+    """All parameters, those that begin as ones and zeros too."""
+    mx.random.seed(5)
+
+    def other(x):
+        if not mx.issubdtype(x.dtype, mx.floating):
+            return x
+        noise = mx.random.normal(x.shape)
+        return 1 + 0.2 * noise if x.ndim < 2 else noise * (1.5 / x.shape[-1]) ** 0.5
+
+    model.update(tree_map(other, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def base(family, **settings):
+    model = random(build_base({**tiny_config(family), **settings}))
+    model.eval()
+    return model
+
+
+def remember(model):
+    """Memories that say something."""
+    for _, attention in memory_layers(model):
+        shape = attention.ahn.o_proj.weight.shape
+        attention.ahn.o_proj.weight = 0.3 * mx.random.normal(shape)
+    return model
+
+
+def chunked(model, sizes, ids=IDS):
+    cache, at, parts = model.make_cache(), 0, []
+    for n in sizes:
+        parts.append(model(ids[:, at : at + n], cache=cache))
+        mx.eval(parts[-1], [c.state for c in cache])
+        at += n
+    return mx.concatenate(parts, axis=1)
+
+
+def greedy(model, cache, steps=4):
+    ids, said = IDS, []
+    for _ in range(steps):
+        ids = model(ids, cache=cache)[:, -1:].argmax(axis=-1)
+        said.append(ids.item())
+    return said
+
+
+@pytest.mark.parametrize("family", PLAIN + MIXED)
+def test_a_window_that_nothing_leaves_is_the_plain_model(family):
+    model = base(family)
+    wanted, said = (
+        model(IDS, cache=make_prompt_cache(model)),
+        greedy(model, make_prompt_cache(model)),
+    )
+    mx.eval(wanted)
+    augment(model, ahn_mlx.AHNConfig(window=40, sinks=SINKS))
+    close(model(IDS, cache=model.make_cache()), wanted)
+    assert greedy(model, model.make_cache()) == said
+    assert bool(model.own_layers) == (family in MIXED)
+
+
+class Shown:
+    """Notes keys and values; or gives a query those that it is to see."""
+
+    def __init__(self, offset, keys=None, values=None):
+        self.offset, self.keys, self.values = offset, keys, values
+
+    def update_and_fetch(self, keys, values):
+        if self.keys is not None:
+            return self.keys, self.values
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def alone(attention, x, clamped):
+    """mlx-lm's own layer, one query at a time: sinks, then the window. Clamped: as if the query
+    stood right behind a full window, and all of the window with it."""
+
+    def at(j, position):
+        shown = Shown(position)
+        attention(x[:, j : j + 1], None, shown)
+        return shown.keys, shown.values
+
+    out = []
+    for t in range(x.shape[1]):
+        seen = [j for j in range(t + 1) if j < SINKS or t - j < WINDOW]
+        stands = min(t, WINDOW + SINKS) if clamped else t
+        pairs = [at(j, j if j < SINKS else j - t + stands) for j in seen]
+        keys, values = (mx.concatenate(x, axis=2) for x in zip(*pairs, strict=True))
+        out.append(attention(x[:, t : t + 1], None, Shown(stands, keys, values)))
+    return mx.concatenate(out, axis=1)
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_a_layer_past_its_window_is_its_own_attention_on_what_is_left(family):
+    for sinks in ("clamped", "absolute"):
+        model = base(family)
+        theirs = [getattr(layer, "self_attn", None) for layer in model.layers]
+        config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS, sink_positions=sinks)
+        augment(model, config)
+        i, ours = list(memory_layers(model))[-1]
+        if ours.fit.late_norm and sinks == "clamped":
+            continue  # what is normed after RoPE does not depend on distances alone
+        x = mx.random.normal((1, 14, model.args.hidden_size))
+        wanted = alone(theirs[i], x, sinks == "clamped")
+        close(ours(x, None, AHNCache(WINDOW, SINKS)), wanted)
+        cache = AHNCache(WINDOW, SINKS)
+        steps = [ours(x[:, t : t + 1], None, cache) for t in range(14)]
+        close(mx.concatenate(steps, axis=1), wanted)
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_any_chunking_and_rows_are_one(family):
+    config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
+    model = remember(augment(base(family), config))
+    wanted = chunked(model, [20])
+    close(chunked(model, [3, 9, 8]), wanted)
+    close(chunked(model, [12] + [1] * 8), wanted)
+    both = mx.concatenate([IDS, (IDS * 7 + 1) % 100])
+    close(chunked(model, [13, 1, 6], both)[:1], wanted)
+    if family in PLAIN:
+        rows = [model.make_cache() for _ in range(2)]
+        model(IDS[:, :12], cache=rows[0])
+        model(IDS[:, :5], cache=rows[1])
+        batch = [a.merge([a, b]) for a, b in zip(*rows, strict=True)]
+        step = model(mx.concatenate([IDS[:, 12:13], IDS[:, 5:6]]), cache=batch)
+        close(step, mx.concatenate([wanted[:, 12:13], wanted[:, 5:6]]))
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_a_quantized_base(family):
+    def fits(name, module):
+        # Some model files transpose their embedding as a head, which is their own fault.
+        if "embed_tokens" in name:
+            return False
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+    plain = base(family)
+    nn.quantize(plain, group_size=32, bits=8, class_predicate=fits)
+    wanted = plain(IDS, cache=make_prompt_cache(plain))
+    mx.eval(wanted)
+    before = augment(plain, ahn_mlx.AHNConfig(window=40))
+    close(before(IDS, cache=before.make_cache()), wanted)
+    after = augment(base(family), ahn_mlx.AHNConfig(window=40))
+    nn.quantize(after, group_size=32, bits=8, class_predicate=fits)
+    close(after(IDS, cache=after.make_cache()), wanted)
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_training_reaches_every_parameter_of_a_memory(family):
+    model = base(family)
+    wanted = hidden_states(model, IDS)
+    mx.eval(wanted)
+    model = remember(augment(model, ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)))
+    taught = teach(model, IDS)
+    close(taught.hidden, wanted)
+    parameters = trainable(model)
+
+    def loss(parameters, checkpoint):
+        install(model, parameters)
+        hidden = study(model, IDS, WINDOW, SINKS, checkpoint=checkpoint).hidden
+        return (hidden - taught.hidden).square().sum()
+
+    found = [mx.grad(loss)(parameters, checkpoint) for checkpoint in (False, True)]
+    for name, gradient in found[0].items():
+        assert mx.isfinite(gradient).all().item() and mx.abs(gradient).max().item() > 0, name
+        close(found[1][name], gradient, 1e-3)
+
+
+@pytest.mark.parametrize("family", [f for f in EACH if f.values[0] in PLAIN])
+def test_served_rows_are_each_alone(family):
+    model = remember(augment(base(family), ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)))
+    wanted = chunked(model, [20])
+    rows = [model.make_cache() for _ in range(2)]
+    for caches, n in zip(rows, (12, 5), strict=True):
+        model(IDS[:, :n], cache=caches)
+        prepare(caches)
+    for step in range(2):
+        at = [12 + step, 5 + step]
+        ids = mx.concatenate([IDS[:, n : n + 1] for n in (*at, 0)])
+        said = model(ids, cache=together(rows, 3))
+        for n, row in zip(at, said, strict=False):
+            close(row[0], wanted[0, n])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "phi3", "stablelm"])
+def test_a_digested_text_comes_back(family, tmp_path):
+    config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
+    model = remember(augment(base(family, vocab_size=256), config))
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
+    session = Session(model, tokenizer, step=5)
+    session.read_ids(list(range(33)))
+    session.save(tmp_path / "a.ahn")
+    again = Session.load(tmp_path / "a.ahn", model, tokenizer)
+    for ours, theirs in zip(session.caches, again.caches, strict=True):
+        assert mx.array_equal(ours.memory, theirs.memory)
+        assert all(map(mx.array_equal, ours.buffers, theirs.buffers))
+    said = [[*s.ask("Why?", max_tokens=3)] for s in (session, again)]
+    assert said[0] == said[1]
+
+
+def test_a_cache_of_another_kind_cannot_be_saved(tmp_path):
+    model = augment(base("gpt_oss", vocab_size=256), ahn_mlx.AHNConfig(window=WINDOW))
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
+    with pytest.raises(AHNError, match=r"layers 0, 2 keep .*RotatingKVCache"):
+        Session(model, tokenizer)
+    with pytest.raises(AHNError, match="layers 0, 2 have no memory"):
+        initial_state(model)
+
+
+def write_base(model, config, place):
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    tensors = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(place / "model.safetensors"), tensors, {"format": "mlx"})
+    return tensors
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_convert_load_export_is_bit_exact(family, tmp_path):
+    plain, config = base(family), tiny_config(family)
+    tensors = write_base(plain, config, tmp_path / "base")
+    settings = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
+    model = remember(augment(plain, settings))
+    wanted = chunked(model, [20])
+    memory = {k: v for k, v in tree_flatten(model.parameters()) if k not in tensors}
+    ahn = tmp_path / "ahn"
+    ahn.mkdir()
+    released = {published_name(name): x for name, x in memory.items()}
+    assert not set(released) & set(memory)
+    mx.save_safetensors(str(ahn / "model.safetensors"), released, {"format": "pt"})
+    (ahn / "config.json").write_text(json.dumps(release_config(config, settings, "ahn-only")))
+    convert(tmp_path / "base", ahn, tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model", dtype="float32")
+    assert same(dict(tree_flatten(loaded.parameters())), tensors | memory)
+    assert mx.array_equal(chunked(loaded, [20]), wanted)
+    export_pytorch(tmp_path / "model", tmp_path / "out", "ahn-only")
+    assert same(mx.load(str(tmp_path / "out/model.safetensors")), released)
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == family
+    if family in PLAIN and "sliding_window" not in config:
+        export_pytorch(tmp_path / "model", tmp_path / "whole", "merged")
+        assert same(mx.load(str(tmp_path / "whole/model.safetensors")), tensors | released)
+
+
+def test_experts_that_mlx_lm_would_stack_are_refused(tmp_path):
+    model, config = base("mixtral"), tiny_config("mixtral")
+    tensors = write_base(model, config, tmp_path / "base")
+    apart = {}
+    for name, x in tensors.items():
+        if ".switch_mlp." not in name:
+            apart[name] = x
+            continue
+        stem, _, rest = name.partition(".switch_mlp.")
+        part = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[rest.split(".")[0]]
+        apart |= {f"{stem}.experts.{e}.{part}.weight": x[e] for e in range(len(x))}
+    mx.save_safetensors(str(tmp_path / "base/model.safetensors"), apart, {"format": "pt"})
+    with pytest.raises(AHNError, match=r"base: mlx_lm rearranges .* mixtral .*mlx_lm.convert"):
+        loaded_base(tmp_path / "base")
+
+
+def loaded_base(place):
+    config, sources = describe(place)
+    return fit(build_base(config), config, sources, place, place)
+
+
+@pytest.mark.parametrize("name", ["mistral", "iquestcoder", "xverse"])
+def test_remapped_names_are_what_mlx_lm_runs_them_as(name, tmp_path):
+    config = {**tiny_config("llama"), "model_type": name, "sliding_window": None}
+    model = random(build_base(config))
+    write_base(model, config, tmp_path / "base")
+    config, _ = describe(tmp_path / "base")
+    assert config["model_type"] == name
+    assert type(build_base(config)) is llama.Model
+    same_ones = base("llama")
+    assert mx.array_equal(model(IDS), same_ones(IDS))
+
+
+class Gained(llama.Attention):
+    """Ordinary but for names and for what comes in which order."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        D = args.hidden_size // args.num_attention_heads
+        self.qkv_proj = nn.Linear(args.hidden_size, (self.n_heads + 2 * self.n_kv_heads) * D)
+        self.dense = self.o_proj
+        self.q_layernorm, self.k_layernorm = nn.RMSNorm(D), nn.RMSNorm(D)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            del self[name]
+        self.scale = 0.3
+        self.rotary_emb = nn.RoPE(D // 2)
+        del self["rope"]
+
+    def heads(self, x, cache):
+        B, L, _ = x.shape
+        H, G = self.n_heads, self.n_kv_heads
+        y = self.qkv_proj(x).reshape(B, L, G, H // G + 2, -1)
+        q, k, v = y[..., :-2, :].reshape(B, L, H, -1), y[..., -2, :], y[..., -1, :]
+        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+        offset = 0 if cache is None else cache.offset
+        q, k = (self.rotary_emb(part, offset=offset) for part in (q, k))
+        q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        return q, k, v
+
+    def __call__(self, x, mask=None, cache=None):
+        q, k, v = self.heads(x, cache)
+        mask = mask if q.shape[2] > 1 else None
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        return self.dense(y.swapaxes(1, 2).flatten(2))
+
+
+class Biased(Gained):
+    """With something that no reading has: what is far counts less."""
+
+    def __call__(self, x, mask=None, cache=None):
+        q, k, v = self.heads(x, cache)
+        L, K = q.shape[2], k.shape[2]
+        far = mx.arange(K - L, K)[:, None] - mx.arange(K)
+        bias = mx.where(far >= 0, -0.2 * far, -1e9)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=bias)
+        return self.dense(y.swapaxes(1, 2).flatten(2))
+
+
+def test_a_family_of_tomorrow_needs_no_line_here(monkeypatch):
+    monkeypatch.setattr(llama, "Attention", Gained)
+    model = base("llama")
+    wanted = model(IDS)
+    mx.eval(wanted)
+    augment(model, ahn_mlx.AHNConfig(window=40, sinks=SINKS))
+    _, attention = next(memory_layers(model))
+    assert attention.fit.describe() == "qkv_proj (groups), norm per head after RoPE"
+    close(model(IDS, cache=model.make_cache()), wanted)
+    model = remember(augment(base("llama"), ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)))
+    close(chunked(model, [12] + [1] * 8), chunked(model, [20]))
+
+
+def test_attention_that_does_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(llama, "Attention", Biased)
+    with pytest.raises(AHNError, match="layer 0 of model family 'llama' does not fit: its atten"):
+        augment(base("llama"), ahn_mlx.AHNConfig(window=WINDOW))
+
+
+def test_scores_that_grow_with_the_position_are_refused():
+    with pytest.raises(AHNError, match=r"llama4_text.*something that is not known"):
+        augment(base("llama4_text"), ahn_mlx.AHNConfig(window=WINDOW))
+
+
+def test_what_does_not_fit_says_what_is_missing():
+    said = {name: judge(name) for name in ("deepseek_v3", "mamba", "qwen2_vl", "gpt2", "qwen3")}
+    assert "latent" in said["deepseek_v3"].words
+    assert "text_config" in said["qwen2_vl"].words
+    assert [name for name, verdict in said.items() if verdict.fits] == ["qwen3"]
+    assert set(PLAIN + MIXED) < set(families())
+
+
+class Swapped(llama.Attention):
+    """Keys for values."""
+
+    def __call__(self, x, mask=None, cache=None):
+        self.k_proj, self.v_proj = self.v_proj, self.k_proj
+        try:
+            return super().__call__(x, mask, cache)
+        finally:
+            self.k_proj, self.v_proj = self.v_proj, self.k_proj
+
+
+def test_keys_for_values_are_seen(monkeypatch):
+    monkeypatch.setattr(llama, "Attention", Swapped)
+    with pytest.raises(AHNError, match="does something that is not known"):
+        augment(base("llama"), ahn_mlx.AHNConfig(window=WINDOW))
+
+
+def test_the_proof_leaves_parameters_and_random_numbers_alone():
+    model = base("llama", hidden_size=48, head_dim=12)
+    before = dict(tree_flatten(model.parameters()))
+    mx.random.seed(7)
+    fit_of(model.layers[0].self_attn, 48)
+    after = dict(tree_flatten(model.parameters()))
+    assert all(after[name] is x for name, x in before.items())
+    drawn = mx.random.normal((3,))
+    mx.random.seed(7)
+    assert mx.array_equal(drawn, mx.random.normal((3,)))
+
+
+def test_costs_are_counted_or_refused():
+    def counted(family):
+        ahn = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS).to_dict()
+        return shape_of({**tiny_config(family), "ahn": ahn})
+
+    for family in ("phi3", "gemma2"):
+        found, plain = counted(family), dict(tree_flatten(base(family).parameters()))
+        assert found.parameters - found.memory_parameters == sum(x.size for x in plain.values())
+        assert (found.heads, found.kv_heads, found.head_dim) == (4, 2, 16)
+    with pytest.raises(AHNError, match="mixtral: experts"):
+        counted("mixtral")
+    with pytest.raises(AHNError, match="gpt_oss: layers with a window"):
+        counted("gpt_oss")
