@@ -109,3 +109,27 @@ def tokenize(tables: Path, texts: list[str]) -> list[tuple[list[int], str]]:
         at += size
     assert at == len(out)
     return found
+
+
+def text(n: int) -> str:
+    return "".join(" " if i % 6 == 5 else chr(97 + (7 * i + i * i // 3) % 26) for i in range(n))
+
+
+def said(session, question, n=20) -> str:
+    return "".join(session.ask(question, max_tokens=n))
+
+
+def contents(file: Path):
+    """Arrays and metadata."""
+    return mx.load(str(file), format="safetensors", return_metadata=True)
+
+
+def save_memory(file: Path, arrays, metadata):
+    """With the checksum that fits."""
+    sums = hashlib.sha256(metadata["ahn"].encode())
+    for name in sorted(arrays):
+        x = arrays[name]
+        sums.update(f"{name} {x.dtype} {x.shape}".encode() + np.array(x).tobytes())
+    out = file.with_suffix(".safetensors")
+    mx.save_safetensors(str(out), arrays, {**metadata, "sha256": sums.hexdigest()})
+    out.rename(file)

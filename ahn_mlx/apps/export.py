@@ -6,6 +6,7 @@ arguments of the step, so that one file of them serves all traces. manifest.json
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -66,7 +67,7 @@ def export_app(
         facts = {
             "template": _template(tokenizer),
             "begin": Encoder(tokenizer).begin,
-            "ends": sorted(tokenizer.eos_token_ids),
+            "ends": sorted(t for t in tokenizer.eos_token_ids if t < model.args.vocab_size),
         }
         tables = pack_tokenizer(tokenizer)
         longest = min(chunk, model.ahn.window)
@@ -82,7 +83,13 @@ def export_app(
             manifest = {**_of_model(model, tokenizer, state, inputs), **facts}
             write_json(
                 directory / "manifest.json",
-                {**manifest, "lengths": lengths, "files": files, "version": VERSION},
+                {
+                    **manifest,
+                    "lengths": lengths,
+                    "files": files,
+                    "weights": _sum_of(directory / "weights.safetensors"),
+                    "version": VERSION,
+                },
             )
 
 
@@ -123,6 +130,16 @@ def _hash_of(file: Path) -> str:
         if file.suffix == ".safetensors":
             return hashlib.sha256(f.read(int.from_bytes(f.read(8), "little"))).hexdigest()
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sum_of(file: Path) -> int:
+    """Adler-32 of the weights after their header, which finds damage as fast as they are read."""
+    total = zlib.adler32(b"")
+    with file.open("rb") as f:
+        f.seek(int.from_bytes(f.read(8), "little"), 1)
+        while piece := f.read(1 << 24):
+            total = zlib.adler32(piece, total)
+    return total
 
 
 def _places(model: nn.Module) -> list[Path]:

@@ -68,7 +68,8 @@ AHN_API size_t ahn_memory_in_use(void);
 /* Where mlx.metallib is, before anything else is called. On Macs only. */
 AHN_API ahn_status ahn_set_metallib(const char *path);
 
-/* A directory that `ahn-mlx export-app` wrote. The model must outlive nothing: sessions keep
+/* A directory that `ahn-mlx export-app` wrote. All of its files are compared with the checksums in
+ * its manifest, which find damage, not malice. The model must outlive nothing: sessions keep
  * what they need of it. */
 AHN_API ahn_status ahn_model_open(const char *directory, ahn_model **model);
 AHN_API void ahn_model_close(ahn_model *model);

@@ -62,9 +62,10 @@ ahn_status guarded(F work) {
       return fail(AHN_INTERNAL, "another part of this process used MLX first (" + what +
                                     "); open the model before it");
     }
-    return fail(AHN_INTERNAL, what);
+    return fail(AHN_INTERNAL, "MLX could not compute (" + what +
+                                  "); export the model again, on a machine like this one");
   } catch (...) {
-    return fail(AHN_INTERNAL, "an exception of an unknown kind");
+    return fail(AHN_INTERNAL, "an exception of an unknown kind; open the model again");
   }
 }
 

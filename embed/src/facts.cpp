@@ -108,6 +108,8 @@ Facts::Facts(const TensorFile& file, const Manifest& manifest) {
   }
 }
 
+TensorInfo seen_info(const Manifest& m) { return {"U8", {(m.vocabulary + 7) / 8}, 0, 0}; }
+
 std::map<std::string, TensorInfo> expected_arrays(const Manifest& m, int64_t tokens, int64_t tail,
                                                   bool with_changes) {
   int64_t B = tokens - tail, C = m.capacity();

@@ -27,6 +27,9 @@ struct Facts {
 
 // As a file of it names the dtype of keys and values.
 std::string stored_dtype(const Manifest& manifest);
+// Which tokens were read or said: an array that a file may lack.
+inline const std::string SEEN = "seen";
+TensorInfo seen_info(const Manifest& manifest);
 // Name -> dtype and shape, but for the number of a trace's blocks, which is -1.
 std::map<std::string, TensorInfo> expected_arrays(const Manifest& manifest, int64_t tokens,
                                                   int64_t tail, bool with_changes);

@@ -1,5 +1,7 @@
 #include "manifest.h"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "error.h"
@@ -8,6 +10,7 @@
 namespace ahn {
 
 static constexpr int64_t VERSION = 1;
+static const char* const NEEDED[] = {"model.mlxfn", "weights.safetensors", "tokenizer.bin"};
 
 static Parts parts(const Json& list) {
   Parts out;
@@ -71,9 +74,16 @@ static Manifest read(const Json& facts) {
     throw std::invalid_argument("its lengths are wrong");
   }
   m.begin = ids(facts["begin"], m.vocabulary);
-  m.ends = ids(facts["ends"], int64_t{1} << 31);
-  for (const auto& [name, hash] : facts["files"].as_object()) m.files[name] = hash.as_text();
-  for (const char* name : {"model.mlxfn", "weights.safetensors", "tokenizer.bin"}) {
+  m.ends = ids(facts["ends"], m.vocabulary);
+  for (const auto& [name, hash] : facts["files"].as_object()) {
+    bool needed = std::find(std::begin(NEEDED), std::end(NEEDED), name) != std::end(NEEDED);
+    if (!needed && name != "plain.mlxfn") {
+      throw std::invalid_argument("it lists the file " + show(name));
+    }
+    m.files[name] = hash.as_text();
+  }
+  m.weights = facts.whole_in("weights", 0, (int64_t{1} << 32) - 1);
+  for (const char* name : NEEDED) {
     if (!m.files.count(name)) throw std::invalid_argument(std::string("it lacks ") + name);
   }
   if (const Json& apart = facts["template"]; !apart.is(Json::null)) {

@@ -32,7 +32,8 @@ struct Manifest {
   int64_t window, sinks, vocabulary, layers, heads, kv_heads, head_dim, gates;
   std::vector<int64_t> lengths;  // ascending, from 1
   std::vector<int32_t> begin, ends;
-  std::map<std::string, std::string> files;  // name -> SHA-256
+  std::map<std::string, std::string> files;  // name -> SHA-256, of the weights: of their header
+  int64_t weights;                           // Adler-32 of what follows that header
   std::optional<Template> plain, system;
   Json identity;
 

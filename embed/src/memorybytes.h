@@ -59,7 +59,8 @@ class Checksum {
   explicit Checksum(const std::string& facts) { hash_.update(facts.data(), facts.size()); }
   void add(const std::string& name, const TensorInfo& info, const Bytes& data) {
     static const std::map<std::string, std::string> names = {
-        {"F32", "float32"}, {"F16", "float16"}, {"BF16", "bfloat16"}, {"U32", "uint32"}};
+        {"F32", "float32"}, {"F16", "float16"}, {"BF16", "bfloat16"}, {"U32", "uint32"},
+        {"U8", "uint8"}};
     std::string text = name + " mlx.core." + names.at(info.dtype) + " " + tuple(info.shape);
     hash_.update(text.data(), text.size());
     hash_.update(data.data(), data.size());

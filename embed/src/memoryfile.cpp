@@ -10,6 +10,11 @@
 
 namespace ahn {
 
+void Memory::note(const int32_t* ids, size_t count) {
+  if (!seen) return;
+  for (size_t i = 0; i < count; i++) (*seen)[ids[i] / 8] |= 1 << ids[i] % 8;
+}
+
 // The tail, undone
 
 static mx::array spread(const std::vector<int32_t>& slots, const mx::array& buffer) {
@@ -206,6 +211,7 @@ void check_trace(const TensorFile& file, const Trace& trace, int64_t tokens, con
 static void check_arrays(const TensorFile& file, const Facts& facts, const Manifest& manifest) {
   auto wanted = expected_arrays(manifest, facts.tokens, facts.tail, facts.version == 2);
   if (facts.tail > 0 || facts.version == 1) wanted[facts.tail_name()] = {"U32", {facts.tail}, 0, 0};
+  if (file.tensors().count(SEEN)) wanted[SEEN] = seen_info(manifest);
   for (const auto& [name, info] : file.tensors()) {
     auto found = wanted.find(name);
     if (found == wanted.end()) file.broken("array " + show(name) + " belongs to no memory like this");
@@ -218,6 +224,18 @@ static void check_arrays(const TensorFile& file, const Facts& facts, const Manif
     wanted.erase(found);
   }
   if (!wanted.empty()) file.broken("array " + wanted.begin()->first + " is missing");
+}
+
+// As many bits as there are tokens, and then zeros; the tail was seen.
+static void check_seen(const TensorFile& file, const Bytes& seen, int64_t vocabulary,
+                       const std::vector<int32_t>& tail) {
+  if (vocabulary % 8 && seen.back() >> vocabulary % 8) {
+    file.broken("it has seen other tokens than the " + std::to_string(vocabulary) +
+                " that there are");
+  }
+  for (int32_t id : tail) {
+    if (!(seen[id / 8] >> id % 8 & 1)) file.broken("it has not seen the tokens of its tail");
+  }
 }
 
 Memory load_memory(const Model& model, const std::string& path, std::vector<int32_t>& unread) {
@@ -239,6 +257,10 @@ Memory load_memory(const Model& model, const std::string& path, std::vector<int3
       if (!data.empty()) std::memcpy(tail.data(), data.data(), data.size());
       continue;
     }
+    if (name == SEEN) {
+      memory.seen = std::move(data);
+      continue;
+    }
     size_t dot = name.find('.', 7);
     loader.put(std::stoll(name.substr(7, dot - 7)), name.substr(dot + 1), data);
   }
@@ -250,6 +272,7 @@ Memory load_memory(const Model& model, const std::string& path, std::vector<int3
   for (int32_t id : tail) {
     if (id < 0 || id >= manifest.vocabulary) file.broken("a token in its tail is not the model's");
   }
+  if (memory.seen) check_seen(file, *memory.seen, manifest.vocabulary, tail);
   for (int64_t i = 0; i < manifest.layers; i++) {
     check_trace(file, memory.traces[i], facts.before(), manifest);
     check_trace(file, memory.traces_after[i], memory.state.at, manifest);

@@ -1,6 +1,7 @@
 // What a model remembers of a text, in memory and as a file: docs/memory-format.md.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,11 @@ struct Memory {
   bool chat = true;
   std::vector<Json> texts;
   int64_t earlier = 0;
+  // For each token of the vocabulary a bit, if it is known which there were. The library does not
+  // penalize them; it keeps count for programs that do.
+  std::optional<std::vector<uint8_t>> seen;
+
+  void note(const int32_t* ids, size_t count);
 };
 
 // All in the worker's thread.

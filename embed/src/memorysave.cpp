@@ -23,6 +23,7 @@ class Saver {
     before_ = N - n;
     wanted_ = expected_arrays(m_, N, n, true);
     if (n > 0) wanted_["tail"] = {"U32", {n}, 0, 0};
+    if (memory.seen) wanted_[SEEN] = seen_info(m_);
     for (auto& [name, info] : wanted_) {
       if (info.shape.back() < 0) info.shape.back() = static_cast<int64_t>(trace(name).size() / 2);
     }
@@ -32,6 +33,7 @@ class Saver {
 
   Bytes bytes(const std::string& name) {
     if (name == "tail") return numbers(memory_.tail);
+    if (name == SEEN) return *memory_.seen;
     size_t dot = name.find('.', 7);
     int64_t layer = std::stoll(name.substr(7, dot - 7));
     std::string rest = name.substr(dot + 1);

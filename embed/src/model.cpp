@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "adler32.h"
 #include "error.h"
 #include "safetensors.h"
 #include "sha256.h"
@@ -56,6 +57,13 @@ static std::string exporter(const std::vector<uint8_t>& file) {
   return {reinterpret_cast<const char*>(file.data()) + 8, static_cast<size_t>(n)};
 }
 
+static void check_version(const std::string& path, const std::string& found) {
+  std::string here = mx::version();
+  if (found == here) return;
+  throw Error(AHN_OTHER_MLX, path + ": was exported by MLX " + show(found) + ", this app has " +
+                                 here + "; export the model with that version");
+}
+
 static mx::array empty_array(const TensorInfo& info) {
   mx::Shape shape(info.shape.begin(), info.shape.end());
   return mx::array(mx::allocator::malloc(info.end - info.begin), shape, dtype_of(info.dtype));
@@ -65,14 +73,10 @@ Model::Model(const std::string& directory) : directory_(directory) {
   std::string path = directory + "/manifest.json";
   auto text = read_file(path, 16 << 20);
   manifest_ = Manifest::parse(path, {reinterpret_cast<const char*>(text.data()), text.size()});
-  std::string here = mx::version();
-  auto version = [&](const std::string& file) {
-    auto data = checked_file(directory + "/" + file, manifest_.files.at(file));
-    std::string found = exporter(data);
-    if (found == here && manifest_.mlx == here) return;
-    throw Error(AHN_OTHER_MLX, directory + ": was exported by MLX " + show(found) +
-                                   ", this app has " + here +
-                                   "; export the model with that version");
+  check_version(path, manifest_.mlx);
+  auto version = [&](const std::string& name) {
+    std::string file = directory + "/" + name;
+    check_version(file, exporter(checked_file(file, manifest_.files.at(name))));
   };
   version("model.mlxfn");
   if (manifest_.files.count("plain.mlxfn")) version("plain.mlxfn");
@@ -101,19 +105,38 @@ void Model::load() {
                   "export the model again");
   check_hash(file.path(), file.header_hash(), manifest_.files.at("weights.safetensors"));
   mx::Kwargs weights;
-  for (const auto& [name, info] : file.tensors()) {
+  Adler32 sum;
+  for (const auto& [name, info] : file.in_order()) {
     mx::array x = empty_array(info);
     file.read(info, x.data<char>());
+    sum.update(x.data<char>(), x.nbytes());
     weights.emplace(name, std::move(x));
   }
+  if (sum.value() != manifest_.weights) file.broken("its bytes are not those that were exported");
   functions_.reset(new Functions{mx::import_function(directory_ + "/model.mlxfn"), weights});
-  if (manifest_.files.count("plain.mlxfn")) compare();
-  State state = empty();
-  int32_t id = 0;
-  mx::array logits = read(state, &id, 1);
-  if (logits.shape() != mx::Shape{1, static_cast<int>(manifest_.vocabulary)}) {
-    throw Error(AHN_DAMAGED, directory_ + ": its step is of another vocabulary; export it again");
+  try {
+    for (int64_t n : manifest_.lengths) check_shapes(n);
+    if (manifest_.files.count("plain.mlxfn")) compare();
+    State state = empty();
+    int32_t id = 0;
+    read(state, &id, 1);
+  } catch (const std::invalid_argument&) {  // there is no trace of such shapes
+    throw Error(AHN_DAMAGED, directory_ + "/manifest.json: damaged, what it says of window, sinks,"
+                                          " heads, layers, dtype, lengths or vocabulary is not what"
+                                          " model.mlxfn was traced with; export the model again");
   }
+}
+
+// Of the trace for n tokens; nothing is computed. Throws std::invalid_argument.
+void Model::check_shapes(int64_t n) const {
+  State state = empty();
+  std::vector<mx::Shape> shapes;
+  for (const mx::array& x : state.arrays) shapes.push_back(x.shape());
+  auto logits = call(state, mx::zeros({1, static_cast<int>(n)}, mx::int32), n);
+  bool same = logits.shape() == mx::Shape{1, static_cast<int>(manifest_.vocabulary)};
+  same = same && state.arrays.size() == shapes.size();
+  for (size_t i = 0; same && i < shapes.size(); i++) same = state.arrays[i].shape() == shapes[i];
+  if (!same) throw std::invalid_argument("shapes");
 }
 
 // The step with kernels serves if it agrees with the one without on this machine: on a state that

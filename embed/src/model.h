@@ -46,6 +46,7 @@ class Model {
   struct Functions;
 
   void load();
+  void check_shapes(int64_t n) const;
   void compare();
   mx::array call(State& state, mx::array ids, int64_t n) const;
 

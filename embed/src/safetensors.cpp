@@ -102,7 +102,6 @@ void TensorFile::broken(const std::string& why) const {
 
 void TensorFile::parse(const std::string& header) {
   Json entries = Json::parse(header);
-  std::vector<const TensorInfo*> order;
   for (const auto& [name, entry] : entries.as_object()) {
     if (name == "__metadata__") {
       if (entry.is(Json::null)) continue;
@@ -130,17 +129,22 @@ void TensorFile::parse(const std::string& header) {
     info.begin = static_cast<uint64_t>(offsets[0].as_whole());
     info.end = static_cast<uint64_t>(offsets[1].as_whole());
     if (info.end - info.begin != bytes) broken("tensor " + show(name) + " has wrong offsets");
-    order.push_back(&(tensors_[name] = info));
+    tensors_[name] = info;
   }
-  std::sort(order.begin(), order.end(), [](auto a, auto b) {
-    return std::pair(a->begin, a->end) < std::pair(b->begin, b->end);
-  });
   uint64_t end = 0;
-  for (const TensorInfo* info : order) {
-    if (info->begin != end) broken("its tensors overlap or leave gaps");
-    end = info->end;
+  for (const auto& [name, info] : in_order()) {
+    if (info.begin != end) broken("its tensors overlap or leave gaps");
+    end = info.end;
   }
   if (end != size_ - start_) broken("it has not the bytes that it promises");
+}
+
+std::vector<std::pair<std::string, TensorInfo>> TensorFile::in_order() const {
+  std::vector<std::pair<std::string, TensorInfo>> order(tensors_.begin(), tensors_.end());
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.second.begin, a.second.end) < std::pair(b.second.begin, b.second.end);
+  });
+  return order;
 }
 
 void TensorFile::read(const TensorInfo& tensor, void* out) const {

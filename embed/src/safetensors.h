@@ -29,6 +29,8 @@ class TensorFile {
   TensorFile(const TensorFile&) = delete;
 
   const std::map<std::string, TensorInfo>& tensors() const { return tensors_; }
+  // As they follow one another in the file, without gaps.
+  std::vector<std::pair<std::string, TensorInfo>> in_order() const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }

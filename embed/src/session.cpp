@@ -23,6 +23,7 @@ Session::Session(std::shared_ptr<Model> model, std::string instructions, bool pl
   }
   memory_.system = std::move(instructions);
   memory_.step = std::max<int64_t>(model_->manifest().chunk(), 1);
+  memory_.seen = std::vector<uint8_t>((model_->manifest().vocabulary + 7) / 8);
   choose_template(plain);
   memory_.state = Worker::shared().run([&] { return model_->empty(); });
 }
@@ -210,6 +211,7 @@ bool Session::read_ids(const std::vector<int32_t>& ids, const Progress& progress
 // In the worker's thread.
 void Session::read_step(const int32_t* ids, size_t count) {
   model_->read(memory_.state, ids, count);
+  memory_.note(ids, count);
   tokens_ = memory_.state.at;
 }
 
@@ -364,6 +366,7 @@ std::optional<ahn_finish> Session::generate(std::string_view text, const Samplin
   Stream stream(model_->tokenizer());
   Spoken spoken(sampling.stops, piece);
   ahn_finish finish = AHN_FINISH_LENGTH;
+  std::vector<int32_t> said = ids;
   for (size_t n = 1; n <= most; n++) {
     int32_t id = worker.run([&] {
       // The next token is under way before this one is known.
@@ -376,6 +379,7 @@ std::optional<ahn_finish> Session::generate(std::string_view text, const Samplin
       if (n % CLEAR == 0) mx::clear_cache();
       return now.item<int32_t>();
     });
+    said.push_back(id);
     if (std::find(ends.begin(), ends.end(), id) != ends.end()) {
       finish = AHN_FINISH_END;
       break;
@@ -394,6 +398,7 @@ std::optional<ahn_finish> Session::generate(std::string_view text, const Samplin
     tokens_ = memory_.state.at;
     memory_.past = Past();
   });
+  memory_.note(said.data(), said.size());
   memory_.tail.clear();
   memory_.traces = memory_.traces_after;
   memory_.space.clear();
