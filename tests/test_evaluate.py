@@ -296,8 +296,14 @@ def test_predictions_of_infinitebenchs_own_layout_are_scored(tmp_path) -> None:
 
 
 WRONG = {
-    "a line without a field": ({"hotpotqa": [{"pred": "x"}]}, "line 1 has no 'answers'"),
-    "an answer that is a number": ({"hotpotqa": [{**QA, "pred": 5}]}, "is no prediction"),
+    "a line without a field": (
+        {"hotpotqa": [{"pred": "x"}]},
+        "line 1 of hotpotqa has no 'answers'",
+    ),
+    "an answer that is a number": (
+        {"hotpotqa": [{**QA, "pred": 5}]},
+        "line 1 of hotpotqa pred must be a text, not 5",
+    ),
     "two models": (
         {"hotpotqa": [{**QA, "pred": "x", "run": "a"}, {**QA, "pred": "x", "run": "b"}]},
         "predictions of 2 runs are mixed",

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import AHNError, show
+from ..errors import AHNError
 from .predictions import Line, read_lines, read_run
 from .scorers import LVEVAL, METRICS, of_dataset
-from .suites import Suite, infinitebench, longbench, lveval, score_line
+from .suites import Suite, check_line, infinitebench, longbench, lveval, score_line
 
 DRAWS = 1000  # of the bootstrap
 PAPER_TASKS = {"longbook_qa_eng": "en_qa", "longbook_qa_chn": "zh_qa"}
@@ -73,11 +73,10 @@ def score_lines(
     found = []
     for number, line in lines:
         try:
-            found.append(score_line(suite, protocol, task, line))
-        except KeyError as e:
-            raise AHNError(f"{file}: line {number} has no {show(e.args[0])}") from None
-        except (TypeError, AttributeError, IndexError) as e:
-            raise AHNError(f"{file}: line {number} is no prediction ({show(str(e))})") from None
+            check_line(suite, protocol, task, line)
+        except AHNError as e:
+            raise AHNError(f"{file}: line {number} of {task} {e}") from None
+        found.append(score_line(suite, protocol, task, line))
     return found
 
 

@@ -24,7 +24,7 @@ from .prompts import fill, read_prompts
 from .protocol import Asker, checkpoint_penalty
 from .records import count_records, digest, read_records, spaced
 from .results import model_facts, score_directory
-from .suites import Suite, Task, line_of, score_line
+from .suites import Suite, Task, check_line, line_of
 
 SAMPLE = 20_000  # characters that tell how long tokens are
 
@@ -196,11 +196,13 @@ class SuiteRun:
             try:
                 text = fill(template, record)
                 of = self.suite.name, self.protocol, left.task.name
-                score_line(*of, line_of(*of, record, ""))  # not only after days
+                check_line(*of, line_of(*of, record, ""))  # not only after days
             except KeyError as e:
                 raise self._bad(left, number, f"has no {show(e.args[0])}") from None
-            except (AHNError, AttributeError, IndexError, TypeError, ValueError) as e:
+            except AHNError as e:
                 raise self._bad(left, number, str(e)) from None
+            except (AttributeError, IndexError, TypeError, ValueError):
+                raise self._bad(left, number, "has an answer of another kind") from None
             yield number, text
 
     def _bad(self, left: Left, number: int, what: str) -> AHNError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import AHNError, nearest, show
 from . import matching, scorers
+from .fields import COUNTS, KEYWORDS, NUMBERS, OPTION, SCALAR, SUMMARY, TEXT, TEXTS, check_field
 from .scorers import ahn_item, longbench_item, lveval_item
 
 Record = dict[str, Any]
@@ -217,14 +218,33 @@ _INFINITEBENCH: dict[str, Callable[[str, Any], float]] = {
 }
 
 
+_TRUTHS = {
+    "longbook_sum_eng": SUMMARY,
+    **dict.fromkeys(("longbook_choice_eng", "code_debug"), OPTION),
+    **dict.fromkeys(("passkey", "number_string", "kv_retrieval", "code_run", "math_find"), SCALAR),
+    "math_calc": NUMBERS,
+}
+
+
+def check_line(suite: str, protocol: str, task: str, line: Record) -> None:
+    """Raises AHNError for a line that lacks a field, or has one of another kind."""
+    if suite == "infinitebench" and protocol == "published":
+        check_field(line, "prediction", TEXT)
+        check_field(line, "ground_truth", _TRUTHS.get(task, TEXTS))
+        return
+    check_field(line, "pred", TEXT)
+    check_field(line, "answers", COUNTS if task == "passage_count" else TEXTS)
+    if suite == "lveval":
+        check_field(line, "gold_ans", KEYWORDS)
+    elif scorers.METRICS.get(task) is scorers.classification:
+        check_field(line, "all_classes", TEXTS)
+
+
 def score_line(suite: str, protocol: str, task: str, line: Record) -> float:
-    """Raises KeyError, TypeError or AttributeError for a line that is none."""
-    own = suite == "infinitebench" and protocol == "published"
-    if not own and not isinstance(line["answers"], list):
-        raise TypeError("answers must be a list")
+    """line: one that check_line has seen."""
     if suite == "lveval":
         return lveval_item(task, line["pred"], line["answers"], line["gold_ans"])
-    if own:
+    if suite == "infinitebench" and protocol == "published":
         return _INFINITEBENCH[task](line["prediction"], line["ground_truth"])
     name = f"infinitebench_{task}" if suite == "infinitebench" else task
     item = ahn_item if protocol == "ahn" else longbench_item
