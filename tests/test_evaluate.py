@@ -179,8 +179,13 @@ def test_what_cannot_be_asked_is_refused_before_anything_is(place, tmp_path, who
     refused(run(place, "longbench", out, "--tasks", "qasper"), "there is no prompt for it")
     refused(run(place, "longbench", out, "--limit", "0"), "--limit must be at least 1")
     nothing = str(tmp_path / "nothing")
-    refused(run(place, "longbench", out, "--data", nothing), "No such file")
-    refused(run(place, "longbench", out, "--prompts", nothing), "it holds the prompts")
+    said = f"--data {nothing}: no such directory; it holds data.zip or hotpotqa.jsonl"
+    words = ("--tasks", "hotpotqa", "--model", "no-such-model")
+    refused(run(place, "longbench", out, *words, "--data", nothing), said)
+    refused(run(place, "lveval", out, "--data", str(place)), "has no hotpotwikiqa_mixup.zip or")
+    said = f"--prompts {nothing}: no such directory; it holds dataset2prompt.json"
+    refused(run(place, "infinitebench", out, *words[2:], "--prompts", nothing), said)
+    refused(run(place, "lveval", out, *words[2:], "--prompts", str(place)), "has no config.py")
     refused(run(place, "longbench", whole["lveval"]), "holds predictions with suite 'lveval'")
     refused(run(place, "longbench", whole["longbench"], "--mixer", "window"), "mixer 'memory'")
     assert not out.exists()
@@ -210,7 +215,7 @@ DAMAGED = {
         "record 0 of hotpotqa answers must be a list",
     ),
     "no JSON": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"{\n"}), "is no JSON"),
-    "a list": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"[1]\n"}), "is no object"),
+    "a list": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"[1]\n"}), "is no JSON object"),
     "no records": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"\n"}), "has no records"),
     "other members": (lambda data: suites.zipped(**{"a.jsonl": b""}), "of another revision?"),
 }
@@ -319,6 +324,79 @@ WRONG = {
 @pytest.mark.parametrize(("files", "message"), WRONG.values(), ids=WRONG)
 def test_predictions_that_are_none_are_named(tmp_path, files, message) -> None:
     refused(score(predictions(tmp_path / "a", **files)), message)
+
+
+MINE = {**QA, "run": "a"}
+NOTED = {
+    "an empty file": ({"hotpotqa": [{**QA, "pred": "mill"}], "qmsum": []}, "qmsum.jsonl: holds no"),
+    "an unknown task": (
+        {"hotpotqa": [{**QA, "pred": "mill"}], "hotpotqb": [{**QA, "pred": ""}]},
+        "hotpotqb.jsonl: is not scored, there is no such task; did you mean hotpotqa.jsonl?",
+    ),
+    "an item that is there again": (
+        {
+            "hotpotqa": [
+                {**MINE, "pred": "", "item": 0},
+                {**MINE, "pred": "mill", "item": 1},
+                {**MINE, "pred": "mill", "item": 0},
+            ]
+        },
+        "hotpotqa.jsonl: 1 lines repeat an item; the last of each counts",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), NOTED.values(), ids=NOTED)
+def test_what_is_not_counted_is_said(tmp_path, files, message) -> None:
+    directory = predictions(tmp_path / "a", **files)
+    result = score(directory, "--json")
+    found = json.loads(result.stdout)
+    (note,) = found["notes"]
+    assert message in note and f"note: {note}" in result.stderr
+    assert found["tasks"].keys() == {"hotpotqa"} and found["tasks"]["hotpotqa"]["score"] == 100
+
+
+def test_a_line_that_was_cut_is_said(tmp_path) -> None:
+    directory = predictions(tmp_path / "a", hotpotqa=[{**QA, "pred": "mill"}])
+    with (directory / "hotpotqa.jsonl").open("a") as f:
+        f.write('{"pred": "mi')
+    assert "its last line was cut" in score(directory).stderr
+
+
+def test_files_with_nothing_at_all_are_refused(tmp_path) -> None:
+    refused(score(predictions(tmp_path / "a", hotpotqa=[])), "hotpotqa.jsonl is empty")
+
+
+def test_a_length_is_named_and_one_item_has_no_standard_error(tmp_path) -> None:
+    line = {"pred": "mill", "answers": ["mill"], "gold_ans": None}
+    directory = predictions(tmp_path / "a", cmrc_mixup_16k=[line])
+    printed = score(directory).stdout.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed]
+    assert ["cmrc_mixup_16k", "1", "100.00", "-", "-"] in cells
+    task = json.loads(score(directory, "--json").stdout)["tasks"]["cmrc_mixup"]
+    assert task["n"] == 1 and task["standard_error"] is None
+
+
+ENCODINGS = {
+    "utf-16": "UTF-16, not UTF-8",
+    "utf-16-le": "UTF-16, not UTF-8",
+    "latin-1": "no UTF-8 (byte 0xe9 in column",
+    "cp1252": "no UTF-8 (byte 0x93 in column",
+}
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_another_encoding_is_named(place, tmp_path, encoding, end) -> None:
+    said = "\u201ccaf\u00e9\u201d" if encoding == "cp1252" else "caf\u00e9"
+    line = {**suites.longbench_record("hotpotqa", 0), "pred": said, "input": said}
+    data = (json.dumps(line, ensure_ascii=False) + end).encode(encoding)
+    directory = predictions(tmp_path / "a")
+    (directory / "hotpotqa.jsonl").write_bytes(data)
+    refused(score(directory), f"hotpotqa.jsonl: line 1 is {ENCODINGS[encoding]}")
+    words = ("--tasks", "hotpotqa", "--data", str(directory))
+    result = run(place, "longbench", tmp_path / "out", *words)
+    refused(result, f"record 0 is {ENCODINGS[encoding]}")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ be, and how they are scored by the paper's authors ("ahn") and by their own ("pu
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import AHNError, nearest, show
@@ -29,6 +30,23 @@ class Task:
     max_new: dict[str, int]
     chat: bool = True
     chinese: bool = False
+
+    def given(self, data: Path) -> Path:
+        """Its file in a user's directory: as on the hub, or what is in the archive. Raises
+        AHNError if neither is there."""
+        names = dict.fromkeys((self.file, self.member or self.file))
+        return given_file("--data", data, *names)
+
+
+def given_file(option: str, directory: Path, *names: str) -> Path:
+    """The first of the names that a directory has. Raises AHNError if there is none."""
+    wanted = " or ".join(names)
+    if not directory.is_dir():
+        raise AHNError(f"{option} {directory}: no such directory; it holds {wanted}")
+    found = next((file for n in names if (file := directory / n).is_file()), None)
+    if found is None:
+        raise AHNError(f"{option} {directory}: has no {wanted}")
+    return found
 
 
 @dataclass(frozen=True)
