@@ -182,6 +182,8 @@ def test_what_cannot_be_asked_is_refused_before_anything_is(place, tmp_path, who
     said = f"--data {nothing}: no such directory; it holds data.zip or hotpotqa.jsonl"
     words = ("--tasks", "hotpotqa", "--model", "no-such-model")
     refused(run(place, "longbench", out, *words, "--data", nothing), said)
+    archive = str(place / "longbench/data.zip")
+    refused(run(place, "longbench", out, "--data", archive), "data.zip: is a file; give the dir")
     refused(run(place, "lveval", out, "--data", str(place)), "has no hotpotwikiqa_mixup.zip or")
     said = f"--prompts {nothing}: no such directory; it holds dataset2prompt.json"
     refused(run(place, "infinitebench", out, *words[2:], "--prompts", nothing), said)
@@ -341,7 +343,7 @@ NOTED = {
                 {**MINE, "pred": "mill", "item": 0},
             ]
         },
-        "hotpotqa.jsonl: 1 lines repeat an item; the last of each counts",
+        "hotpotqa.jsonl: lines that repeat an item: 1; the last of each counts",
     ),
 }
 
@@ -364,7 +366,7 @@ def test_a_line_that_was_cut_is_said(tmp_path) -> None:
 
 
 def test_files_with_nothing_at_all_are_refused(tmp_path) -> None:
-    refused(score(predictions(tmp_path / "a", hotpotqa=[])), "hotpotqa.jsonl is empty")
+    refused(score(predictions(tmp_path / "a", hotpotqa=[])), "hotpotqa.jsonl: holds no predictions")
 
 
 def test_a_length_is_named_and_one_item_has_no_standard_error(tmp_path) -> None:

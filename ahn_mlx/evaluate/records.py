@@ -14,6 +14,7 @@ from typing import IO, Any
 from ..errors import AHNError, show
 
 LONGEST = 1 << 28  # bytes of a line
+ONE = "each line is one object"
 UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
@@ -56,10 +57,12 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
         ) from None
     except AHNError:
         raise
+    except json.JSONDecodeError as e:
+        raise AHNError(f"{where} is no JSON ({e.msg}, column {e.colno}); {ONE}") from None
     except (ValueError, RecursionError) as e:
         raise AHNError(f"{where} is no JSON ({e})") from None
     if not isinstance(found, dict):
-        raise AHNError(f"{where} is no JSON object")
+        raise AHNError(f"{where} is no JSON object; {ONE}")
     return found
 
 

@@ -145,7 +145,7 @@ def score_directory(directory: Path, protocol: str | None) -> dict[str, Any]:
         if lines:
             tasks[f.task] = score_of(score_lines(f.file, suite, protocol, f.task, [*lines.items()]))
     if not tasks:
-        raise AHNError(f"{directory}: its files hold no predictions; {files[0].file.name} is empty")
+        raise AHNError(f"{directory}: has no predictions; {'; '.join(notes)}")
     if len(runs) > 1:
         raise AHNError(f"{directory}: predictions of {len(runs)} runs are mixed; keep them apart")
     length = files[0].length
@@ -166,7 +166,7 @@ def _once(file: Path) -> tuple[dict[int, Line], list[str]]:
     """The lines of a file by their numbers, the last one of each item, and what to say of it."""
     lines, notes = dict(read_lines(file)), []
     if not lines:
-        notes.append(f"{file}: holds no predictions, and is left out")
+        notes.append(f"{file}: holds no predictions")
     if not is_whole(file):
         notes.append(f"{file}: its last line was cut, and does not count")
     last: dict[tuple[str, int], int] = {}
@@ -178,7 +178,7 @@ def _once(file: Path) -> tuple[dict[int, Line], list[str]]:
             lines.pop(last.get(key, 0), None)
             last[key] = number
     if again:
-        notes.append(f"{file}: {again} lines repeat an item; the last of each counts")
+        notes.append(f"{file}: lines that repeat an item: {again}; the last of each counts")
     return lines, notes
 
 

@@ -41,6 +41,8 @@ class Task:
 def given_file(option: str, directory: Path, *names: str) -> Path:
     """The first of the names that a directory has. Raises AHNError if there is none."""
     wanted = " or ".join(names)
+    if directory.is_file():
+        raise AHNError(f"{option} {directory}: is a file; give the directory that it is in")
     if not directory.is_dir():
         raise AHNError(f"{option} {directory}: no such directory; it holds {wanted}")
     found = next((file for n in names if (file := directory / n).is_file()), None)
