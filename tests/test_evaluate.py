@@ -179,8 +179,15 @@ def test_what_cannot_be_asked_is_refused_before_anything_is(place, tmp_path, who
     refused(run(place, "longbench", out, "--tasks", "qasper"), "there is no prompt for it")
     refused(run(place, "longbench", out, "--limit", "0"), "--limit must be at least 1")
     nothing = str(tmp_path / "nothing")
-    refused(run(place, "longbench", out, "--data", nothing), "No such file")
-    refused(run(place, "longbench", out, "--prompts", nothing), "it holds the prompts")
+    said = f"--data {nothing}: no such directory; it holds data.zip or hotpotqa.jsonl"
+    words = ("--tasks", "hotpotqa", "--model", "no-such-model")
+    refused(run(place, "longbench", out, *words, "--data", nothing), said)
+    archive = str(place / "longbench/data.zip")
+    refused(run(place, "longbench", out, "--data", archive), "data.zip: is a file; give the dir")
+    refused(run(place, "lveval", out, "--data", str(place)), "has no hotpotwikiqa_mixup.zip or")
+    said = f"--prompts {nothing}: no such directory; it holds dataset2prompt.json"
+    refused(run(place, "infinitebench", out, *words[2:], "--prompts", nothing), said)
+    refused(run(place, "lveval", out, *words[2:], "--prompts", str(place)), "has no config.py")
     refused(run(place, "longbench", whole["lveval"]), "holds predictions with suite 'lveval'")
     refused(run(place, "longbench", whole["longbench"], "--mixer", "window"), "mixer 'memory'")
     assert not out.exists()
@@ -210,7 +217,7 @@ DAMAGED = {
         "record 0 of hotpotqa answers must be a list",
     ),
     "no JSON": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"{\n"}), "is no JSON"),
-    "a list": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"[1]\n"}), "is no object"),
+    "a list": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"[1]\n"}), "is no JSON object"),
     "no records": (lambda data: suites.zipped(**{"hotpotqa.jsonl": b"\n"}), "has no records"),
     "other members": (lambda data: suites.zipped(**{"a.jsonl": b""}), "of another revision?"),
 }
@@ -255,81 +262,6 @@ def test_a_full_disk_keeps_what_is_done(place, tmp_path) -> None:
     before = [json.loads((out / "hotpotqa.jsonl").read_text())]
     assert run(place, "longbench", out, *words).exit_code == 0
     assert lines(out)["hotpotqa.jsonl"] == before and len(lines(out)["musique.jsonl"]) == 1
-
-
-# Scores of predictions
-
-
-def score(directory: Path, *more: str) -> Result:
-    return CliRunner().invoke(cli, ["eval", "score", str(directory), *more])
-
-
-def predictions(directory: Path, **files: list[dict[str, Any]]) -> Path:
-    directory.mkdir()
-    for name, its in files.items():
-        (directory / f"{name}.jsonl").write_bytes(suites.jsonl(its))
-    return directory
-
-
-QA = {"answers": ["the mill"], "all_classes": None, "length": 9}
-
-
-def test_predictions_of_other_programs_are_scored(tmp_path) -> None:
-    its = [{**QA, "pred": "mill"}, {**QA, "pred": "A kettle"}, {**QA, "pred": ""}]
-    directory = predictions(tmp_path / "a", hotpotqa=its)
-    result = score(directory, "--json")
-    found = json.loads(result.stdout)
-    assert found["tasks"]["hotpotqa"]["score"] == 33.33 and found["tasks"]["hotpotqa"]["n"] == 3
-    # Of 1, 0 and 0 the mean of three draws has the standard deviation sqrt(2) / 3 / sqrt(3).
-    assert abs(found["tasks"]["hotpotqa"]["standard_error"] - 27.2) < 1.5
-    answered = [{**QA, "pred": "mill\n\nAnswer: a kettle of salt"}]
-    directory = predictions(tmp_path / "b", hotpotqa=answered)
-    ours = json.loads(score(directory, "--json").stdout)["tasks"]["hotpotqa"]["score"]
-    theirs = score(directory, "--json", "--protocol", "published").output
-    assert ours == 100 and json.loads(theirs)["tasks"]["hotpotqa"]["score"] < 50
-
-
-def test_predictions_of_infinitebenchs_own_layout_are_scored(tmp_path) -> None:
-    its = [{"id": 0, "prediction": "It is 12.", "ground_truth": 12}]
-    found = json.loads(score(predictions(tmp_path / "a", preds_code_run=its), "--json").stdout)
-    assert found["suite"] == "infinitebench" and found["tasks"]["code_run"]["score"] == 100
-
-
-WRONG = {
-    "a line without a field": ({"hotpotqa": [{"pred": "x"}]}, "line 1 has no 'answers'"),
-    "an answer that is a number": ({"hotpotqa": [{**QA, "pred": 5}]}, "is no prediction"),
-    "two models": (
-        {"hotpotqa": [{**QA, "pred": "x", "run": "a"}, {**QA, "pred": "x", "run": "b"}]},
-        "predictions of 2 runs are mixed",
-    ),
-    "two suites": (
-        {"hotpotqa": [{**QA, "pred": "x"}], "cmrc_mixup_128k": []},
-        "holds predictions of longbench, lveval 128k",
-    ),
-    "nothing": ({"notes": []}, "has no predictions of a suite"),
-}
-
-
-@pytest.mark.parametrize(("files", "message"), WRONG.values(), ids=WRONG)
-def test_predictions_that_are_none_are_named(tmp_path, files, message) -> None:
-    refused(score(predictions(tmp_path / "a", **files)), message)
-
-
-@pytest.mark.parametrize(
-    "run",
-    ["{", "[]", '{"facts": "3b"}', '{"data": {}, "deviations": [], "mixer": 5}'],
-)
-def test_a_run_that_is_none_is_named(tmp_path, run) -> None:
-    directory = predictions(tmp_path / "a", hotpotqa=[{**QA, "pred": "x"}])
-    (directory / "run.json").write_text(run)
-    refused(score(directory), "run.json: ")
-
-
-def test_no_predictions_at_all_are_named(tmp_path) -> None:
-    refused(score(tmp_path / "none"), "no such directory")
-    directory = predictions(tmp_path / "a", hotpotqa=[])
-    (directory / "hotpotqa.jsonl").write_text("[]\n")
-    refused(score(directory), "line 1 is no JSON object")
 
 
 def test_ctrl_c_ends_a_run_within_an_item_and_keeps_the_others(place, tmp_path) -> None:

@@ -162,6 +162,28 @@ def test_made_tasks_are_asked_of_all_mixers(path, tmp_path) -> None:
     assert "memory - window" in printed and (tmp_path / "a.svg").is_file()
 
 
+def test_what_made_tasks_cost_is_said_before_they_are_asked(path) -> None:
+    words = ("--length", 420, "--items", 1, "--window", 60, "--sinks", 4)
+    said = CliRunner().invoke(cli, ["eval", "niah", "--model", str(path), *map(str, words)]).stderr
+    # Five depths, three mixers, 420 tokens each.
+    assert "15 questions, 6,300 tokens at most: about 1 min at this model's speed here" in said
+
+
+def test_a_long_question_is_heard_of_while_it_is_read(loaded) -> None:
+    calls: list[int] = []
+    shape = {"length": 420, "count": 1, "progress": calls.append}
+    next(synthetic.ask(*loaded, ["passkey"], NOISE, **shape))
+    assert calls[-1] == 1 and calls.count(1) == 3 and calls[0] == 0
+
+
+@pytest.mark.parametrize("task", ["passkey", "niah", "vt", "babi1", "babi2", "babi3"])
+def test_help_shows_examples_of_its_own_task_line_by_line(task) -> None:
+    help_ = invoke(task, "--help")
+    examples = [x.strip() for x in help_.splitlines() if x.strip().startswith("ahn-mlx ")]
+    assert "\\b" not in help_ and "\b" not in help_
+    assert len(examples) == 2 and all(x.startswith(f"ahn-mlx eval {task}") for x in examples)
+
+
 def test_answers_are_scored_by_their_task(loaded) -> None:
     items = synthetic.Items(loaded[1], NOISE)
     where = {"length": 420, "depth": 0.5, "index": 0, "seed": 0}

@@ -1,10 +1,12 @@
 """Scores: what the published scorers returned, case by case."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from ahn_mlx import AHNError
 from ahn_mlx.evaluate.scorers import SCORERS
 
 GOLDEN = Path(__file__).parent / "published"
@@ -32,3 +34,55 @@ def test_scores_are_the_published_ones(name: str) -> None:
         if not close(SCORERS[name](**fields), expected):
             wrong.append((fields, expected, SCORERS[name](**fields)))
     assert cases and wrong == []
+
+
+NOTHING = {
+    "infinitebench_dialogue": ("A", []),
+    "infinitebench_choice_eng": ("B", []),
+    "infinitebench_code_debug": ("the answer is: f", ["f"]),
+    "infinitebench_math_find": ("3", []),
+    "infinitebench_math_calc": ("1", []),
+    "infinitebench_passkey": ("", []),
+    "infinitebench_kv": ("a", []),
+    "infinitebench_code_run": ("3", []),
+    "infinitebench_sum_eng": ("a", []),
+    "infinitebench_qa_eng": ("a", []),
+    "longbench_classification": ("a", "a", []),
+    "ruler_match_all": ([], []),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_truth_with_nothing_in_it_is_never_said(name: str) -> None:
+    assert SCORERS[name](*NOTHING[name]) == 0
+
+
+MALFORMED = {
+    "classes": ("longbench_classification", ("a", "a", None), "all_classes must be a list of text"),
+    "numbers": (
+        "infinitebench_math_calc",
+        ("1", None),
+        "label must be a list of numbers, not null",
+    ),
+    "an option": ("infinitebench_choice_eng", ("B", None), "label must be a list of texts"),
+    "a key": ("infinitebench_kv", ("B", {"a": 1}), "label must be a text, a number or a list"),
+    "an answer": ("longbench_qa_f1", (None, "a"), "prediction must be a text, not null"),
+    "a reply": ("longbench2_extract", (3,), "response must be a text, not 3"),
+    "answers": ("lveval_dataset_score", ("cmrc_mixup", ["a"], ["a"], [None]), "answers must be"),
+    "one more": (
+        "ahn_dataset_score",
+        ("hotpotqa", ["a", "b"], [["a"]]),
+        "2 predictions, 1 answers",
+    ),
+    "one less": ("ruler_match_part", ([], [["a"]]), "0 predictions, 1 references"),
+    "a dataset": ("ahn_item_score", ("hotpotq", "a", ["a"]), "did you mean hotpotqa?"),
+    "a longer one": ("lveval_dataset_score", ("cmrc_9k", ["a"], [["a"]], [None]), "no 'cmrc_9k'"),
+    "a task": ("babilong", ("qa99", "a", "a", "a"), "there is no 'qa99'"),
+    "no classes": ("longbench_dataset_score", ("trec", ["a"], [["a"]]), "all_classes must be"),
+}
+
+
+@pytest.mark.parametrize(("name", "given", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_truth_at_all_is_named(name: str, given: tuple, message: str) -> None:
+    with pytest.raises(AHNError, match=re.escape(message)):
+        SCORERS[name](*given)

@@ -118,9 +118,11 @@ def _ask_suite(name: str, options: dict[str, Any]) -> None:
     if options["name"] in MODELS and MODELS[options["name"]].repo and name in PAPER_WINDOWS:
         for key, value in zip(("window", "sinks"), PAPER_WINDOWS[name], strict=True):
             options[key] = value if options[key] is None else options[key]
+    from ..evaluate.run import SuiteRun, check_given
+
+    check_given(suite, tasks, options["data"], options["prompts"])
     warn_slow()
     model, tokenizer = load_model(options)
-    from ..evaluate.run import SuiteRun
 
     given = ("out", "protocol", "mixer", "limit", "data", "prompts")
     settings = {key: options[key] for key in given}
@@ -129,7 +131,7 @@ def _ask_suite(name: str, options: dict[str, Any]) -> None:
         run = SuiteRun(suite, model, tokenizer, tasks, length=length, **settings)
         cost = run.cost()
     if cost.items:
-        agree(cost, "of this model here")
+        agree(cost, "items")
         with (
             progress_bar(cost.items, "asking", "items") as bar,
             stop_between_steps() as check,
@@ -148,17 +150,20 @@ def _names(tasks: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
 
 
-def agree(cost: Any, speed: str) -> None:
+def agree(cost: Any, things: str) -> None:
     """Say what a run costs, and ask, where someone sits, if that is more than a minute."""
     hours, minutes = divmod(round(cost.seconds / 60), 60)
     took = f"{hours} h {minutes} min" if hours else f"{max(1, minutes)} min"
-    say(f"{cost.items:,} items, {cost.tokens:,} tokens at most: about {took} at the speed {speed}")
+    tokens = f"{cost.tokens:,} tokens at most"
+    say(f"{cost.items:,} {things}, {tokens}: about {took} at this model's speed here")
     someone = sys.stdin.isatty() and sys.stderr.isatty()
     if someone and cost.seconds > 60:
         click.confirm("go on?", default=True, abort=True, err=True)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
+    for note in result["notes"]:
+        say(f"note: {note}")
     if as_json:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return

@@ -25,6 +25,7 @@ from .options import (
     quiet_option,
     text_option,
 )
+from .suites import agree
 from .terminal import progress_bar, warn_slow
 
 TEXT = Path(__file__).parent.parent / "demo" / "pride-and-prejudice.txt"
@@ -152,10 +153,13 @@ def _ask(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     out, sentences = _begin(options, {"length": 1, "items": 1})
     model, tokenizer = load_model(options)
     from ..evaluate.mixers import MIXERS
+    from ..evaluate.run import Cost, reading_speed
     from ..evaluate.synthetic import DEPTHS, ask, summarize
 
     settings = {"length": options["length"], "count": options["items"], "seed": options["seed"]}
     total = len(tasks) * len(DEPTHS) * options["items"] * len(MIXERS)
+    tokens = total * options["length"]
+    agree(Cost(total, tokens, tokens / reading_speed(model)), "questions")
     with progress_bar(total, "asking", "questions") as bar:
         answered = list(ask(model, tokenizer, tasks, sentences, progress=bar.update, **settings))
     found = summarize(answered)
@@ -195,7 +199,7 @@ def _plot_scores(answered: list[Any], window: int, out: OutFile) -> None:
     _plot([mean(a.distance for a in group) for group in groups], curves, window, "score", out)
 
 
-def _made(name: str, tasks: tuple[str, ...], about: str) -> click.Command:
+def _made(name: str, tasks: tuple[str, ...], about: str, *more: str) -> click.Command:
     def command(**options: Any) -> None:
         chosen = tasks
         if wanted := options.get("tasks"):
@@ -204,7 +208,8 @@ def _made(name: str, tasks: tuple[str, ...], about: str) -> click.Command:
                 raise AHNError(f"--tasks: no task {min(wrong)}; there are {', '.join(NIAH)}")
         _ask(chosen, options)
 
-    command.__doc__ = f"{about}\n\n\\b\nahn-mlx eval {name} --length 4096 --items 20\n"
+    examples = "\n".join(f"ahn-mlx eval {name} {words}".rstrip() for words in ("", *more))
+    command.__doc__ = f"{about}\n\n\b\n{examples}\n"
     decorated: Any = command
     if name == "niah":
         decorated = click.option("--tasks", help=f"Of {', '.join(NIAH)}, with commas.")(decorated)
@@ -219,10 +224,35 @@ def _made(name: str, tasks: tuple[str, ...], about: str) -> click.Command:
 
 
 SYNTHETIC = (
-    _made("passkey", ("passkey",), "Ask for a number that is hidden in a text."),
-    _made("niah", NIAH[:1], "Ask for numbers that are hidden under names."),
-    _made("vt", ("vt",), "Ask which variables have a value, through others."),
-    _made("babi1", ("babi1",), "Ask where a person is, of facts that change."),
-    _made("babi2", ("babi2",), "Ask where a thing is that persons carry about."),
-    _made("babi3", ("babi3",), "Ask where a thing was before."),
+    _made(
+        "passkey",
+        ("passkey",),
+        "Ask for a number that is hidden in a text.",
+        "--length 4096 --items 20",
+    ),
+    _made(
+        "niah",
+        NIAH[:1],
+        "Ask for numbers that are hidden under names.",
+        "--tasks niah_multikey,niah_multiquery -o niah.png",
+    ),
+    _made(
+        "vt",
+        ("vt",),
+        "Ask which variables have a value, through others.",
+        "--model ahn-dn-smollm2-135m",
+    ),
+    _made(
+        "babi1",
+        ("babi1",),
+        "Ask where a person is, of facts that change.",
+        "--text book.txt --json",
+    ),
+    _made(
+        "babi2",
+        ("babi2",),
+        "Ask where a thing is that persons carry about.",
+        "--window 512 --sinks 32",
+    ),
+    _made("babi3", ("babi3",), "Ask where a thing was before.", "--length 8192 -o babi3.png"),
 )

@@ -1,7 +1,7 @@
 """Scorers that look for something in an answer: InfiniteBench's own, RULER's, BABILong's and
 LongBench v2's. Each returns 0 to 1 but where it says otherwise.
 
-Where a published scorer raises, because of a label of the wrong kind or a fraction where a
+Where a published scorer raises, because of a label with nothing in it or a fraction where a
 whole number was asked for, these return 0: nothing said can be right.
 """
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import AHNError, show
 from .normalize import CONSTANTS, needs, normalize_zh, token_f1, words_en
 
 MARKS = "\n\"'.,?!{}"
@@ -23,7 +24,8 @@ def blank(text: str, marks: Sequence[str]) -> str:
 
 
 def first(label: Label) -> Label:
-    return label[0] if isinstance(label, list) else label
+    """None of an empty list, which nothing said is equal to."""
+    return next(iter(label), None) if isinstance(label, list | tuple) else label
 
 
 def qa_eng(prediction: str, label: Sequence[str]) -> float:
@@ -42,7 +44,9 @@ def sum_eng(prediction: str, label: Label) -> float:
     needs("rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
-    labels = label if isinstance(label, list) else [label]
+    labels = label if isinstance(label, list | tuple) else [label]
+    if not labels:
+        return 0.0
     return float(RougeScorer(["rougeLsum"]).score_multi(labels, prediction)["rougeLsum"].fmeasure)
 
 
@@ -59,7 +63,7 @@ def kv(prediction: str, label: Label) -> float:
 
 def dialogue(prediction: str, label: Sequence[str]) -> float:
     said = [word.upper() for word in blank(prediction, MARKS + ":").split()]
-    return float(label[0] in said)
+    return float(first(label) in said)
 
 
 def code_run(prediction: str, label: Label) -> float:
@@ -111,6 +115,8 @@ def choice(prediction: str, label: Sequence[str]) -> float:
 
 def code_debug(prediction: str, label: Sequence[str]) -> float:
     """label: the function's name and its letter."""
+    if len(label) < 2:
+        return 0.0
     name, letter = label[0], label[1]
     if prediction[:2] in (f"{letter}.", f"{letter}:"):
         return 1.0
@@ -159,8 +165,11 @@ def _hundred(scores: Sequence[float]) -> float:
 
 def babilong(task: str, target: str, output: str, question: str) -> float:
     """Whether an answer names the target and none else of the task's labels, but for those of
-    the question."""
-    return labelled(target, output, question, CONSTANTS["babilong_labels"][task])
+    the question. Raises AHNError for a task that is none."""
+    labels = CONSTANTS["babilong_labels"]
+    if task not in labels:
+        raise AHNError(f"task: there is no {show(task)}; there are {', '.join(labels)}")
+    return labelled(target, output, question, labels[task])
 
 
 def labelled(target: str, output: str, question: str, labels: Sequence[str]) -> float:

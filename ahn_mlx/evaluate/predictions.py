@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from ..errors import AHNError, show
 from ..outputs.directories import check_kind, nearest
 from ..outputs.files import check_named, check_writable, replacing
+from .records import UTF_16, parse_line
 
 RUN, RESULT = "run.json", "result.json"
 Line = dict[str, Any]
@@ -144,29 +145,31 @@ _FACTS: dict[str, Callable[[Any], bool]] = {
 
 def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
     """Lines of predictions with their numbers, from 1; the last is left out if it was cut.
-    Raises AHNError for one that is no object."""
+    Raises AHNError for one that is no object, or no UTF-8."""
     try:
         data = file.read_bytes()[: _whole(file)]
     except OSError as e:
         raise AHNError(f"{file}: {e.strerror or e}") from None
     for number, raw in enumerate(data.split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            line = None
-        if not isinstance(line, dict):
-            raise AHNError(f"{file}: line {number} is no JSON object")
-        yield number, line
+        if raw.strip():
+            yield number, parse_line(raw, f"{file}: line {number}")
+
+
+def is_whole(file: Path) -> bool:
+    """Whether its last line was not cut."""
+    return _whole(file) == len(file.read_bytes())
 
 
 def _whole(file: Path) -> int:
     """Bytes up to the end of the last whole line. A last line without its end counts if it is
-    whole, which other programs' are."""
+    whole, which other programs' are, or if it is of another encoding, which is no cut."""
     data = file.read_bytes()
     end = data.rfind(b"\n") + 1
+    if data.startswith(UTF_16) or b"\0" in data[:4]:
+        return len(data)
     try:
-        return len(data) if json.loads(data[end:] or b"null") is not None else end
-    except ValueError:
+        return len(data) if json.loads(data[end:].decode() or "null") is not None else end
+    except UnicodeDecodeError as e:
+        return end if e.reason == "unexpected end of data" else len(data)
+    except (ValueError, RecursionError):
         return end

@@ -54,6 +54,11 @@ class Prompts(NamedTuple):
         return self.whole or found[:16] == TEMPLATES.get(name)
 
 
+def prompts_name(suite: str) -> str:
+    """Of the file with a suite's prompts."""
+    return Path(FILES[suite][0]).name
+
+
 def read_prompts(suite: str, directory: Path | None, source: str = SOURCE) -> Prompts:
     """directory: where a file of the published name is, else it is fetched.
     Raises AHNError if there is none, or it is no table of texts."""
@@ -62,9 +67,9 @@ def read_prompts(suite: str, directory: Path | None, source: str = SOURCE) -> Pr
         try:
             text, where = checked_text(source + path, sha256), source + path
         except AHNError as e:
-            raise AHNError(f"{e}; or give --prompts DIR with {Path(path).name}") from None
+            raise AHNError(f"{e}; or give --prompts DIR with {prompts_name(suite)}") from None
     else:
-        file = directory / Path(path).name
+        file = directory / prompts_name(suite)
         where = str(file)
         try:
             text = file.read_text(encoding="utf-8")

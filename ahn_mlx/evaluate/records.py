@@ -1,6 +1,7 @@
 """Records of a suite: lines of JSON in a file or in an archive, read as data, one at a time;
 some files have a gigabyte."""
 
+import codecs
 import hashlib
 import json
 import zipfile
@@ -13,6 +14,8 @@ from typing import IO, Any
 from ..errors import AHNError, show
 
 LONGEST = 1 << 28  # bytes of a line
+ONE = "each line is one object"
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
 def spaced(n: int, limit: int | None) -> list[int]:
@@ -34,13 +37,33 @@ def read_records(
     for number, line in enumerate(_lines(file, member)):
         if number not in wanted:
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise AHNError(f"{_name(file, member)}: record {number} is no JSON ({e})") from None
-        if not isinstance(record, dict):
-            raise AHNError(f"{_name(file, member)}: record {number} is no object")
-        yield number, record
+        yield number, parse_line(line, f"{_name(file, member)}: record {number}")
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8, with or without a byte order mark. Raises AHNError for what is
+    none, with its encoding if it is known."""
+    try:
+        if line.startswith(UTF_16) or line.count(b"\0") * 3 > len(line):
+            raise AHNError(f"{where} is UTF-16, not UTF-8; save the file as UTF-8")
+        found = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        # Latin-1 has no letters there, Windows' code page has.
+        ansi = any(0x80 <= byte < 0xA0 for byte in line)
+        name = "Windows-1252 or another" if ansi else "Latin-1"
+        raise AHNError(
+            f"{where} is no UTF-8 (byte 0x{line[e.start]:02x} in column {e.start + 1}; is it"
+            f" {name}?); save the file as UTF-8"
+        ) from None
+    except AHNError:
+        raise
+    except json.JSONDecodeError as e:
+        raise AHNError(f"{where} is no JSON ({e.msg}, column {e.colno}); {ONE}") from None
+    except (ValueError, RecursionError) as e:
+        raise AHNError(f"{where} is no JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise AHNError(f"{where} is no JSON object; {ONE}")
+    return found
 
 
 def digest(file: Path) -> str:

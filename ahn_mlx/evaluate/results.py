@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import AHNError, show
-from .predictions import Line, read_lines, read_run
+from ..errors import AHNError, nearest, show
+from .predictions import Line, is_whole, read_lines, read_run
 from .scorers import LVEVAL, METRICS, of_dataset
-from .suites import Suite, infinitebench, longbench, lveval, score_line
+from .suites import Suite, check_line, infinitebench, longbench, lveval, score_line
 
 DRAWS = 1000  # of the bootstrap
 PAPER_TASKS = {"longbook_qa_eng": "en_qa", "longbook_qa_chn": "zh_qa"}
@@ -24,11 +24,11 @@ SIZES = {2048: "3b", 3584: "7b", 5120: "14b"}  # of the paper's bases, by their 
 
 
 class Score(NamedTuple):
-    """Of a task: 0 to 100, items, and the bootstrap's standard error."""
+    """Of a task: 0 to 100, items, and the bootstrap's standard error, which one item has not."""
 
     score: float
     n: int
-    standard_error: float
+    standard_error: float | None
 
 
 @cache
@@ -60,6 +60,8 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 def score_of(scores: Sequence[float]) -> Score:
     """scores: 0 to 1, of each item."""
+    if len(scores) == 1:
+        return Score(of_dataset(scores), 1, None)
     values = np.array(scores)
     draws = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
     error = 100 * values[draws].mean(axis=1).std(ddof=1)
@@ -73,11 +75,10 @@ def score_lines(
     found = []
     for number, line in lines:
         try:
-            found.append(score_line(suite, protocol, task, line))
-        except KeyError as e:
-            raise AHNError(f"{file}: line {number} has no {show(e.args[0])}") from None
-        except (TypeError, AttributeError, IndexError) as e:
-            raise AHNError(f"{file}: line {number} is no prediction ({show(str(e))})") from None
+            check_line(suite, protocol, task, line)
+        except AHNError as e:
+            raise AHNError(f"{file}: line {number} of {task} {e}") from None
+        found.append(score_line(suite, protocol, task, line))
     return found
 
 
@@ -90,18 +91,27 @@ class Found(NamedTuple):
     file: Path
 
 
-def find_predictions(directory: Path) -> list[Found]:
-    """Raises AHNError if there are none, or of several suites."""
+def find_predictions(directory: Path) -> tuple[list[Found], list[str]]:
+    """Those of a suite, and what to say of other files. Raises AHNError if there are none, or of
+    several suites."""
     if not directory.is_dir():
         raise AHNError(f"{directory}: no such directory; give one with predictions (*.jsonl)")
-    found = [f for file in sorted(directory.glob("*.jsonl")) if (f := _recognise(file))]
+    files = sorted(directory.glob("*.jsonl"))
+    found = [f for file in files if (f := _recognise(file))]
     if not found:
         raise AHNError(f"{directory}: has no predictions of a suite, such as hotpotqa.jsonl")
     kinds = {(f.suite, f.length) for f in found}
     if len(kinds) > 1:
         names = ", ".join(sorted(f"{suite} {length}".strip() for suite, length in kinds))
         raise AHNError(f"{directory}: holds predictions of {names}; keep them apart")
-    return found
+    known, notes = [f.file for f in found], []
+    likely = {f"{name}.jsonl" for name in METRICS} | {f.name for f in known}
+    for file in files:
+        if file not in known:
+            meant = nearest(file.name, likely)
+            hint = f"; did you mean {meant}?" if meant else ""
+            notes.append(f"{file}: is not scored, there is no such task{hint}")
+    return found, notes
 
 
 def _recognise(file: Path) -> Found | None:
@@ -119,8 +129,8 @@ def _recognise(file: Path) -> Found | None:
 def score_directory(directory: Path, protocol: str | None) -> dict[str, Any]:
     """Scores of a directory's predictions, anybody's. protocol: how LongBench and InfiniteBench
     are scored; None: as run.json says, else as the paper does. Raises AHNError if predictions
-    of several runs are mixed, or a line is none."""
-    files = find_predictions(directory)
+    of several runs are mixed, a line is none, or there is none."""
+    files, notes = find_predictions(directory)
     run = read_run(directory) or {}
     suite = files[0].suite
     own = any(f.file.name.startswith("preds_") for f in files)
@@ -129,10 +139,13 @@ def score_directory(directory: Path, protocol: str | None) -> dict[str, Any]:
         raise AHNError(f"{directory}: is not of --protocol {protocol}, whose files are other ones")
     runs, tasks = set(), {}
     for f in files:
-        lines = list(read_lines(f.file))
-        runs |= {line.get("run") for _, line in lines}
+        lines, said = _once(f.file)
+        notes += said
+        runs |= {show(line.get("run")) for line in lines.values()}
         if lines:
-            tasks[f.task] = score_of(score_lines(f.file, suite, protocol, f.task, lines))
+            tasks[f.task] = score_of(score_lines(f.file, suite, protocol, f.task, [*lines.items()]))
+    if not tasks:
+        raise AHNError(f"{directory}: has no predictions; {'; '.join(notes)}")
     if len(runs) > 1:
         raise AHNError(f"{directory}: predictions of {len(runs)} runs are mixed; keep them apart")
     length = files[0].length
@@ -145,8 +158,28 @@ def score_directory(directory: Path, protocol: str | None) -> dict[str, Any]:
     return (
         table_of(layout, tasks, row, [str(x) for x in differs])
         | {k: run[k] for k in ("model", "mixer") if k in run}
-        | {"protocol": protocol}
+        | {"protocol": protocol, "length": length, "notes": notes}
     )
+
+
+def _once(file: Path) -> tuple[dict[int, Line], list[str]]:
+    """The lines of a file by their numbers, the last one of each item, and what to say of it."""
+    lines, notes = dict(read_lines(file)), []
+    if not lines:
+        notes.append(f"{file}: holds no predictions")
+    if not is_whole(file):
+        notes.append(f"{file}: its last line was cut, and does not count")
+    last: dict[tuple[str, int], int] = {}
+    again = 0
+    for number, line in list(lines.items()):
+        if isinstance(line.get("run"), str) and isinstance(line.get("item"), int):
+            key = line["run"], line["item"]
+            again += key in last
+            lines.pop(last.get(key, 0), None)
+            last[key] = number
+    if again:
+        notes.append(f"{file}: lines that repeat an item: {again}; the last of each counts")
+    return lines, notes
 
 
 def table_of(
@@ -162,14 +195,16 @@ def table_of(
         "average": round(sum(tasks[t].score for t in suite.usual) / len(suite.usual), 2)
         if whole
         else None,
-        "average_error": round(
-            sum(tasks[t].standard_error ** 2 for t in suite.usual) ** 0.5 / len(suite.usual), 2
-        )
-        if whole
-        else None,
+        "average_error": _average_error([tasks[t] for t in suite.usual]) if whole else None,
         "paper_average": row.get("average"),
         "deviations": deviations,
     }
+
+
+def _average_error(scores: Sequence[Score]) -> float | None:
+    errors = [s.standard_error for s in scores if s.standard_error is not None]
+    whole = len(errors) == len(scores)
+    return round(sum(e**2 for e in errors) ** 0.5 / len(errors), 2) if whole else None
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
@@ -178,8 +213,15 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
+    length = f"_{result['length']}" if result.get("length") else ""
     rows = [
-        [name, f"{t['n']}", number(t["score"]), number(t["standard_error"]), number(t["paper"])]
+        [
+            f"{name}{length}",
+            f"{t['n']}",
+            number(t["score"]),
+            number(t["standard_error"]),
+            number(t["paper"]),
+        ]
         for name, t in result["tasks"].items()
     ]
     average = [number(result[k]) for k in ("average", "average_error", "paper_average")]

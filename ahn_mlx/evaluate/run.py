@@ -20,11 +20,11 @@ from ..reading.memoryfile import base_facts, model_identity
 from .mixers import mixing
 from .normalize import needs
 from .predictions import RESULT, Predictions
-from .prompts import fill, read_prompts
+from .prompts import fill, prompts_name, read_prompts
 from .protocol import Asker, checkpoint_penalty
 from .records import count_records, digest, read_records, spaced
 from .results import model_facts, score_directory
-from .suites import Suite, Task, line_of, score_line
+from .suites import Suite, Task, check_line, given_file, line_of
 
 SAMPLE = 20_000  # characters that tell how long tokens are
 
@@ -45,6 +45,28 @@ class Cost(NamedTuple):
     items: int
     tokens: int
     seconds: float
+
+
+def reading_speed(model: nn.Module) -> float:
+    """Tokens read in a second, once kernels are compiled."""
+    step, caches = prefill_step(), model.make_cache()
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        model(mx.zeros((1, step), dtype=mx.uint32), cache=caches)
+        mx.eval([c.state for c in caches])
+        seconds = time.perf_counter() - start
+    return step / seconds
+
+
+def check_given(suite: Suite, tasks: list[Task], data: Path | None, prompts: Path | None) -> None:
+    """Raises AHNError if a user's directory lacks a file: before a model is read, or anything
+    is fetched."""
+    if data is not None:
+        for task in tasks:
+            task.given(data)
+    if prompts is not None:
+        given_file("--prompts", prompts, prompts_name(suite.name))
 
 
 @dataclass
@@ -70,6 +92,7 @@ class SuiteRun:
     left: list[Left] = field(init=False)
 
     def __post_init__(self) -> None:
+        check_given(self.suite, self.tasks, self.data, self.prompts)
         for task in self.tasks:
             if task.chinese:
                 needs("jieba")
@@ -136,8 +159,7 @@ class SuiteRun:
 
     def _file(self, task: Task) -> Path:
         if self.data is not None:
-            places = [self.data / task.file, self.data / (task.member or task.file)]
-            return next((p for p in places if p.is_file()), places[0])
+            return task.given(self.data)
         if "revision" not in self.predictions.data:
             self.predictions.data["revision"] = dataset_revision(self.suite.repo)
         return dataset_file(self.suite.repo, task.file, self.predictions.data["revision"])
@@ -187,7 +209,7 @@ class SuiteRun:
                     per_token = min(len(text), SAMPLE) / max(1, len(ids))
                 tokens += min(int(len(text) / per_token), self.suite.limit) + new
                 items += 1
-        speed = self._speed() if items else 1.0
+        speed = reading_speed(self.model) if items else 1.0
         return Cost(items, tokens, tokens / speed)
 
     def _texts(self, left: Left) -> Iterator[tuple[int, str]]:
@@ -196,26 +218,17 @@ class SuiteRun:
             try:
                 text = fill(template, record)
                 of = self.suite.name, self.protocol, left.task.name
-                score_line(*of, line_of(*of, record, ""))  # not only after days
+                check_line(*of, line_of(*of, record, ""))  # not only after days
             except KeyError as e:
                 raise self._bad(left, number, f"has no {show(e.args[0])}") from None
-            except (AHNError, AttributeError, IndexError, TypeError, ValueError) as e:
+            except AHNError as e:
                 raise self._bad(left, number, str(e)) from None
+            except (AttributeError, IndexError, TypeError, ValueError):
+                raise self._bad(left, number, "has an answer of another kind") from None
             yield number, text
 
     def _bad(self, left: Left, number: int, what: str) -> AHNError:
         return AHNError(f"{left.file}: record {number} of {left.task.name} {what}")
-
-    def _speed(self) -> float:
-        """Tokens read in a second, once kernels are compiled."""
-        step, caches = prefill_step(), self.model.make_cache()
-        seconds = 0.0
-        for _ in range(2):
-            start = time.perf_counter()
-            self.model(mx.zeros((1, step), dtype=mx.uint32), cache=caches)
-            mx.eval([c.state for c in caches])
-            seconds = time.perf_counter() - start
-        return step / seconds
 
     def ask(self, progress: Callable[[str, int], None] = lambda task, n: None) -> None:
         """Ask what is left. progress: called with a task and items that were asked, and

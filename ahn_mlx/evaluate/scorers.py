@@ -2,15 +2,18 @@
 table of all scorers by name.
 
 Those that are published but raise for keywords or a truth with nothing in it return 0 here.
+Those of SCORERS raise AHNError for what is no text, list or label at all.
 """
 
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..errors import AHNError, nearest, show
 from . import matching
+from .fields import LISTS, NUMBERS, SCALAR, SUMMARY, TEXTS, check, checked
 from .normalize import (
     CONSTANTS,
     jieba_cut,
@@ -99,10 +102,22 @@ METRICS: dict[str, Callable[..., float]] = {
 def best(
     dataset: str, prediction: str, answers: Iterable[str], all_classes: Sequence[str] | None
 ) -> float:
-    """The best score, 0 to 1, over all answers."""
-    metric = METRICS[dataset]
-    more = {"all_classes": all_classes or ()} if metric is classification else {}
+    """The best score, 0 to 1, over all answers. Raises AHNError for a dataset that is none, and
+    for one with classes if there are none."""
+    metric: Callable[..., float] = _of(METRICS, dataset)
+    more = {}
+    if metric is classification:
+        check("all_classes", all_classes, TEXTS)
+        more = {"all_classes": all_classes}
     return max((metric(prediction, answer, **more) for answer in answers), default=0.0)
+
+
+def _of(table: Mapping[str, Any], dataset: str, named: str = "") -> Any:
+    if (name := named or dataset) not in table:
+        meant = nearest(name, table)
+        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(table)}"
+        raise AHNError(f"dataset: there is no {show(dataset)}; {hint}")
+    return table[name]
 
 
 def longbench_item(
@@ -209,8 +224,8 @@ def lveval_item(
     dataset: str, prediction: str, answers: Sequence[str], gold_ans: str | None
 ) -> float:
     """Of one answer, 0 to 1. Only the first of the true ones counts. dataset: with or without
-    its length."""
-    score = LVEVAL[re.split(r"_\d+k", dataset)[0]]
+    its length; another raises AHNError."""
+    score = _of(LVEVAL, dataset, re.split(r"_\d+k", dataset)[0])
     return score(prediction, answers[0], gold_ans) if answers else 0.0
 
 
@@ -227,6 +242,10 @@ def _ahn_dataset(
 ) -> float:
     pairs = zip(predictions, answers, strict=True)
     return of_dataset([ahn_item(dataset, *pair) for pair in pairs])
+
+
+def _ahn_item(dataset: str, prediction: str, answers: Sequence[str]) -> float:
+    return of_dataset([ahn_item(dataset, prediction, answers)])
 
 
 def _longbench_dataset(
@@ -247,44 +266,42 @@ def _lveval_dataset(
 
 
 SCORERS: dict[str, Callable[..., Any]] = {
-    "normalize_en": normalize_en,
-    "normalize_zh": normalize_zh,
-    "jieba_cut": jieba_cut,
-    "token_f1": token_f1,
-    "longbench_qa_f1": qa_f1,
-    "longbench_qa_f1_zh": qa_f1_zh,
-    "longbench_rouge": rouge_l,
-    "longbench_rouge_zh": rouge_l_zh,
-    "longbench_code_sim": code_sim,
-    "longbench_classification": classification,
-    "longbench_retrieval": retrieval,
-    "longbench_retrieval_zh": retrieval_zh,
-    "longbench_count": count,
-    "longbench_dataset_score": _longbench_dataset,
-    "longbench2_extract": matching.longbench2_extract,
-    "ahn_item_score": lambda dataset, prediction, answers: of_dataset(
-        [ahn_item(dataset, prediction, answers)]
-    ),
-    "ahn_dataset_score": _ahn_dataset,
-    "lveval_f1_gold": f1_gold,
-    "lveval_f1_zh_gold": f1_zh_gold,
-    "lveval_rouge_zh_blacklist": rouge_zh_blacklist,
-    "lveval_factrecall_recall_en": factrecall_recall,
-    "lveval_factrecall_recall_zh": factrecall_recall_zh,
-    "lveval_dataset_score": _lveval_dataset,
-    "infinitebench_qa_eng": matching.qa_eng,
-    "infinitebench_qa_chn": matching.qa_chn,
-    "infinitebench_sum_eng": matching.sum_eng,
-    "infinitebench_choice_eng": matching.choice,
-    "infinitebench_dialogue": matching.dialogue,
-    "infinitebench_passkey": matching.passkey,
-    "infinitebench_kv": matching.kv,
-    "infinitebench_code_run": matching.code_run,
-    "infinitebench_code_debug": matching.code_debug,
-    "infinitebench_math_find": matching.math_find,
-    "infinitebench_math_calc": matching.math_calc,
-    "ruler_match_all": matching.match_all,
-    "ruler_match_part": matching.match_part,
-    "ruler_postprocess": matching.postprocess,
-    "babilong": matching.babilong,
+    "normalize_en": checked(normalize_en),
+    "normalize_zh": checked(normalize_zh),
+    "jieba_cut": checked(jieba_cut),
+    "token_f1": checked(token_f1, prediction=TEXTS, ground_truth=TEXTS),
+    "longbench_qa_f1": checked(qa_f1),
+    "longbench_qa_f1_zh": checked(qa_f1_zh),
+    "longbench_rouge": checked(rouge_l),
+    "longbench_rouge_zh": checked(rouge_l_zh),
+    "longbench_code_sim": checked(code_sim),
+    "longbench_classification": checked(classification),
+    "longbench_retrieval": checked(retrieval),
+    "longbench_retrieval_zh": checked(retrieval_zh),
+    "longbench_count": checked(count),
+    "longbench_dataset_score": checked(_longbench_dataset, answers=LISTS),
+    "longbench2_extract": checked(matching.longbench2_extract),
+    "ahn_item_score": checked(_ahn_item, answers=TEXTS),
+    "ahn_dataset_score": checked(_ahn_dataset, answers=LISTS),
+    "lveval_f1_gold": checked(f1_gold),
+    "lveval_f1_zh_gold": checked(f1_zh_gold),
+    "lveval_rouge_zh_blacklist": checked(rouge_zh_blacklist),
+    "lveval_factrecall_recall_en": checked(factrecall_recall),
+    "lveval_factrecall_recall_zh": checked(factrecall_recall_zh),
+    "lveval_dataset_score": checked(_lveval_dataset, answers=LISTS),
+    "infinitebench_qa_eng": checked(matching.qa_eng),
+    "infinitebench_qa_chn": checked(matching.qa_chn),
+    "infinitebench_sum_eng": checked(matching.sum_eng, label=SUMMARY),
+    "infinitebench_choice_eng": checked(matching.choice),
+    "infinitebench_dialogue": checked(matching.dialogue),
+    "infinitebench_passkey": checked(matching.passkey, label=SCALAR),
+    "infinitebench_kv": checked(matching.kv, label=SCALAR),
+    "infinitebench_code_run": checked(matching.code_run, label=SCALAR),
+    "infinitebench_code_debug": checked(matching.code_debug),
+    "infinitebench_math_find": checked(matching.math_find, label=SCALAR),
+    "infinitebench_math_calc": checked(matching.math_calc, label=NUMBERS),
+    "ruler_match_all": checked(matching.match_all),
+    "ruler_match_part": checked(matching.match_part),
+    "ruler_postprocess": checked(matching.postprocess),
+    "babilong": checked(matching.babilong),
 }

@@ -3,10 +3,12 @@ be, and how they are scored by the paper's authors ("ahn") and by their own ("pu
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import AHNError, nearest, show
 from . import matching, scorers
+from .fields import COUNTS, KEYWORDS, NUMBERS, OPTION, SCALAR, SUMMARY, TEXT, TEXTS, check_field
 from .scorers import ahn_item, longbench_item, lveval_item
 
 Record = dict[str, Any]
@@ -28,6 +30,25 @@ class Task:
     max_new: dict[str, int]
     chat: bool = True
     chinese: bool = False
+
+    def given(self, data: Path) -> Path:
+        """Its file in a user's directory: as on the hub, or what is in the archive. Raises
+        AHNError if neither is there."""
+        names = dict.fromkeys((self.file, self.member or self.file))
+        return given_file("--data", data, *names)
+
+
+def given_file(option: str, directory: Path, *names: str) -> Path:
+    """The first of the names that a directory has. Raises AHNError if there is none."""
+    wanted = " or ".join(names)
+    if directory.is_file():
+        raise AHNError(f"{option} {directory}: is a file; give the directory that it is in")
+    if not directory.is_dir():
+        raise AHNError(f"{option} {directory}: no such directory; it holds {wanted}")
+    found = next((file for n in names if (file := directory / n).is_file()), None)
+    if found is None:
+        raise AHNError(f"{option} {directory}: has no {wanted}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -217,14 +238,33 @@ _INFINITEBENCH: dict[str, Callable[[str, Any], float]] = {
 }
 
 
+_TRUTHS = {
+    "longbook_sum_eng": SUMMARY,
+    **dict.fromkeys(("longbook_choice_eng", "code_debug"), OPTION),
+    **dict.fromkeys(("passkey", "number_string", "kv_retrieval", "code_run", "math_find"), SCALAR),
+    "math_calc": NUMBERS,
+}
+
+
+def check_line(suite: str, protocol: str, task: str, line: Record) -> None:
+    """Raises AHNError for a line that lacks a field, or has one of another kind."""
+    if suite == "infinitebench" and protocol == "published":
+        check_field(line, "prediction", TEXT)
+        check_field(line, "ground_truth", _TRUTHS.get(task, TEXTS))
+        return
+    check_field(line, "pred", TEXT)
+    check_field(line, "answers", COUNTS if task == "passage_count" else TEXTS)
+    if suite == "lveval":
+        check_field(line, "gold_ans", KEYWORDS)
+    elif scorers.METRICS.get(task) is scorers.classification:
+        check_field(line, "all_classes", TEXTS)
+
+
 def score_line(suite: str, protocol: str, task: str, line: Record) -> float:
-    """Raises KeyError, TypeError or AttributeError for a line that is none."""
-    own = suite == "infinitebench" and protocol == "published"
-    if not own and not isinstance(line["answers"], list):
-        raise TypeError("answers must be a list")
+    """line: one that check_line has seen."""
     if suite == "lveval":
         return lveval_item(task, line["pred"], line["answers"], line["gold_ans"])
-    if own:
+    if suite == "infinitebench" and protocol == "published":
         return _INFINITEBENCH[task](line["prediction"], line["ground_truth"])
     name = f"infinitebench_{task}" if suite == "infinitebench" else task
     item = ahn_item if protocol == "ahn" else longbench_item

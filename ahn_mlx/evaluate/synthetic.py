@@ -84,7 +84,8 @@ def ask(
     seed: int = 0,
     progress: Callable[[int], None] = lambda items: None,
 ) -> Iterator[Answered]:
-    """Items of each task, `count` at each of the depths 0 to 1, each asked of all mixers."""
+    """Items of each task, `count` at each of the depths 0 to 1, each asked of all mixers.
+    progress: called with 1 for each question, and while one is read with 0."""
     items = Items(tokenizer, haystack)
     for task in tasks:
         for depth in DEPTHS:
@@ -94,7 +95,7 @@ def ask(
                 said = []
                 for mixer in MIXERS:
                     with mixing(model, mixer):
-                        said.append(_answer(model, tokenizer, asked))
+                        said.append(_answer(model, tokenizer, asked, progress))
                     progress(1)
                 yield Answered(
                     task,
@@ -106,8 +107,11 @@ def ask(
                 )
 
 
-def _answer(model: nn.Module, tokenizer: TokenizerWrapper, asked: Asked) -> str:
+def _answer(
+    model: nn.Module, tokenizer: TokenizerWrapper, asked: Asked, progress: Callable[[int], None]
+) -> str:
     run = Run(model, tokenizer, asked.prompt, Sampling(max_tokens=asked.item.gen))
+    run.progress = lambda read, size: progress(0)
     return "".join(run)
 
 
