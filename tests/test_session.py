@@ -419,9 +419,10 @@ def test_kills_lose_at_most_a_checkpoint(directories, tmp_path, seed):
 
 
 def content(file: Path) -> tuple:
-    """All of a memory but when it was saved."""
+    """All of a memory but when it was saved, and its texts read."""
     arrays = mx.load(str(file), format="safetensors")
     facts = memoryfile.read_facts(file)
+    facts["texts"] = [{**text, "read": 0} for text in facts["texts"]]
     return {k: v for k, v in facts.items() if k != "saved"}, {
         name: bytes(memoryview(x.view(mx.uint8))) for name, x in arrays.items()
     }

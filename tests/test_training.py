@@ -632,7 +632,7 @@ def test_compare_command(place, tmp_path):
     done = subprocess.run(
         [*map(str, command), "--seq-len", "4096"], capture_output=True, text=True, timeout=100
     )
-    assert done.returncode == 2 and "use fewer or shorter ones" in done.stderr
+    assert done.returncode == 2 and "fewer than 3 segments of 4,096 tokens" in done.stderr
 
 
 def test_only_the_memory_is_trained(place):
