@@ -125,7 +125,7 @@ def test_names_of_bases(tmp_path, monkeypatch):
     (tmp_path / "a.bin").touch()
     with pytest.raises(AHNError, match=r"is a file, but no \.gguf"):
         bases.find_base(str(tmp_path / "a.bin"))
-    for name in ("qwen", "./qwen", "/no/such/place", "a/b/c", "../x"):
+    for name in ("qwen", "./qwen", "/no/such/place", "a/b/c", "../no-such-place"):
         with pytest.raises(AHNError, match="no model"):
             bases.find_base(name)
 
