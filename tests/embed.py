@@ -11,11 +11,16 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from checkpoints import REPO
+from checkpoints import REPO, talking_model
+
+from ahn_mlx import load
+from ahn_mlx.apps.export import export_app
 
 EMBED = REPO / "embed"
 MLX_ROOT = Path(mx.__file__).parent
@@ -113,6 +118,18 @@ def tokenize(tables: Path, texts: list[str]) -> list[tuple[list[int], str]]:
 
 def text(n: int) -> str:
     return "".join(" " if i % 6 == 5 else chr(97 + (7 * i + i * i // 3) % 26) for i in range(n))
+
+
+def text_file(folder: Path) -> Path:
+    (folder / "text.txt").write_text(text(100))
+    return folder / "text.txt"
+
+
+def talks(folder: Path) -> tuple[nn.Module, Any, Path]:
+    """A small model that talks, in Python and exported, and its tokenizer."""
+    model, tokenizer = load(talking_model("qwen2-gdn", folder), dtype="float32")
+    export_app(model, tokenizer, folder / "app", chunk=12)
+    return model, tokenizer, folder / "app"
 
 
 def said(session, question, n=20) -> str:

@@ -13,17 +13,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, chat_tokenizer, make_base, memory_of, talking_model
+from checkpoints import GOLDEN, chat_tokenizer, make_base, memory_of
 from mlx.utils import tree_flatten
 
-from ahn_mlx import load, load_model
+from ahn_mlx import load_model
 from ahn_mlx.apps.export import export_app
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.model.pure import initial_state
 from ahn_mlx.reading.generate import Run, make_prompt
 from ahn_mlx.reading.sampling import Sampling
 from ahn_mlx.reading.session import Session
-from embed import logits, needs_tools, run, said, sample, text
+from embed import logits, needs_tools, run, said, sample, talks, text, text_file
 
 pytestmark = needs_tools
 
@@ -109,17 +109,12 @@ def test_a_base_of_four_bits(tmp_path):
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
-    """A small model that talks, in Python and exported."""
-    folder = tmp_path_factory.mktemp("talking")
-    model, tokenizer = load(talking_model("qwen2-gdn", folder), dtype="float32")
-    export_app(model, tokenizer, folder / "app", chunk=12)
-    return model, tokenizer, folder / "app"
+    return talks(tmp_path_factory.mktemp("talking"))
 
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "text.txt").write_text(text(100))
-    return tmp_path / "text.txt"
+    return text_file(tmp_path)
 
 
 def test_reads_and_answers_as_python_does(talking, file):

@@ -6,30 +6,25 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import make_base, memory_of, talking_model
+from checkpoints import make_base, memory_of
 
 from ahn_mlx import load
 from ahn_mlx.apps.export import export_app
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.reading.session import Session
-from embed import contents, needs_tools, refused, said, sample, save_memory, text
+from embed import contents, needs_tools, refused, said, sample, save_memory, talks, text, text_file
 
 pytestmark = needs_tools
 
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
-    """A small model that talks, in Python and exported."""
-    folder = tmp_path_factory.mktemp("talking")
-    model, tokenizer = load(talking_model("qwen2-gdn", folder), dtype="float32")
-    export_app(model, tokenizer, folder / "app", chunk=12)
-    return model, tokenizer, folder / "app"
+    return talks(tmp_path_factory.mktemp("talking"))
 
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "text.txt").write_text(text(100))
-    return tmp_path / "text.txt"
+    return text_file(tmp_path)
 
 
 @pytest.mark.parametrize("n", [5, 36, 37, 100])
