@@ -29,7 +29,7 @@ class StandIn:
     many requests are answered 503 first. portal: a page of HTML is the answer to everything;
     pages: to requests for these files. sizes: what is listed instead of a file's size.
     asked: (method, path, Range header) of all requests. stored: large files that were
-    uploaded, by checksum.
+    uploaded, by checksum. private: repositories that were made so.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class StandIn:
         self.closing = threading.Event()
         self.asked: list[tuple[str, str, str]] = []
         self.stored: dict[str, bytes] = {}
+        self.private: set[str] = set()
         self.hold = threading.Event()  # downloads of weights wait for it
         self.hold.set()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -112,10 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
-            if repo in self.hub.repos:
-                return self._fail(409, "RepoExists")
-            self.hub.repos[repo] = {}
-            return self._json({"url": f"{self.hub.url}/{repo}"})
+            status = 409 if repo in self.hub.repos else 200
+            if status == 200:
+                self.hub.repos[repo] = {}
+                self.hub.private |= {repo} if asked.get("private") else set()
+            return self._send(status, json.dumps({"url": f"{self.hub.url}/{repo}"}).encode())
         if self.path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if self.path.endswith("/preupload/main"):
@@ -175,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(403, "GatedRepo")
         commit = self.hub.commit(repo)
         if api and len(parts) == 4:
-            return self._json({"id": repo, "sha": commit, "siblings": []})
+            private = repo in self.hub.private
+            return self._json({"id": repo, "sha": commit, "siblings": [], "private": private})
         revision = parts[5] if api else parts[3]
         if revision not in ("main", commit):
             return self._fail(404, "RevisionNotFound")

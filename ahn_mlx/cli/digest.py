@@ -12,7 +12,7 @@ import click
 
 from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
-from ..outputs.files import OutFile, parts_of, real_path
+from ..outputs.files import OutFile, clear_parts, real_path, working_on
 from .command import Command, Word
 from .options import (
     check_numbers,
@@ -75,12 +75,19 @@ def digest(**options: Any) -> None:
     text = read_typed(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
-    for file in (out, partial):
-        for left in parts_of(real_path(file)):
-            left.unlink(missing_ok=True)
+    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
+    with working_on(real_path(out)):
+        _check_out(out, partial, options)  # another may just have ended
+        for file in (out, partial):
+            clear_parts(real_path(file))
+        _digest(text, name, partial, options)
+
+
+def _digest(text: str, name: str, partial: Path, options: dict[str, Any]) -> None:
+    """Read the text, and write OUT."""
+    out: Path = options["out"]
     warn_slow()
     session = _begun(out, options)
-    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
     if before := session.last_read(name):
         say(f"note: {before['name']} was read before, {day(before['read'])}; it is read again")
     session, done = _read(session, text, partial, options)

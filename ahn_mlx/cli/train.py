@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
+from ..outputs.files import working_on
 from ..platform import enough_memory
 from .command import Command, Word
 from .options import complete_file, complete_model, is_given, no_effect, quiet_option
@@ -136,19 +138,22 @@ def train(**options: Any) -> None:
     trainer = loop.Trainer(base.model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
         say(f"layer-wise: the memory explains {trainer.explained:.1%} of what the window misses")
-    if trainer.world.rank() == 0:
+    main = trainer.world.rank() == 0
+    if main:
         output.check_out(out, options)  # again, an hour may have passed
         out.mkdir(parents=True, exist_ok=True)
-        for left in output.leftovers(out):
-            left.unlink()
-    run = _Run(trainer, base, options, drawable)
-    try:
-        run.to_the_end()
-    except KeyboardInterrupt:
-        run.save(measured=False)
-        say(f"stopped after {trainer.step} of {settings.steps} steps; --resume goes on")
-        sys.exit(130)
-    if trainer.world.rank() == 0:
+    with working_on(out) if main else nullcontext():
+        if main:
+            output.check_out(out, options)  # another may just have ended
+            output.clear(out)
+        run = _Run(trainer, base, options, drawable)
+        try:
+            run.to_the_end()
+        except KeyboardInterrupt:
+            run.save(measured=False)
+            say(f"stopped after {trainer.step} of {settings.steps} steps; --resume goes on")
+            sys.exit(130)
+    if main:
         _say_what_next(out, run.validation.summary())
 
 
@@ -199,8 +204,7 @@ class _Run:
         if not self.main:
             return
         out: Path = self.options["out"]
-        self.trainer.save(out)
-        output.write_checkpoint(out, self.base, self.options)
+        output.write_checkpoint(out, self.base, self.options, self.trainer.save)
         if measured:
             self.validation.measure(self.trainer.step)
         if self.drawable:

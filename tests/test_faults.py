@@ -1,0 +1,135 @@
+"""Machines stop at any moment: a command that is killed, or whose disk is full, loses nothing
+that it had finished, leaves nothing half-made, and ends in the same bytes when it is run again."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faultcases import CASES, Case, Place, check_sound, disk, one_line
+from standin import StandIn
+
+MANY, SOME = 50, 3  # kills, and a third of them of full disks
+FULL = 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Place]:
+    hub = StandIn()
+    made = Place(tmp_path_factory.mktemp("faults"), hub)
+    yield made
+    made.server.close()
+    hub.close()
+
+
+def begun(place: Place, case: Case) -> dict[str, Any]:
+    """What is there before the command."""
+    place.clear()
+    case.prepare(place)
+    return place.contents()
+
+
+def whole(place: Place, case: Case) -> tuple[dict[str, Any], int, float, int]:
+    """What a run leaves that nothing interrupts, how often it changes the disk, how long it
+    takes, and how many bytes there are then."""
+    begun(place, case)
+    run = place.server.run(*case.words(place))
+    assert run.status == 0, run.said
+    size = sum(f.lstat().st_size for f in place.out.rglob("*") if not f.is_dir())
+    return place.contents(), run.changes, run.seconds, size
+
+
+def moments(changes: int, count: int, chance: random.Random) -> list[int | float]:
+    """When to kill: before changes of the disk, spread over all of them; and the rest at parts
+    of the time that it takes."""
+    steps = min(changes, max(1, 2 * count // 3))
+    before = [1 + i * changes // steps for i in range(steps)]
+    return [*before, *(chance.random() for _ in range(count - steps))]
+
+
+def kill(place: Place, case: Case, moment: int | float, seconds: float) -> bool:
+    """Whether it was killed before its end."""
+    if isinstance(moment, int):
+        run = place.server.start(*case.words(place), die=moment)
+        run.wait()
+    else:
+        run = place.server.start(*case.words(place))
+        if not run.ends_within(moment * seconds):
+            run.kill()
+    assert run.status in (-9, 0), run.said
+    return run.status == -9
+
+
+def killed(place: Place, name: str, count: int) -> int:
+    """Returns how often it was killed."""
+    case, kills = CASES[name], 0
+    final, changes, seconds, _ = whole(place, case)
+    for moment in moments(changes, count, random.Random(name)):
+        before = begun(place, case)
+        kills += kill(place, case, moment, seconds)
+        check_sound(place, before, final)
+        run = place.server.run(*case.next(place))
+        assert run.status == 0, (moment, run.said)
+        assert place.contents() == final, moment
+    return kills
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_command_loses_nothing(place, name):
+    assert killed(place, name, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_fifty_kills(place, name):
+    kills = killed(place, name, MANY)
+    print(f"{name}: {kills} kills")
+    assert kills > MANY / 2
+
+
+def filled(place: Place, name: str, count: int) -> int:
+    """Runs the command on disks that are too small, and then on one that is not. Returns how
+    often it was refused."""
+    case, refused = CASES[name], 0
+    final, _, _, size = whole(place, case)
+    for i in range(count):
+        room = size * i // count // 4096 * 4096 + 4096
+        place.clear()
+        with disk(place.out, 64 << 20):
+            before = begun(place, case)
+            ballast = place.out / ".ballast.lock"
+            fill(ballast, room)
+            run = place.server.run(*case.words(place))
+            if run.status:
+                one_line(run)
+                refused += 1
+            check_sound(place, before, final)
+            ballast.unlink()
+            again = place.server.run(*case.next(place))
+            assert again.status == 0, again.said
+            assert place.contents() == final, room
+    return refused
+
+
+def fill(ballast: Path, room: int) -> None:
+    """Leave so many bytes of a disk free."""
+    free = shutil.disk_usage(ballast.parent).free
+    with ballast.open("wb") as file:
+        file.write(bytes(max(0, free - room)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_full_disk_is_one_line(place, name):
+    if name != "upload":  # which writes nothing
+        assert filled(place, name, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_twenty_full_disks(place, name):
+    if name != "upload":
+        refused = filled(place, name, FULL)
+        print(f"{name}: {refused} refusals")
+        assert refused
