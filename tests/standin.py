@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             status = 409 if repo in self.hub.repos else 200
             if status == 200:
                 self.hub.repos[repo] = {}
-                self.hub.private |= {repo} if asked.get("private") else set()
+                self.hub.private |= {repo} if asked.get("visibility") == "private" else set()
             return self._send(status, json.dumps({"url": f"{self.hub.url}/{repo}"}).encode())
         if self.path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})

@@ -9,19 +9,16 @@ from typing import Any
 
 import pytest
 from faultcases import CASES, Case, Place, check_sound, disk, one_line
-from standin import StandIn
 
 MANY, SOME = 50, 3  # kills, and a third of them of full disks
 FULL = 20
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Iterator[Place]:
-    hub = StandIn()
-    made = Place(tmp_path_factory.mktemp("faults"), hub)
+def place() -> Iterator[Place]:
+    made = Place()
     yield made
-    made.server.close()
-    hub.close()
+    made.close()
 
 
 def begun(place: Place, case: Case) -> dict[str, Any]:

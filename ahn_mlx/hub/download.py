@@ -24,6 +24,7 @@ from huggingface_hub import (
 
 from ..checkpoints import card
 from ..checkpoints.baseconfig import read_config
+from ..checkpoints.directory import check_member
 from ..checkpoints.formats import describe
 from ..errors import AHNError
 from ..model.config import AHNConfig
@@ -95,6 +96,9 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
     config, _ = describe(directory)
     if "ahn" not in config:
         raise AHNError(f"{directory}: not a converted model; see ahn-mlx convert")
+    for file in sorted(directory.iterdir()):
+        if not file.name.startswith("."):
+            check_member(file)  # a link may lead to what is not for others
     text = card.card(directory, repo, card.read_origins(directory))
     try:
         api = HfApi()

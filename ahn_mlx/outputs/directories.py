@@ -91,13 +91,12 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_directory(out) as directory:
             yield directory
-            for file in (*directory.iterdir(), directory):
+            for file in directory.iterdir():
                 sync(file)
             if force and out.exists() and _is_model_dir(out):
                 _swap(directory, out)
             else:
                 directory.rename(out)  # works where nothing or an empty directory is
-            sync(out.parent)
     except BaseException:  # Ctrl-C too
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)

@@ -90,7 +90,6 @@ def replacing(file: Path) -> Iterator[Path]:
                 part.replace(file)
             finally:
                 part.unlink(missing_ok=True)
-        sync(file.parent)
     except OSError as e:
         # Of another file: not ours to explain.
         named = Path(os.fsdecode(e.filename or file))
@@ -202,16 +201,10 @@ def working_on(path: Path) -> Iterator[None]:
         os.close(held)
 
 
-def sync(path: Path) -> None:
-    """See that a file, or the names in a directory, outlive a loss of power."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    except OSError:
-        if not path.is_dir():  # of which not all file systems can say it
-            raise
-    finally:
-        os.close(opened)
+def sync(file: Path) -> None:
+    """See that what is in a file is on the disk, before its name says so."""
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def check_named(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import AHNError
-from ..outputs.files import replacing
+from ..outputs.files import clear_part, parts_in, replacing
 from ..reading import memoryfile
 from ..reading.session import Session
 from ..reading.template import TemplateError
@@ -34,6 +35,14 @@ class Files:
     def __init__(self, directory: Path):
         self.directory = directory
         directory.mkdir(exist_ok=True)
+        for part in parts_in(directory):
+            clear_part(part)
+        # Of a document and what is known of it a server that was killed may leave one.
+        names = sorted(f.name for f in directory.glob("file-*") if ID.fullmatch(f.stem))
+        count = Counter(Path(name).stem for name in names)
+        for name in names:
+            if count[Path(name).stem] == 1:
+                (directory / name).unlink(missing_ok=True)
 
     def add(self, name: str, source: IO[bytes]) -> dict[str, Any]:
         """Keep a document. name: what the client calls it."""
@@ -50,7 +59,11 @@ class Files:
             **{"bytes": target.stat().st_size, "created_at": int(time.time())},
             **{"purpose": "user_data", "status": "processed", "stored": target.name},
         }
-        _write(self.directory / f"{file_id}.json", facts)
+        try:
+            _write(self.directory / f"{file_id}.json", facts)
+        except BaseException:  # nobody would know of it
+            target.unlink(missing_ok=True)
+            raise
         return self._shown(facts)
 
     def get(self, file_id: str) -> dict[str, Any]:
@@ -108,6 +121,9 @@ class Job:
 
     def shown(self) -> dict[str, Any]:
         return {"object": "memory.job", **asdict(self)}
+
+
+_GONE = Job("", [], status="gone")
 
 
 class Reading:
@@ -172,8 +188,23 @@ class Digests:
             except (OSError, ValueError, TypeError):
                 continue  # not one of ours
             if job.status in ("queued", "reading"):
-                job.status = "paused"
+                job.status = "done" if self._is_made(job) else "paused"
             self.jobs[job.id] = job
+        for part in (*parts_in(self.directory), *parts_in(library.directory)):
+            clear_part(part)
+        for file in library.directory.glob(".job-*.partial"):
+            job_id = file.name[1:].removesuffix(".partial")
+            if ID.fullmatch(job_id) and self.jobs.get(job_id, _GONE).status in ("done", "gone"):
+                file.unlink(missing_ok=True)
+
+    def _is_made(self, job: Job) -> bool:
+        """Whether its memory is there, though the server was killed before it had said so."""
+        try:
+            facts = memoryfile.read_facts(self.library.file(job.name))
+            names = ", ".join(self.files.get(f)["filename"] for f in job.files)
+        except (AHNError, APIError, OSError):
+            return False
+        return [text["name"] for text in facts.get("texts", [])][-1:] == [names]
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:

@@ -5,6 +5,7 @@ uploads is checked as any memory file is.
 """
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -39,7 +40,7 @@ class Library:
         file = self.directory / f"{name}.ahn"
         if there and not file.is_file():
             raise APIError(f"there is no memory {name!r}", status=404, code="model_not_found")
-        if not there and file.exists():
+        if not there and os.path.lexists(file):  # a link may lead out of the directory
             raise APIError(f"there is a memory {name!r} already", status=409, code="exists")
         return file
 
