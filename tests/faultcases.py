@@ -42,6 +42,7 @@ class Place:
         self.path = path or Path(tempfile.mkdtemp(prefix="ahn-mlx-", dir=quick))
         self.hub = hub = StandIn()
         path = self.path
+        path.chmod(0o755)  # others read it too
         self.inputs, self.out = path / "in", path / "out"
         self.inputs.mkdir(parents=True)
         self.out.mkdir()
@@ -83,6 +84,7 @@ class Place:
         self.hub.repos.pop("me/mine", None)
         self.hub.stored.clear()
         self.hub.private.clear()
+        self.hub.breaks = 0
 
     def contents(self) -> dict[str, Any]:
         """All that there is, as far as it has to be the same each time."""

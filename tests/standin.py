@@ -29,7 +29,8 @@ class StandIn:
     many requests are answered 503 first. portal: a page of HTML is the answer to everything;
     pages: to requests for these files. sizes: what is listed instead of a file's size.
     asked: (method, path, Range header) of all requests. stored: large files that were
-    uploaded, by checksum. private: repositories that were made so.
+    uploaded, by checksum. private: repositories that were made so. breaks: the connection breaks
+    in the middle of the answer to that request from now on, the first being 1.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class StandIn:
         self.asked: list[tuple[str, str, str]] = []
         self.stored: dict[str, bytes] = {}
         self.private: set[str] = set()
+        self.breaks = 0
         self.hold = threading.Event()  # downloads of weights wait for it
         self.hold.set()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -90,6 +92,15 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # who asked has left
             super().handle()
+
+    def parse_request(self) -> bool:
+        whole = super().parse_request()
+        self.hub.breaks -= 1
+        if self.hub.breaks == 0:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+            self.close_connection = True
+            return False
+        return whole
 
     def do_GET(self) -> None:
         self._answer()

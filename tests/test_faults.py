@@ -1,7 +1,9 @@
 """Machines stop at any moment: a command that is killed, or whose disk is full, loses nothing
 that it had finished, leaves nothing half-made, and ends in the same bytes when it is run again."""
 
+import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 from faultcases import CASES, Case, Place, check_sound, disk, one_line
+from forkserver import NOBODY
 
 MANY, SOME = 50, 3  # kills, and a third of them of full disks
 FULL = 20
@@ -130,3 +133,76 @@ def test_twenty_full_disks(place, name):
         refused = filled(place, name, FULL)
         print(f"{name}: {refused} refusals")
         assert refused
+
+
+def broken(place: Place, name: str, count: int) -> None:
+    """The connection breaks in the middle of an answer, each time of another one."""
+    case = CASES[name]
+    place.hub.asked.clear()
+    final, *_ = whole(place, case)
+    requests = -place.hub.breaks
+    assert requests > 3
+    for i in range(min(count, requests)):
+        begun(place, case)
+        place.hub.breaks = 1 + i * requests // min(count, requests)
+        run = place.server.run(*case.words(place), timeout=120)
+        if run.status:
+            one_line(run)
+            place.hub.breaks = 0
+            run = place.server.run(*case.next(place))
+        assert run.status == 0, run.said
+        assert place.contents() == final, i
+
+
+@pytest.mark.parametrize("name", ["pull", "upload"])
+def test_a_connection_that_breaks(place, name):
+    broken(place, name, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pull", "upload"])
+def test_each_connection_that_breaks(place, name):
+    broken(place, name, MANY)
+
+
+WRITERS = [name for name in CASES if name != "upload"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_place_that_may_not_be_written_to(place, name):
+    case = CASES[name]
+    before = begun(place, case)
+    there = sorted(place.out.rglob("*"))
+    for path in (place.out, *there):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        # Root may write everywhere.
+        how = {} if os.geteuid() else {"user": NOBODY}
+        run = place.server.run(*case.words(place), **how)
+        assert "Permission denied" in one_line(run), run.said
+        assert sorted(place.out.rglob("*")) == there and place.contents() == before
+    finally:
+        for path in (place.out, *there):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def starved(place: Place, name: str, room: int) -> None:
+    """A command that gets so many bytes of memory more than it began with."""
+    case = CASES[name]
+    final, *_ = whole(place, case)
+    before = begun(place, case)
+    status = Path(f"/proc/{place.server.process.pid}/status").read_text()
+    size = int(re.search(r"VmSize:\s+(\d+)", status)[1]) << 10
+    run = place.server.run(*case.words(place), limits={"RLIMIT_AS": size + room})
+    if run.status:
+        assert "memory" in one_line(run), run.said
+    check_sound(place, before, final)
+    run = place.server.run(*case.next(place))
+    assert run.status == 0 and place.contents() == final, run.said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="macOS has no such limit")
+@pytest.mark.parametrize("room", [1 << 20, 1 << 24])
+@pytest.mark.parametrize("name", CASES)
+def test_memory_that_is_not_enough(place, name, room):
+    starved(place, name, room)

@@ -252,3 +252,24 @@ def test_names_that_a_file_system_may_take_for_one(place):
     same = (place.out / "BOOK.AHN").exists()
     assert run.status == (2 if same else 0), run.said
     assert (place.out / "Book.ahn").read_bytes() == before
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom", "/dev/full"])
+def test_an_input_without_end(place, device):
+    """Through a pipe, and by names that say that it is a text."""
+    place.clear()
+    ask = ("generate", "--prompt", "Why?", "--model", place.model)
+    assert "standard input: is a binary file" in one_line(place.server.run(*ask, stdin=device))
+    for name in ("a.txt", "a.jsonl", "a.html", "a.pdf"):
+        (place.out / name).symlink_to(device)
+        run = place.server.run(*ask, "-f", place.out / name)
+        assert f"{name}: is a device" in one_line(run)
+    train = ("train", place.out / "a.jsonl", "--model", place.trainable, "-o", place.out / "mine")
+    assert "a.jsonl: is a device" in one_line(place.server.run(*train))
+    for name in ("hotpotqa.jsonl", "data.zip"):
+        data = place.out / f"data-{name}"
+        data.mkdir()
+        (data / name).symlink_to(device)
+        words = CASES["eval longbench"].words(place)
+        words[words.index(place.data)] = data
+        assert name in one_line(place.server.run(*words))

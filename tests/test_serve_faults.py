@@ -6,8 +6,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -122,10 +121,8 @@ def kills(place: Place, count: int) -> int:
         run, moment = start(place, **how), chance.uniform(0.3, 1) * seconds
         with client(run) as asked:
             asked.timeout = httpx.Timeout(moment if not n % 2 else 60)
-            try:
+            with suppress(httpx.HTTPError, OSError):
                 work(asked, place, told)
-            except (httpx.HTTPError, OSError):
-                pass
         done += "read" not in told
         run.kill()
         check_sound(place)

@@ -12,7 +12,8 @@ import click
 
 from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
-from ..outputs.files import OutFile, clear_parts, real_path, working_on
+from ..outputs.files import OutFile, real_path
+from ..outputs.parts import clear_parts, working_on
 from .command import Command, Word
 from .options import (
     check_numbers,

@@ -11,7 +11,7 @@ import click
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
-from ..outputs.files import working_on
+from ..outputs.parts import working_on
 from ..platform import enough_memory
 from .command import Command, Word
 from .options import complete_file, complete_model, is_given, no_effect, quiet_option

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import AHNError, show
 from ..outputs.directories import check_kind, nearest
-from ..outputs.files import check_named, check_writable, parts_of, replacing, working_on
+from ..outputs.files import check_named, check_writable, replacing
+from ..outputs.parts import parts_of, working_on
 from .records import UTF_16, parse_line
 
 RUN, RESULT = "run.json", "result.json"

@@ -28,7 +28,7 @@ from ..checkpoints.directory import check_member
 from ..checkpoints.formats import describe
 from ..errors import AHNError
 from ..model.config import AHNConfig
-from ..outputs.files import clear_part, clear_parts, part_of, parts_in
+from ..outputs.parts import clear_part, clear_parts, part_of, parts_in
 from .disk import model_dir, variants
 from .fetch import explain, fetch_weights, listening, persist
 from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published, models_dir

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import AHNError
-from .files import check_named, check_writable, new_directory, real_path, same_file, sync
+from .files import check_named, check_writable, real_path, same_file, sync
+from .parts import new_part
 
 # A training has more, and so has a directory where someone keeps notes.
 MODEL_FILES = re.compile(
@@ -89,7 +90,7 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     directory: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with new_directory(out) as directory:
+        with new_part(out, Path.mkdir) as directory:
             yield directory
             for file in directory.iterdir():
                 sync(file)

@@ -1,11 +1,7 @@
 """A file on its way out: it is judged before the work begins, written beside its final name
 and takes it when complete. Nothing is replaced that the command did not make, or that it reads."""
 
-import fcntl
 import os
-import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AHNError
+from .parts import is_part, new_part, part_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     file = real_path(file)
     try:
-        with _held(file, _empty_file) as part:
+        with new_part(file, _empty_file) as part:
             try:
                 yield part
                 sync(part)
@@ -93,7 +90,7 @@ def replacing(file: Path) -> Iterator[Path]:
     except OSError as e:
         # Of another file: not ours to explain.
         named = Path(os.fsdecode(e.filename or file))
-        if named != file and not _is_part(named, file):
+        if named != file and not is_part(named, file):
             raise
         reason = e.strerror or str(e) or type(e).__name__
         raise AHNError(
@@ -101,104 +98,8 @@ def replacing(file: Path) -> Iterator[Path]:
         ) from None
 
 
-@contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory`, which whoever asks gives its name or deletes. What
-    writers that were killed have left of it vanishes."""
-    with _held(directory, os.mkdir) as part:
-        yield part
-
-
 def _empty_file(path: Path) -> None:
     path.touch(exist_ok=False)
-
-
-@contextmanager
-def _held(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """A new part of `path`. It is locked, by which clear_parts knows that somebody writes it."""
-    clear_parts(path)
-    while True:
-        part = part_of(path)
-        make(part)
-        # clear_parts may have come between: then it is another's, or nobody's.
-        if (held := _lock(part)) is not None and _is_open_at(held, part):
-            break
-        if held is not None:
-            os.close(held)
-    try:
-        yield part
-    finally:
-        os.close(held)
-
-
-def clear_parts(path: Path) -> None:
-    """Delete what writers of `path` that were killed have left beside it, and nothing that
-    somebody writes now."""
-    for part in parts_of(path):
-        clear_part(part)
-
-
-def clear_part(part: Path) -> None:
-    """Delete it, unless somebody writes it."""
-    if part.is_symlink():
-        part.unlink(missing_ok=True)
-        return
-    try:
-        held = _lock(part)
-    except OSError:  # it is not ours, or just gone
-        return
-    if held is None:
-        return
-    try:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-    except OSError:
-        pass  # whoever writes there is told why he cannot
-    finally:
-        os.close(held)
-
-
-def _lock(path: Path) -> int | None:
-    """A file or directory that nobody has locked, locked until it is closed; None if somebody
-    has."""
-    held = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        return None
-    except OSError:  # of a file system without locks
-        pass
-    return held
-
-
-def _is_open_at(held: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(held), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def working_on(path: Path) -> Iterator[None]:
-    """Be the only process that writes a file from what it reads there, or a directory over some
-    time. Raises AHNError if one does already. What a killed one leaves of its lock is no harm."""
-    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    while True:
-        lock.touch()
-        try:
-            held = _lock(lock)
-        except FileNotFoundError:  # whoever had it has just ended
-            continue
-        if held is None:
-            raise AHNError(f"{path}: another process works on it; wait for it or choose another")
-        if _is_open_at(held, lock):
-            break
-        os.close(held)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(held)
 
 
 def sync(file: Path) -> None:
@@ -212,32 +113,6 @@ def check_named(path: Path) -> None:
     name."""
     if str(path) == "-":
         raise AHNError("-: standard output is not written to; give the name of a file")
-
-
-def part_of(path: Path) -> Path:
-    """A new name beside `path`, hidden, for as long as it is not complete."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-
-
-def parts_of(path: Path) -> list[Path]:
-    """What there is beside `path` that is not complete, as far as that can be seen."""
-    return [part for part in parts_in(path.parent) if _is_part(part, path)]
-
-
-def parts_in(directory: Path) -> list[Path]:
-    """The same of all paths in a directory."""
-    try:
-        return [p for p in directory.iterdir() if _PART.fullmatch(p.name)]
-    except OSError:
-        return []
-
-
-_PART = re.compile(r"\.(.+)\.[0-9a-f]+\.part", re.DOTALL)
-
-
-def _is_part(part: Path, path: Path) -> bool:
-    name = _PART.fullmatch(part.name)
-    return part.parent == path.parent and name is not None and name[1] == path.name
 
 
 def real_path(path: Path) -> Path:

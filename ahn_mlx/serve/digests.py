@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import AHNError
-from ..outputs.files import clear_part, parts_in, replacing
+from ..outputs.files import replacing
+from ..outputs.parts import clear_part, parts_in
 from ..reading import memoryfile
 from ..reading.session import Session
 from ..reading.template import TemplateError

@@ -22,13 +22,12 @@ from ..model.names import published_name
 from ..outputs.directories import check_kind, nearest
 from ..outputs.files import (
     check_writable,
-    clear_parts,
     is_read,
-    parts_of,
     real_path,
     replacing,
     same_file,
 )
+from ..outputs.parts import clear_parts, parts_of
 from .curves import CURVES
 from .loop import METRICS, STATE
 from .streams import Parameters, trainable
