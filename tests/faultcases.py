@@ -69,6 +69,8 @@ class Place:
             HF_HUB_DISABLE_TELEMETRY="1",
             HF_HUB_DISABLE_XET="1",
         )
+        (path / "secret").write_text("secret")
+        (path / "secret.json").write_text('{"secret": "of the user"}')
         self.memory = self.inputs / "book.ahn"
         done = self.server.run("digest", self.book, "--model", self.model, "-o", self.memory)
         assert done.status == 0, done.said
@@ -254,6 +256,11 @@ CASES = {
     "pull": Case(lambda place: ["pull", NAME]),
     "upload": Case(_upload),
 }
+
+
+# The others take long, and write through the same doors.
+HEAVY = ("export-app", "eval recall", "compare", "train")
+QUICK = [pytest.param(n, marks=pytest.mark.slow) if n in HEAVY else n for n in CASES]
 
 
 def check_sound(place: Place, before: dict[str, Any], *finals: dict[str, Any]) -> None:

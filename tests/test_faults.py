@@ -5,23 +5,15 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faultcases import CASES, Case, Place, check_sound, disk, one_line
+from faultcases import CASES, QUICK, Case, Place, check_sound, disk, one_line
 from forkserver import NOBODY
 
 MANY, SOME = 50, 3  # kills, and a third of them of full disks
 FULL = 20
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
-    made = Place()
-    yield made
-    made.close()
 
 
 def begun(place: Place, case: Case) -> dict[str, Any]:
@@ -120,7 +112,7 @@ def fill(ballast: Path, room: int) -> None:
         file.write(bytes(max(0, free - room)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_full_disk_is_one_line(place, name):
     if name != "upload":  # which writes nothing
         assert filled(place, name, SOME)
@@ -194,8 +186,9 @@ def starved(place: Place, name: str, room: int) -> None:
     status = Path(f"/proc/{place.server.process.pid}/status").read_text()
     size = int(re.search(r"VmSize:\s+(\d+)", status)[1]) << 10
     run = place.server.run(*case.words(place), limits={"RLIMIT_AS": size + room})
-    if run.status:
-        assert "memory" in one_line(run), run.said
+    assert "Traceback" not in run.said
+    if run.status not in (0, -6, -11):  # MLX and OpenBLAS end a process that has none
+        assert "memory" in one_line(run).lower(), run.said
     check_sound(place, before, final)
     run = place.server.run(*case.next(place))
     assert run.status == 0 and place.contents() == final, run.said
@@ -203,6 +196,6 @@ def starved(place: Place, name: str, room: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="macOS has no such limit")
 @pytest.mark.parametrize("room", [1 << 20, 1 << 24])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_memory_that_is_not_enough(place, name, room):
     starved(place, name, room)

@@ -168,14 +168,6 @@ def words_of(place: Place, command: str, parameter: str, path: str) -> list[obje
     return words
 
 
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
-    made = Place()
-    (made.path / "secret").write_text("secret")
-    yield made
-    made.close()
-
-
 def snapshot(place: Place) -> dict[str, tuple[int, int]]:
     """All but what a command may write to."""
     found = (p for part in (place.inputs, place.path / "secret") for p in (part, *part.rglob("*")))

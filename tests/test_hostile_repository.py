@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from faultcases import NAME, Place, one_line
 from ahn_mlx.hub.published import MODELS
 
 TRACE = "trace"
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
-    made = Place()
-    (made.path / "secret.json").write_text('{"secret": "of the user"}')
-    yield made
-    made.close()
 
 
 def evil(place: Place) -> dict[str, bytes]:

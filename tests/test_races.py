@@ -5,19 +5,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
-from faultcases import CASES, NAME, Place, Words, check_sound, one_line
+from faultcases import CASES, NAME, QUICK, Place, Words, check_sound, one_line
 
 from ahn_mlx.reading import memoryfile
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
-    made = Place()
-    yield made
-    made.close()
 
 
 def changed(place: Place, words: Words) -> Words:
@@ -44,7 +36,7 @@ def result(place: Place, name: str, words: Words) -> dict[str, object]:
     return place.contents()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_two_at_once(place, name):
     case = CASES[name]
     ours, theirs = case.words(place), changed(place, case.words(place))

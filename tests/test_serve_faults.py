@@ -19,13 +19,6 @@ from ahn_mlx.reading import memoryfile
 BOOK = (TEXT * 30).encode()
 
 
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
-    made = Place()
-    yield made
-    made.close()
-
-
 def start(place: Place, **how: Any) -> Run:
     memories = place.out / "memories"
     memories.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ A directory is complete or not there. Whoever makes one holds its lock.
 import hashlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def remove(name: str) -> list[Path]:
             if os.path.lexists(directory):
                 left = part_of(directory)
                 directory.rename(left)  # a model is whole or not there
-                clear_part(left)
+                left.unlink() if left.is_symlink() else shutil.rmtree(left)
     return gone
 
 

@@ -203,7 +203,7 @@ class Digests:
         try:
             facts = memoryfile.read_facts(self.library.file(job.name))
             names = ", ".join(self.files.get(f)["filename"] for f in job.files)
-        except (AHNError, APIError, OSError):
+        except (APIError, OSError, KeyError, ValueError):
             return False
         return [text["name"] for text in facts.get("texts", [])][-1:] == [names]
 
