@@ -1,12 +1,14 @@
 """A server whose machine stops, or whose disk is full: what it has confirmed is there when it is
 started again, what it had not finished goes on or is gone, and the rest is as it was."""
 
+import io
 import json
 import random
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from faultcases import TEXT, Place, content, disk
 from forkserver import Run
 
 from ahn_mlx.reading import memoryfile
+from ahn_mlx.serve.digests import Files
 
 BOOK = (TEXT * 30).encode()
 
@@ -125,6 +128,21 @@ def kills(place: Place, count: int) -> int:
             assert contents(place) == final, n
         run.kill()
     return done
+
+
+def test_halves_of_a_document_are_gone_when_the_server_starts_again(tmp_path: Path) -> None:
+    files = Files(tmp_path / "files")
+    data = {"a.txt": b"text", "b.json": b'{"text": "It"}', "c.PDF": b"%PDF", "d": b"bare"}
+    kept = {files.add(name, io.BytesIO(text))["id"]: text for name, text in data.items()}
+    whole = sorted((tmp_path / "files").iterdir())
+    (tmp_path / "files" / f"file-{'0' * 32}.txt").write_text("nobody knows of it")
+    (tmp_path / "files" / f"file-{'1' * 32}.json").write_text("{}")
+    (tmp_path / "files" / f".file-{'2' * 32}.txt.0123abcd.part").write_text("half")
+    (tmp_path / "files" / "notes.txt").write_text("of somebody else")
+    files = Files(tmp_path / "files")
+    assert sorted((tmp_path / "files").iterdir()) == [*whole, tmp_path / "files/notes.txt"]
+    assert {f["id"] for f in files.all()} == kept.keys()
+    assert all(files.path(file_id).read_bytes() == text for file_id, text in kept.items())
 
 
 def test_a_killed_server_loses_nothing(place: Place) -> None:

@@ -26,7 +26,7 @@ from .parameters import APIError
 
 CHECKPOINT = 16384  # tokens between saves
 ID = re.compile(r"(file|job)-[0-9a-f]{32}")
-SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
+SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 MAX_FILES = 1000
 
 
@@ -49,9 +49,11 @@ class Files:
         """Keep a document. name: what the client calls it."""
         if len(list(self.directory.glob("*.json"))) >= MAX_FILES:
             raise APIError(f"there are {MAX_FILES} files already; delete some", status=409)
-        suffix = Path(name).suffix if SUFFIX.fullmatch(Path(name).suffix) else ".txt"
+        suffix = Path(name).suffix.lower()
+        if not SUFFIX.fullmatch(suffix) or suffix == ".json":  # as what is known of it ends
+            suffix = ".txt"
         file_id = f"file-{secrets.token_hex(16)}"
-        target = self.directory / f"{file_id}{suffix.lower()}"
+        target = self.directory / f"{file_id}{suffix}"
         with replacing(target) as part, part.open("wb") as f:
             while chunk := source.read(1 << 20):
                 f.write(chunk)
