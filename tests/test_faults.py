@@ -171,7 +171,7 @@ def test_a_place_that_may_not_be_written_to(place, name):
         # Root may write everywhere.
         how = {} if os.geteuid() else {"user": NOBODY}
         run = place.server.run(*case.words(place), **how)
-        assert "Permission denied" in one_line(run), run.said
+        assert re.search("Permission denied|read-only", one_line(run)), run.said
         assert sorted(place.out.rglob("*")) == there and place.contents() == before
     finally:
         for path in (place.out, *there):
@@ -185,17 +185,20 @@ def starved(place: Place, name: str, room: int) -> None:
     before = begun(place, case)
     status = Path(f"/proc/{place.server.process.pid}/status").read_text()
     size = int(re.search(r"VmSize:\s+(\d+)", status)[1]) << 10
-    run = place.server.run(*case.words(place), limits={"RLIMIT_AS": size + room})
+    run = place.server.start(*case.words(place), limits={"RLIMIT_AS": size + room})
+    if not run.ends_within(20):
+        run.kill()  # OpenBLAS asks for its memory for ever
     assert "Traceback" not in run.said
-    if run.status not in (0, -6, -11):  # MLX and OpenBLAS end a process that has none
+    if run.status not in (0, -6, -9, -11):  # MLX and OpenBLAS end a process that has none
         assert "memory" in one_line(run).lower(), run.said
     check_sound(place, before, final)
     run = place.server.run(*case.next(place))
     assert run.status == 0 and place.contents() == final, run.said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="macOS has no such limit")
-@pytest.mark.parametrize("room", [1 << 20, 1 << 24])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("room", [1 << 20, 1 << 26])
+@pytest.mark.parametrize("name", CASES)
 def test_memory_that_is_not_enough(place, name, room):
     starved(place, name, room)
