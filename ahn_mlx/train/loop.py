@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from ..checkpoints.safetensors import mended, not_finite, read_header_and_metada
 from ..errors import AHNError, show
 from ..model.augment import memory_layers
 from ..outputs.files import replacing
+from ..platform import on_cpu
 from . import layerwise, losses
 from .data import Sequences
 from .schedule import Schedule
 from .settings import Settings, Window, batch_of, choices, draw_window
-from .streams import Parameters, install, study, teach, trainable
+from .streams import Parameters, Stream, install, study, teach, trainable
 
 STATE = "training.safetensors"
 
@@ -143,10 +144,10 @@ class Trainer:
     def _update(self, total: mx.array, gradients: Parameters) -> float:
         """Raises AHNError when the mean loss, which is returned, is not finite."""
         s, machines = self.settings, self.world.size()
+        if s.accumulate > 1:
+            gradients = {k: g / s.accumulate for k, g in gradients.items()}
         # Sorted: machines must agree on the order, and MLX's optimizers do not keep it.
-        mean = nn.average_gradients(
-            _tree({k: g / s.accumulate for k, g in sorted(gradients.items())})
-        )
+        mean = nn.average_gradients(_tree(dict(sorted(gradients.items()))))
         seconds = self.schedule.seconds if self.world.rank() == 0 else 0.0
         sums: Any = mx.distributed.all_sum(mx.stack([total, mx.array(seconds)])).tolist()
         value = sums[0] / (machines * s.accumulate)
@@ -156,26 +157,47 @@ class Trainer:
         if s.minutes:
             for factor, part in zip((*RATES.values(), 1.0), self.optimizer.optimizers, strict=True):
                 part.learning_rate = self.schedule.by_clock(factor)
-        updated: Any = tree_flatten(self.optimizer.apply_gradients(mean, _tree(self.parameters)))
-        self.parameters = dict(updated)
+        self.parameters = self.updated(mean)
         mx.eval(self.parameters, self.optimizer.state)
         return value
 
+    def updated(self, gradients: Any) -> Parameters:
+        """The parameters after a step along these gradients, a tree."""
+        flat: Any = tree_flatten(self._apply(gradients, _tree(self.parameters)))
+        return dict(flat)
+
+    @cached_property
+    def _apply(self) -> Callable[[Any, Any], Any]:
+        """What the optimizer does, in one launch for each parameter on a GPU instead of twenty."""
+        if on_cpu():
+            return self.optimizer.apply_gradients
+        self.optimizer.init(_tree(self.parameters))
+        states = [each.state for each in self.optimizer.optimizers]
+        apply: Any = mx.compile(self.optimizer.apply_gradients, inputs=states, outputs=states)
+        return apply
+
     def _gradients(self, tokens: mx.array, window: int, sinks: int) -> tuple[mx.array, Parameters]:
-        s, model = self.settings, self.model
-        keep = s.loss == "distill"
-        teacher = teach(model, tokens, keep)
+        teacher = teach(self.model, tokens, self.settings.loss == "distill")
         mx.eval(teacher)
+        found = self.gradients_of(teacher, tokens, window, sinks)
+        # Nothing of the trace may stay in the model.
+        install(self.model, fold(self.parameters, self.sizes))
+        return found
+
+    def gradients_of(
+        self, teacher: Stream, tokens: mx.array, window: int, sinks: int
+    ) -> tuple[mx.array, Parameters]:
+        """The mean loss of tokens [B, L], and its gradient. Leaves a trace in the model."""
+        s, model = self.settings, self.model
 
         def objective(parameters: Parameters) -> mx.array:
             install(model, fold(parameters, self.sizes))
+            keep = s.loss == "distill"
             student = study(model, tokens, window, sinks, keep, s.grad_checkpoint)
             return losses.LOSSES[s.loss](model, teacher, student, tokens, window + sinks)
 
-        value, gradients = mx.value_and_grad(objective)(self.parameters)
-        # Nothing of the trace may stay in the model.
-        install(model, fold(self.parameters, self.sizes))
-        return value, gradients
+        found: tuple[mx.array, Parameters] = mx.value_and_grad(objective)(self.parameters)
+        return found
 
     def save(self, directory: Path) -> None:
         """Parameters, optimizer and step, under their final name only when complete."""
