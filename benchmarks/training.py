@@ -1,5 +1,6 @@
 """What training takes: tokens per second of both stages, and bytes for large models."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +34,17 @@ DEMO = Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt"
 @click.option("--lengths", default="4096,8192", show_default=True, help="Tokens of a sequence.")
 @click.option("--sizes", default="3b,7b", show_default=True)
 def training(lengths: str, sizes: str) -> None:
-    """Tokens per second of SmolLM2-135M, and memory that a 3B or 7B model takes.
+    """Tokens per second of SmolLM2-135M, launches of a step on a GPU, and memory that a 3B or 7B
+    model takes.
 
-    The latter is counted, except for two things that are run at full size in float32: the
-    backward pass of one layer and of the head.
+    Launches are counted in a checkout, without a GPU. The memory is counted, except for two
+    things that are run at full size in float32: the backward pass of one layer and of the head.
     """
     bar = tqdm(MEMORIES, leave=False)
     rows = [[kind, *(f"{x:.0f}" for x in speeds(kind))] for kind in bar]
     table(["SmolLM2-135M, tokens/s", "layer-wise", "end to end"], rows)
+    click.echo()
+    launched()
     click.echo()
     rows = []
     cases = [(size, int(length)) for size in sizes.split(",") for length in lengths.split(",")]
@@ -52,6 +56,18 @@ def training(lengths: str, sizes: str) -> None:
         rows.append([f"{size}, {length:,} tokens", *cells, ", ".join(fits) or "none"])
     heads = ["weights", "optimizer", "checkpoints", "one layer", "head", "all, GB", "fits in, GB"]
     table(["with --grad-checkpoint", *heads], rows)
+
+
+def launched() -> None:
+    """A table of launches, as many as a GPU would need with MLX's operations."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from launches import training as launches
+
+    rows = []
+    for kind in tqdm(MEMORIES, leave=False):
+        one, eight = (launches(kind, "clamped", batch).total() for batch in (1, 8))
+        rows.append([kind, f"{one:,}", f"{eight:,}", f"{eight / 8:,.0f}"])
+    table(["launches of a step, 30 layers", "one sequence", "eight at once", "for each"], rows)
 
 
 def speeds(kind: str) -> tuple[float, float]:

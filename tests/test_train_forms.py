@@ -62,9 +62,10 @@ def test_mamba2_at_once(T, chunk, Hkv):
     check(lambda *a: mamba2.at_once(*a, chunk), mamba2.sequential, (q, k, v, dt, A, state))
 
 
-def test_states_that_follow_by_linear_maps():
-    mx.random.seed(0)
-    A, B, M = normal(2, 1, 3, 5, 4, 4) * 0.5, normal(2, 1, 3, 5, 4, 4), normal(2, 1, 3, 4, 4)
+@pytest.mark.parametrize("N", [1, 2, 5, 8, 14])
+def test_states_that_follow_by_linear_maps(N):
+    mx.random.seed(N)
+    A, B, M = normal(2, 1, 3, N, 4, 4) * 0.3, normal(2, 1, 3, N, 4, 4), normal(2, 1, 3, 4, 4)
 
     def loop(A, B, M):
         before = []

@@ -1,14 +1,12 @@
 """States that follow from one another by a linear map: M_{n+1} = A_n M_n + B_n.
 
-Its gradient runs the same way backwards, so it is written down instead of traced: MLX would make
-five launches of each step.
+Two steps are one such map, so that of N of them half are left, and so on: as many launches as N has
+binary digits, not as N is. The gradient runs the same way backwards.
 """
 
 from typing import Any
 
 import mlx.core as mx
-
-from .chunks import each
 
 
 def states(A: mx.array, B: mx.array, M: mx.array) -> tuple[mx.array, mx.array]:
@@ -21,21 +19,38 @@ def states(A: mx.array, B: mx.array, M: mx.array) -> tuple[mx.array, mx.array]:
 
 @mx.custom_function
 def _states(A: mx.array, B: mx.array, M: mx.array) -> tuple[mx.array, mx.array]:
-    before = []
-    for a, b in zip(each(A), each(B), strict=True):
-        before.append(M)
-        M = mx.addmm(b, a, M)
-    return mx.stack(before, axis=3), M
+    before = _before(A, B, M)
+    return before, mx.addmm(B[:, :, :, -1], A[:, :, :, -1], before[:, :, :, -1])
 
 
 @_states.vjp
 def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-    of_before, after = cotangents
-    turned = each(primals[0].swapaxes(-1, -2))
-    found = []
-    for a, own in zip(reversed(turned), reversed(each(of_before)), strict=True):
-        found.append(after)
-        after = mx.addmm(own, a, after)
-    # Of each state after a step.
-    of_B = mx.stack(found[::-1], axis=3)
-    return of_B @ outputs[0].swapaxes(-1, -2), of_B, after
+    turned, (of_before, of_last) = primals[0].swapaxes(-1, -2), cotangents
+    # Of each state after a step; the last comes first.
+    after = _back(_before(_back(turned), _back(of_before), of_last))
+    of_first = mx.addmm(of_before[:, :, :, 0], turned[:, :, :, 0], after[:, :, :, 0])
+    return after @ outputs[0].swapaxes(-1, -2), after, of_first
+
+
+def _back(x: mx.array) -> mx.array:
+    """Steps in the other order."""
+    return x[:, :, :, ::-1]
+
+
+def _before(A: mx.array, B: mx.array, M: mx.array) -> mx.array:
+    """The states before each step."""
+    N = A.shape[3]
+    if N == 1:
+        return M[:, :, :, None]
+    if N % 2:
+        A, B = (mx.pad(x, [(0, 0)] * 3 + [(0, 1), (0, 0), (0, 0)]) for x in (A, B))
+    (a, then_a), (b, then_b) = (_pairs(x) for x in (A, B))
+    even = _before(then_a @ a, mx.addmm(then_b, then_a, b), M)
+    odd = mx.addmm(b, a, even)
+    return mx.stack([even, odd], axis=4).reshape(B.shape)[:, :, :, :N]
+
+
+def _pairs(x: mx.array) -> list[mx.array]:
+    """The first and the second of every two steps."""
+    x = x.reshape(*x.shape[:3], -1, 2, *x.shape[4:])
+    return [x[:, :, :, :, n] for n in (0, 1)]
