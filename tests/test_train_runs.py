@@ -17,8 +17,10 @@ from test_training import SETTINGS, ahn, base_model, losses_of, place, sequences
 
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.cli import cli
-from ahn_mlx.train import loop
+from ahn_mlx.train import loop, losses
+from ahn_mlx.train.output import load_base
 from ahn_mlx.train.settings import Settings, Window, batch_of, choices, draw_window
+from ahn_mlx.train.streams import study, teach, trainable
 
 WINDOWS = "12+4@96 8+2@48 12+4@96"
 MANY = dataclasses.replace(
@@ -297,3 +299,51 @@ def test_a_damaged_state_is_one_line(place, tmp_path, name):  # noqa: F811
     with pytest.raises(AHNError) as caught:
         loop.read_settings(tmp_path)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_memory_is_float32_on_a_base_of_16_bits(place):  # noqa: F811
+    """And what the base computes stays in 16."""
+    options = {"memory": "gated_deltanet", "window": 12, "sinks": 4, "sink_positions": "clamped"}
+    base = load_base({**options, "base": str(place / "base"), "dtype": "bfloat16", "seed": 0})
+    model = loud(base.model)
+    assert {x.dtype for x in trainable(model).values()} == {mx.float32}
+    trainer = loop.Trainer(model, sequences(place, base.tokenizer, length=64), SETTINGS)
+    tokens = trainer.texts[SETTINGS.seq_len][0]
+    assert teach(model, tokens).hidden.dtype == mx.bfloat16
+    assert study(model, tokens, 12, 4).hidden.dtype == mx.bfloat16
+    gradients = trainer._gradients(tokens, 12, 4)[1]
+    assert {x.dtype for x in gradients.values()} == {mx.float32}
+
+
+@pytest.mark.parametrize("minutes", [0.0, 0.15])
+def test_a_compiled_optimizer_does_the_same(place, monkeypatch, minutes):  # noqa: F811
+    """As on a GPU; rates that change are not those of the first step for ever."""
+    tokenizer = base_model(place)[1]
+    data, settings = sequences(place, tokenizer, length=64), changed(SETTINGS, seq_len=64)
+    settings = changed(settings, minutes=minutes, steps=9, weight_decay=0.1)
+    ends = []
+    for compiled in (False, True):
+        monkeypatch.setattr(loop, "on_cpu", lambda compiled=compiled: not compiled)
+        model = base_model(place)[0]
+        trainer = loop.Trainer(model, data, settings, now=counting_calls())
+        gradients = {
+            n: mx.sin(mx.arange(x.size)).reshape(x.shape) for n, x in trainer.parameters.items()
+        }
+        for _ in range(4):
+            trainer.schedule.begin()
+            trainer._update(mx.zeros(()), gradients)
+            trainer.schedule.step += 1
+        ends.append(trainer._state())
+    assert ends[0].keys() == ends[1].keys()
+    for name, x in ends[0].items():
+        assert mx.allclose(x, ends[1][name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize(
+    ("memory", "words", "rows"),
+    [(0, 49152, 128), (80 << 30, 49152, 2048), (80 << 30, 151936, 512), (16 << 30, 151936, 128)],
+)
+def test_rows_of_logits_are_as_many_as_a_gpu_holds(monkeypatch, memory, words, rows):
+    monkeypatch.setattr(losses, "gpu_bytes", lambda: memory)
+    assert losses.rows_at_once(words) == rows
+    assert memory == 0 or rows == 128 or 25 * 4 * words * rows <= memory / 8

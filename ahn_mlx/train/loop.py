@@ -80,7 +80,7 @@ class Trainer:
             [self._adamw(factor) for factor in (*RATES.values(), 1.0)],
             [partial(_ends_with, suffix) for suffix in RATES],
         )
-        self.world = mx.distributed.init()
+        self.world = _join()
         if saved is not None:
             self._resume(saved)
         # Sequences of each length that the steps so far have seen.
@@ -237,6 +237,14 @@ class Trainer:
         self.parameters, self.sizes = _under("parameters.", state), _under("sizes.", state)
         self.optimizer.state = _tree(_under("optimizer.", state))
         self.schedule.resume(step, seconds)
+
+
+def _join() -> mx.distributed.Group:
+    """All processes that train together. Raises AHNError if they cannot be reached."""
+    try:
+        return mx.distributed.init()
+    except RuntimeError as e:
+        raise AHNError(f"the other processes of mlx.launch cannot be reached: {e}") from None
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
