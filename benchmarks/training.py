@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,12 @@ def training(lengths: str, sizes: str) -> None:
     Launches are counted in a checkout, without a GPU. The memory is counted, except for two
     things that are run at full size in float32: the backward pass of one layer and of the head.
     """
-    bar = tqdm(MEMORIES, leave=False)
-    rows = [[kind, *(f"{x:.0f}" for x in speeds(kind))] for kind in bar]
-    table(["SmolLM2-135M, tokens/s", "layer-wise", "end to end"], rows)
+    rows = []
+    for kind in tqdm(MEMORIES, leave=False):
+        *rates, peak, less = speeds(kind)
+        rows.append([kind, *(f"{x:.0f}" for x in rates), f"{peak:.1f}", f"{less:.1f}"])
+    head = ["SmolLM2-135M, tokens/s", "layer-wise", "end to end", "peak, GB"]
+    table([*head, "with --grad-checkpoint"], rows)
     click.echo()
     launched()
     click.echo()
@@ -70,8 +74,9 @@ def launched() -> None:
     table(["launches of a step, 30 layers", "one sequence", "eight at once", "for each"], rows)
 
 
-def speeds(kind: str) -> tuple[float, float]:
-    """Tokens per second of the layer-wise stage and of a step, two sequences each."""
+def speeds(kind: str) -> tuple[float, float, float, float]:
+    """Tokens per second of the layer-wise stage and of a step, two sequences each; gigabytes that
+    such a step takes at most, on one sequence, without and with --grad-checkpoint."""
     options = {"base": DEFAULT, "memory": kind, "window": WINDOW, "sinks": SINKS}
     model, tokenizer, *_ = load_base(
         {**options, "sink_positions": "clamped", "dtype": "float32", "seed": 0}
@@ -81,8 +86,15 @@ def speeds(kind: str) -> tuple[float, float]:
     first = _seconds(lambda: layerwise.fit(model, data, 2, WINDOW, SINKS))
     trainer = loop.Trainer(model, data, settings)
     trainer.train_step()
+    mx.reset_peak_memory()
     second = _seconds(lambda: [trainer.train_step() for _ in range(2)])
-    return 2 * SEQUENCE / first, 2 * SEQUENCE / second
+    peaks = [mx.get_peak_memory() / 1e9]
+    trainer.settings = replace(settings, grad_checkpoint=True)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    trainer.train_step()
+    peaks.append(mx.get_peak_memory() / 1e9)
+    return 2 * SEQUENCE / first, 2 * SEQUENCE / second, peaks[0], peaks[1]
 
 
 def _seconds(run: Callable[[], Any]) -> float:

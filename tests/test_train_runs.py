@@ -49,6 +49,7 @@ VARIANTS = [
 @pytest.mark.parametrize("loss", ["kl", "ce", "distill"])
 @pytest.mark.parametrize(("memory", "options"), VARIANTS)
 def test_a_batch_has_the_gradients_of_its_sequences(place, memory, options, loss):  # noqa: F811
+    mx.random.seed(3)
     tokenizer = base_model(place)[1]
     plain, _ = mlx_lm.utils.load_model(place / "base")
     model = loud(augment(plain, AHNConfig(memory=memory, window=12, sinks=4, **options)))
@@ -64,9 +65,10 @@ def test_a_batch_has_the_gradients_of_its_sequences(place, memory, options, loss
         heard = 0
         for name, gradient in together.items():
             expected = sum(one[name] for _, one in singles) / 8
-            size = mx.linalg.norm(expected.flatten()).item()
+            # Of sequences whose gradients cancel, float32 keeps what they are, not what is left.
+            size = sum(mx.linalg.norm(one[name].flatten()).item() for _, one in singles) / 8
             difference = mx.linalg.norm((gradient - expected).flatten()).item()
-            assert difference <= 1e-5 * size + 1e-9, name
+            assert difference <= 1e-5 * size, name
             heard += size > 0
         assert heard >= 0.9 * len(together)
 
