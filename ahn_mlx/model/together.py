@@ -32,7 +32,7 @@ class RowsCache:
 
 
 class Together:
-    """While a conversation is here its list of caches is empty; what it holds are rows."""
+    """While a conversation is here its caches hold nothing; what they held are rows."""
 
     def __init__(self) -> None:
         self._groups: dict[Kind, _Group] = {}
@@ -53,8 +53,7 @@ class Together:
         here += [caches for moved in new.values() for caches, _ in moved]
         for caches in rows:
             if not _among(here, caches):
-                new.setdefault(_kind(caches[0]), []).append((caches, list(caches)))
-                caches.clear()
+                new.setdefault(_kind(caches[0]), []).append((caches, caches))
         for kind, joining in new.items():
             self._groups.setdefault(kind, _Group(kind[0])).join(joining)
         self._groups = {kind: group for kind, group in self._groups.items() if group.members}
@@ -72,11 +71,15 @@ class Together:
         return [layer.state for group in self._groups.values() for layer in group.layers]
 
     def leave(self, caches: Caches) -> None:
-        """Give a conversation its caches back, if it is here, as they are when nothing but its
-        own tokens made them."""
+        """Give a conversation back what its caches held, if it is here, as they are when nothing
+        but its own tokens made them."""
         for group in self._groups.values():
             if _among(group.members, caches):
-                caches[:] = group.copied(_index(group.members, caches))
+                row = _index(group.members, caches)
+                for cache, copy in zip(caches, group.copied(row), strict=True):
+                    cache.offset = copy.offset
+                    cache.buffers, cache.memory = copy.buffers, copy.memory
+                group.members[row] = []  # nobody's, until the next step drops it
 
     def clear(self) -> None:
         """Nobody is here any more."""
@@ -92,8 +95,8 @@ class _Group:
         self.layers: list[BatchAHNCache] = []
 
     def keep(self, rows: Sequence[Caches]) -> None:
-        """Drop who is not among these, or has got its caches back."""
-        stay = [i for i, caches in enumerate(self.members) if not caches and _among(rows, caches)]
+        """Drop who is not among these."""
+        stay = [i for i, caches in enumerate(self.members) if _among(rows, caches)]
         if len(stay) == len(self.members):
             return
         self.members = [self.members[i] for i in stay]
@@ -127,7 +130,7 @@ class _Group:
             mx.eval(layer.state)
             self.layers.append(layer)
             for _, held in joining:
-                held[i] = AHNCache(layer.window, layer.sinks)  # what it held is not needed
+                held[i].buffers = held[i].memory = held[i]._next = None
         self.members += [caches for caches, _ in joining]
 
     def copied(self, row: int) -> Caches:
