@@ -104,7 +104,8 @@ class AHNAttention(nn.Module):
                 q = self.turn(self.ahn.q_proj(raw), offset)
             q, rates = q[:, :, -T:], derived.rates
             o, cache.memory = scan(self.ahn, q, update, cache.memory, rates, self.training)
-            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype))
+            # In training the memory is float32, whatever the base is.
+            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype)).astype(x.dtype)
             if self.config.router:
                 last = update.end - cache.capacity
                 # In training the paper counts sinks as part of the window.
@@ -316,4 +317,5 @@ def _add_tail(x: mx.array, tail: mx.array) -> mx.array:
     rest = x.shape[2] - tail.shape[2]
     if rest == 0:
         return x + tail
-    return mx.concatenate([x[:, :, :rest], x[:, :, rest:] + tail], axis=2)
+    head, last = mx.split(x, [rest], axis=2)  # whose gradient is one array, not two of zeros
+    return mx.concatenate([head, last + tail], axis=2)
