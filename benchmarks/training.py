@@ -20,6 +20,7 @@ from ahn_mlx.train import layerwise, loop
 from ahn_mlx.train.data import Sequences
 from ahn_mlx.train.losses import ROWS, kl
 from ahn_mlx.train.output import load_base
+from ahn_mlx.train.settings import Settings
 from ahn_mlx.train.streams import Stream, install, study, trainable
 
 from .measure import table
@@ -60,7 +61,7 @@ def speeds(kind: str) -> tuple[float, float]:
         {**options, "sink_positions": "clamped", "dtype": "float32", "seed": 0}
     )
     data = Sequences((str(DEMO),), tokenizer, SEQUENCE, 0)
-    settings = loop.Settings(WINDOW, SINKS, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)
+    settings = Settings(WINDOW, SINKS, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)
     first = _seconds(lambda: layerwise.fit(model, data, 2, WINDOW, SINKS))
     trainer = loop.Trainer(model, data, settings)
     trainer.train_step()

@@ -48,7 +48,7 @@ def test_loss_and_gradients(
     def objective(parameters):
         install(model, parameters)
         student = study(model, tokens, window, sinks, keep, checkpoint)
-        value = losses.LOSSES[loss](model, teacher, student, labels, window + sinks)
+        value = getattr(losses, loss)(model, teacher, student, labels, window + sinks)
         return value, student.hidden
 
     (value, hidden), gradients = mx.value_and_grad(objective)(parameters)

@@ -27,7 +27,8 @@ from ..outputs.files import (
     same_file,
 )
 from .curves import CURVES
-from .loop import METRICS, STATE
+from .loop import STATE
+from .metrics import METRICS
 from .streams import Parameters, trainable
 from .validation import VALIDATION
 

@@ -11,8 +11,9 @@ from ..errors import AHNError
 from ..model.augment import head
 from ..outputs.files import replacing
 from .data import Sequences
-from .loop import Settings, read_metrics
 from .losses import ROWS, divergence
+from .metrics import read_metrics
+from .settings import Settings
 from .streams import silenced, study, teach
 
 VALIDATION = "validation.jsonl"
