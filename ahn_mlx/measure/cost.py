@@ -32,12 +32,13 @@ STEP = 256  # slots by which caches grow
 class Shape:
     """Sizes of a model. Weights: number of elements, of all layers together.
 
-    projections: q, k, v and o. gates: what the memory computes for each token. readout: what
+    hidden: width of what goes from layer to layer. projections: q, k, v and o. gates: what the memory computes for each token. readout: what
     it computes where it is read. vectors: norms and biases. tied: the head is the embedding.
     """
 
     ahn: AHNConfig
     layers: int
+    hidden: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -78,6 +79,7 @@ def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
     return Shape(
         ahn=ahn,
         layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_dim=config["hidden_size"] // config["num_attention_heads"],
@@ -116,6 +118,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     return Shape(
         ahn=model.ahn,
         layers=len(model.layers),
+        hidden=model.args.hidden_size,
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
         head_dim=attention.head_dim,

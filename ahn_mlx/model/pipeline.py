@@ -15,34 +15,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import _BaseCache
 
 from ..errors import AHNError
 from .cache import AHNCache
+from .division import layers_of_each
 
 # Messages on their way at a time; each is the hidden states of one step.
 IN_FLIGHT = 2
 
 # One stream for all messages: between two ranks they come in the order in which they were sent.
 _stream = mx.new_thread_local_stream(mx.cpu)
-
-
-def runs(layers: int, ranks: int) -> list[range]:
-    """The layers of each rank; rank 0 has the last ones. Raises AHNError if there are too few.
-
-    >>> from ahn_mlx.model.pipeline import runs
-    >>> runs(30, 4)
-    [range(22, 30), range(14, 22), range(7, 14), range(0, 7)]
-    """
-    if ranks > layers:
-        raise AHNError(f"{layers} layers cannot be run by {ranks} ranks; start at most {layers}")
-    even, more = divmod(layers, ranks)
-    found, end = [], layers
-    for rank in range(ranks):
-        first = end - even - (rank < more)
-        found.append(range(first, end))
-        end = first
-    return found
 
 
 class AwayCache(AHNCache):
@@ -165,7 +147,7 @@ class PipelinedModel:
 def pipeline(model: nn.Module, group: mx.distributed.Group) -> None:
     """Leave a model the layers of this rank, in place. Its tensors must not be read yet: those of
     other ranks never are. Raises AHNError if its layers are not one after the other."""
-    run = runs(len(model.layers), group.size())[group.rank()]
+    run = layers_of_each(len(model.layers), group.size())[group.rank()]
     boundaries, logits = _boundaries(model)
     whole = copy.copy(model)
     whole.model = copy.copy(model.model)
@@ -185,9 +167,7 @@ def pipeline(model: nn.Module, group: mx.distributed.Group) -> None:
         model.lm_head = _NoHead(model.lm_head)
     base = type(model)
     model.__class__ = type(base.__name__, (PipelinedModel, base), {})
-    model.__dict__.update(
-        whole=whole, run=run, link=link, _logits=(logits.shape[-1], logits.dtype)
-    )
+    model.__dict__.update(whole=whole, run=run, link=link, _logits=(logits.shape[-1], logits.dtype))
 
 
 class _Watched(_Around):
