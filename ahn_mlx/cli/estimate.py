@@ -21,6 +21,7 @@ CHIP = click.Choice(list(CHIPS), case_sensitive=False)
 CHIP_HELP = f"Give bounds for it: {', '.join(CHIPS)}."
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 256, 512)  # GB
+SERVERS = (16, 32, 64, 128, 512)  # GB, of Macs that serve
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub, of which config.json is enough
 CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 # As contexts are named: 128k is 131,072. A page of a novel has some 300 words.
@@ -200,6 +201,10 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
         "cache_bytes": cache,
         # Weights and cache are read once, and the state is written as well.
         "decode_bytes": weights + sum(cache.values()) + cache["state"],
+        "rows": {
+            gb: cost.rows_that_fit(sum(cache.values()), weights, int(USABLE * gb * 1e9))
+            for gb in SERVERS
+        },
         **({"rank": _count_rank(shape, kind, tokens, options)} if options["ranks"] > 1 else {}),
     }
 
@@ -266,6 +271,9 @@ def _print(
     print_table(["", *found], table + speeds)
     for note in notes:
         click.echo(note)
+    click.echo("\nBy GB of a Mac: answers at a time, as ahn-mlx serve counts its --rows.")
+    fit = [[str(gb), *(f"{c['rows'][gb]:,}" for c in found.values())] for gb in SERVERS]
+    print_table(["GB", *found], fit)
     click.echo("\nBy context: GB of cache, and GFLOP (GF) for one more token.")
     contexts = [
         [f"{n:,}"]
