@@ -20,6 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..checkpoints.card import LICENCES, Origin, read_origins
+from ..checkpoints.identity import model_identity
 from ..checkpoints.safetensors import Layout, TensorWriter
 from ..checkpoints.shards import write_json
 from ..errors import AHNError
@@ -32,7 +33,7 @@ from ..model.pure import initial_state, pure_step
 from ..ops import kernels
 from ..outputs.directories import check_out, replacing, reporting
 from ..platform import on_cpu
-from ..reading.memoryfile import base_facts, model_identity, tokenizer_identity
+from ..reading.memoryfile import base_facts, tokenizer_identity
 from ..reading.session import ORIGIN
 from ..reading.template import SYSTEM, Template
 from ..reading.tokens import Encoder

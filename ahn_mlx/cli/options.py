@@ -14,6 +14,7 @@ from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
 from ..platform import default_dtype, enough_memory
 from ..reading.sampling import Sampling, complaint
 from .command import QUIET, spelling
+from .ranks import here
 from .terminal import say, waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -265,6 +266,7 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
             dtype=options["dtype"],
             q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
             ahn=options["ahn"],
+            ranks=here(),
         )
     bits = next((m.bits for m in model.modules() if hasattr(m, "bits")), None)
     if bits and default_dtype() is not None:

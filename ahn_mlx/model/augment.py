@@ -58,6 +58,7 @@ class AHNModel:
     """What an augmented model has beyond the mlx-lm model it was made from."""
 
     ahn: AHNConfig
+    ranks: Any = None  # of ranks.Ranks, where several processes run it
 
     def make_cache(self) -> list[Any]:
         """One cache per layer: AHNCache; FullCache where full attention is kept; and mlx-lm's own

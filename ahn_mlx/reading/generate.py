@@ -94,7 +94,9 @@ class Run:
             prompt_cache=self.cache,
             prefill_step_size=self.step or prefill_step(),
             prompt_progress_callback=self._count,
-            **self.sampling.begin(vocabulary, note(nothing_seen(vocabulary), self.prompt)),
+            **self.sampling.begin(
+                vocabulary, note(nothing_seen(vocabulary), self.prompt), self.model.ranks
+            ),
         ):
             self.generated = response.generation_tokens
             self.said.append(response.token)

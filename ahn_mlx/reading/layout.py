@@ -221,12 +221,16 @@ def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
         model(mx.zeros((1, 1), dtype=mx.uint32), cache=caches)  # never evaluated
     except ValueError as e:
         raise ValueError(f"keys and values of {kv_bits} bits do not fit this model ({e})") from None
-    kept = []
+    kept, ranks = [], 1 if model.ranks is None else model.ranks.size
     for layer, cache in zip(model.layers, caches, strict=True):
         buffers = held(cache)
         plain = unpack(buffers, *_quantized(facts)) if isinstance(cache, AHNCache) else buffers
-        wanted = tuple(Wanted((WRITTEN[x.dtype],), tuple(map(exactly, x.shape))) for x in buffers)
-        H = exactly(layer.self_attn.n_heads) if isinstance(cache, AHNCache) else ANY
+        wanted = tuple(
+            Wanted((WRITTEN[x.dtype],), tuple(map(exactly, (B, ranks * heads, *rest))))
+            for x in buffers
+            for B, heads, *rest in (x.shape,)
+        )
+        H = exactly(ranks * layer.self_attn.n_heads) if isinstance(cache, AHNCache) else ANY
         kept.append(Kept(H, exactly(plain[0].shape[-1]), wanted))
     return kept
 

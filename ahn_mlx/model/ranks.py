@@ -1,0 +1,223 @@
+"""One model over the processes that mlx.launch started: who they are, what they tell each other,
+and which part of the model is this one's.
+
+Tensor parallel: mlx-lm's `shard` divides the base. Heads stay with their keys and values, window,
+gates, memory and output projection, so that nothing new crosses but the sum of squares that the
+norm of Mamba2 needs. The vocabulary is divided too, which mlx-lm leaves whole.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map_with_path
+
+from ..errors import AHNError
+from ..platform import launched_rank
+from .attention import AHNAttention
+
+T = TypeVar("T")
+
+UNSIGNED = {2: mx.uint16, 4: mx.uint32}
+
+
+@lru_cache(maxsize=1)
+def join() -> "Ranks | None":
+    """The processes that mlx.launch started together; None if it did not, or this one alone.
+    Waits for the others. Raises AHNError if they cannot be reached."""
+    if launched_rank() is None:
+        return None
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as e:
+        raise AHNError(f"the other processes of mlx.launch cannot be reached: {e}") from None
+    return Ranks(group) if group.size() > 1 else None
+
+
+def share(ranks: "Ranks | None", make: Callable[[], T]) -> T:
+    """Ranks.share, or what `make` makes where there is one process."""
+    return make() if ranks is None else ranks.share(make)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that run one model. All of them call the same in the same order.
+
+    group: of mx.distributed.
+    """
+
+    group: mx.distributed.Group
+
+    @cached_property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @cached_property
+    def size(self) -> int:
+        return self.group.size()
+
+    def sum(self, x: mx.array) -> mx.array:
+        """Of all ranks' arrays, which have the same shape."""
+        return mx.distributed.all_sum(x, group=self.group)
+
+    def first(self, x: mx.array) -> mx.array:
+        """Rank 0's array, whatever the others have in the same shape and dtype."""
+        # Bit for bit: -0 and 0 make 0.
+        unsigned = UNSIGNED.get(x.itemsize, x.dtype)
+        bits = x.view(unsigned) if mx.issubdtype(x.dtype, mx.floating) else x
+        return self.sum(bits if self.rank == 0 else mx.zeros_like(bits)).view(x.dtype)
+
+    def any(self, fact: bool) -> mx.array:
+        """On how many ranks it is so; not waited for."""
+        found = self.sum(mx.array(int(fact)))
+        mx.async_eval(found)
+        return found
+
+    def part(self, x: mx.array, axis: int) -> mx.array:
+        """This rank's part of an array that they divide evenly."""
+        return mx.contiguous(mx.split(x, self.size, axis=axis)[self.rank])
+
+    def whole(self, x: mx.array, axis: int) -> mx.array:
+        """Of the parts of all ranks, in their order, the array."""
+        x = x.swapaxes(0, axis)
+        return mx.distributed.all_gather(x, group=self.group).swapaxes(0, axis)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, which is JSON; the others do not call `make`. Raises the AHNError
+        or OSError that it raises there, and an AHNError of that on the others."""
+        if self.rank:
+            told = json.loads(self._send(b""))
+            if "error" in told:
+                raise AHNError(told["error"])
+            return told["made"]  # type: ignore[no-any-return]
+        try:
+            made = make()
+        except (AHNError, OSError) as e:
+            self._send(json.dumps({"error": str(e)}).encode())
+            raise
+        # As the others get it: JSON makes lists of tuples.
+        text = json.dumps({"made": made})
+        self._send(text.encode())
+        return json.loads(text)["made"]  # type: ignore[no-any-return]
+
+    def _send(self, message: bytes) -> bytes:
+        size = int(self.first(mx.array(len(message))).item())
+        held = mx.array(np.frombuffer(message or bytes(size), dtype=np.uint8))
+        return np.asarray(self.first(held)).tobytes()
+
+    def spread(self, arrays: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+        """Rank 0's arrays by name, one after another, on all ranks."""
+        layouts = self.share(lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()])
+        for name, dtype, shape in layouts:
+            kind = getattr(mx, dtype.removeprefix("mlx.core."))
+            yield name, self.first(mx.zeros(shape, dtype=kind) if self.rank else arrays[name])
+
+    def cut(self, model: nn.Module) -> None:
+        """Leave of an augmented model, in place, what is this rank's. Its arrays are not read.
+        Raises AHNError if it cannot be divided among so many."""
+        _check(model, self.size)
+        try:
+            model.shard(self.group)
+        except ValueError as e:
+            raise AHNError(
+                f"this model's weights cannot be divided among {self.size} ranks ({e})"
+            ) from None
+        for layer in model.layers:
+            if isinstance(getattr(layer, "self_attn", None), AHNAttention):
+                self._cut_attention(layer.self_attn)
+        inner: Any = model.model
+        inner.embed_tokens = self._cut_vocabulary(inner.embed_tokens, _Embedding)
+        if "lm_head" in model:
+            model.lm_head = self._cut_vocabulary(model.lm_head, _Head)
+        model.ranks = self
+
+    def _cut_attention(self, attention: AHNAttention) -> None:
+        """What mlx-lm does not know of: heads' memories."""
+        fit, N = attention.fit, self.size
+        attention.fit = replace(fit, n_heads=fit.n_heads // N, n_kv_heads=fit.n_kv_heads // N)
+        attention.n_heads, attention.n_kv_heads = attention.fit.n_heads, attention.fit.n_kv_heads
+
+        def cut(name: str, x: mx.array) -> mx.array:
+            return x if name == "o_norm.weight" else self.part(x, 0)  # one for all heads
+
+        for module in (attention.ahn, attention.get("router")):
+            if module is not None:
+                module.update(tree_map_with_path(cut, module.parameters()))
+        if attention.ahn.kind == "mamba2":
+            attention.ahn.group = self.group
+
+    def _cut_vocabulary(self, module: nn.Module, kind: type) -> nn.Module:
+        """Rows of a matrix with one for each token; the last rank's may be fewer."""
+        vocabulary = len(module.weight)
+        rows = -(-vocabulary // self.size)
+
+        def cut(x: mx.array) -> mx.array:
+            x = x[self.rank * rows : (self.rank + 1) * rows]
+            missing = mx.zeros((rows - len(x), *x.shape[1:]), dtype=x.dtype)
+            return mx.contiguous(mx.concatenate([x, missing]))
+
+        own = {name: cut(x) for name, x in module.items() if isinstance(x, mx.array)}
+        module.update(own)
+        # A subclass made on the spot keeps parameter names, and the product of packed weights.
+        module.__class__ = type(kind.__name__, (kind, type(module)), {})
+        module.__dict__["_rows"] = _Rows(self, vocabulary, rows)
+        return module
+
+
+def _check(model: nn.Module, size: int) -> None:
+    """Raise AHNError unless each rank gets as many heads, each with its keys and values."""
+    if not hasattr(model, "shard"):
+        family = getattr(model.args, "model_type", "this")
+        raise AHNError(f"mlx-lm cannot divide a {family} model among ranks; run it as one process")
+    for layer in model.layers:
+        attention = getattr(layer, "self_attn", None)
+        if not isinstance(attention, AHNAttention) or attention.n_kv_heads % size == 0:
+            continue
+        heads = attention.n_kv_heads
+        fits = [str(n) for n in range(2, heads + 1) if heads % n == 0]
+        mend = f"start {' or '.join(fits)}" if fits else "run it as one process"
+        raise AHNError(f"{heads} key/value heads cannot be divided among {size} ranks; {mend}")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of the vocabulary are a rank's: `rows` of them."""
+
+    ranks: Ranks
+    vocabulary: int
+    rows: int
+
+    def logits(self, part: mx.array) -> mx.array:
+        """[..., rows] of each rank -> [..., V]."""
+        whole = self.ranks.whole(part.reshape(-1, self.rows), 1)
+        return whole[:, : self.vocabulary].reshape(*part.shape[:-1], -1)
+
+
+class _Head:
+    """Hidden states -> logits, of which each rank computes its part."""
+
+    _rows: _Rows
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._rows.logits(super().__call__(x))  # type: ignore[misc]
+
+
+class _Embedding:
+    """Ids -> vectors, each of the rank that has it."""
+
+    _rows: _Rows
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        ranks, rows = self._rows.ranks, self._rows.rows
+        own = ids.astype(mx.int32) - ranks.rank * rows
+        mine = (own >= 0) & (own < rows)
+        x = super().__call__(mx.where(mine, own, 0))  # type: ignore[misc]
+        return ranks.sum(mx.where(mine[..., None], x, mx.zeros_like(x)))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._rows.logits(super().as_linear(x))  # type: ignore[misc]
