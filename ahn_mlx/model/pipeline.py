@@ -11,7 +11,8 @@ the rank goes on with the next tokens: a prompt's steps are in flight, and all r
 
 import copy
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,47 +20,122 @@ import mlx.nn as nn
 from ..errors import AHNError
 from .cache import AHNCache
 from .division import layers_of_each
+from .ranks import Ranks
 
 # Messages on their way at a time; each is the hidden states of one step.
 IN_FLIGHT = 2
+
+# Calls of `any` of which one is asked of all.
+TOGETHER = 8
 
 # One stream for all messages: between two ranks they come in the order in which they were sent.
 _stream = mx.new_thread_local_stream(mx.cpu)
 
 
-class AwayCache(AHNCache):
-    """Of a layer that another rank runs: it counts tokens, and keeps nothing."""
+class Pipeline(Ranks):
+    """Ranks that have layers, and not heads."""
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "AwayCache":
-        """As AHNCache has it."""
-        settings = super().to_quantized(group_size, bits)
-        other = copy.copy(self)
-        other.bits, other.group_size = settings.bits, settings.group_size
-        return other
+    _sent: deque[mx.array]
+    _facts: list[bool]
 
-
-class Link:
-    """The neighbours of a rank. What comes over it has the width and dtype that its layers make."""
-
-    def __init__(self, group: mx.distributed.Group, boundaries: dict[int, tuple[int, mx.Dtype]]):
-        self.group, self.boundaries = group, boundaries
-        self._sent: deque[mx.array] = deque()
+    def __init__(self, group: mx.distributed.Group):
+        super().__init__(group)
+        vars(self).update(stream=_stream, _sent=deque(), _facts=[])
 
     def send(self, x: mx.array) -> None:
         """Pass on hidden states [B, L, C]. It returns at once, unless too many are on their way."""
         while len(self._sent) >= IN_FLIGHT:
             mx.eval(self._sent.popleft())
-        sent = mx.distributed.send(x, self.group.rank() - 1, group=self.group, stream=_stream)
+        sent = mx.distributed.send(x, self.rank - 1, group=self.group, stream=_stream)
         mx.async_eval(sent)
         self._sent.append(sent)
 
-    def receive(self, layer: int, like: mx.array) -> mx.array:
-        """What came out of a layer of the rank before, for the same tokens."""
-        width, dtype = self.boundaries[layer]
-        shape, source = (*like.shape[:2], width), self.group.rank() + 1
-        x = mx.distributed.recv(shape, dtype, source, group=self.group, stream=_stream)
+    def receive(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """What the rank before passes on."""
+        x = mx.distributed.recv(shape, dtype, self.rank + 1, group=self.group, stream=_stream)
         mx.async_eval(x)  # each call takes one message, whatever becomes of it
         return x
+
+    def any(self, fact: bool) -> bool:
+        """Whether it is so, or was, on one of them. Only now and then, since they wait for each
+        other there."""
+        self._facts.append(fact)
+        if len(self._facts) < TOGETHER:
+            return False
+        found = super().any(any(self._facts))
+        self._facts.clear()
+        return found
+
+    def gathered(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
+        """As Ranks has it."""
+        own = {name: x for name, x in arrays.items() if _layer(name) in model.run}
+        whole = {name: x for name, x in arrays.items() if _layer(name) is None}
+        for root in reversed(range(self.size)):
+            for name, x in self.spread(own if self.rank == root else {}, root):
+                mx.eval(x)
+                whole |= {} if self.rank else {name: x}
+        return {} if self.rank else whole
+
+    def divided(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
+        """As Ranks has it."""
+        own = {}
+        for name, x in self.spread(arrays):
+            mx.eval(x)
+            layer = _layer(name)
+            if layer is None or layer in model.run:
+                own[name] = x
+            elif layer in model.ahn.fa_layer_ids:  # its cache counts tokens by what it holds
+                own[name] = mx.contiguous(x[:, :1, :, :1])
+        return own
+
+    def cut(self, model: nn.Module) -> None:
+        """As Ranks has it. Raises AHNError also if layers are not one after the other."""
+        run = layers_of_each(len(model.layers), self.size)[self.rank]
+        made, logits = _watched(model)
+        whole = copy.copy(model)
+        whole.model = copy.copy(model.model)
+        layers = whole.model.layers = list(model.model.layers)
+        model.model.layers = [
+            layer if i in run else _Away(layer, self, made[i], _duty(i, run))
+            for i, layer in enumerate(layers)
+        ]
+        first, last = run.start == 0, run.stop == len(layers)
+        if not first and ("lm_head" in model or not last):
+            model.model.embed_tokens = _NoEmbedding(model.model.embed_tokens, made[-1])
+        if "lm_head" in model and not last:
+            model.lm_head = _NoHead(model.lm_head)
+        base = type(model)
+        model.__class__ = type(base.__name__, (PipelinedModel, base), {})
+        vars(model).update(entire=whole, run=run, _logits=logits)
+        model.ranks = self
+
+
+def entire(model: nn.Module) -> nn.Module:
+    """The model with all layers, of which nothing may be computed if it is a rank's part."""
+    return vars(model).get("entire", model)
+
+
+def own_layers(model: nn.Module) -> range:
+    """The numbers of a model's layers, or of a rank's if it has a run of them."""
+    return vars(model).get("run", range(len(model.layers)))
+
+
+def _layer(name: str) -> int | None:
+    """Which layer an array in a memory's file is of."""
+    head, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if head == "layers" else None
+
+
+def _duty(layer: int, run: range) -> str:
+    """What a layer of another rank does beside a run."""
+    return {run.start - 1: "receive", run.stop: "send"}.get(layer, "")
+
+
+class Made(NamedTuple):
+    """What comes out of a layer: its width and dtype."""
+
+    width: int
+    dtype: mx.Dtype
 
 
 class _Around(nn.Module):
@@ -67,45 +143,48 @@ class _Around(nn.Module):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.__dict__["layer"] = layer
+        vars(self)["layer"] = layer
 
     def __getattr__(self, name: str) -> Any:
         # A model file asks its layers whether they are local, and the like.
-        return getattr(self.__dict__["layer"], name)
+        return getattr(vars(self)["layer"], name)
 
 
 class _Away(_Around):
-    """A layer of another rank: it lets its input through. does: "", "send" or "receive"."""
+    """A layer of another rank: it lets its input through, and counts tokens in its cache. duty:
+    "", "send" or "receive"."""
 
-    def __init__(self, layer: nn.Module, number: int, link: Link, does: str):
+    def __init__(self, layer: nn.Module, ranks: Pipeline, made: Made, duty: str):
         super().__init__(layer)
-        self.__dict__.update(number=number, link=link, does=does)
+        vars(self).update(ranks=ranks, made=made, duty=duty)
 
     def __call__(self, x: mx.array, *arguments: Any, **named: Any) -> mx.array:
+        B, L, _ = x.shape
         for cache in (*arguments, *named.values()):
-            if isinstance(cache, AwayCache):
-                cache.offset += x.shape[1]
-            elif hasattr(cache, "update_and_fetch"):  # it makes masks for others
-                nothing = mx.zeros((x.shape[0], 1, x.shape[1], 1), dtype=x.dtype)
+            if isinstance(cache, AHNCache):
+                cache.offset += L
+            elif hasattr(cache, "update_and_fetch"):  # masks of others may be made by it
+                nothing = mx.zeros((B, 1, L, 1), dtype=x.dtype)
                 cache.update_and_fetch(nothing, nothing)
-        if self.does == "receive":
-            return self.link.receive(self.number, x)
-        if self.does == "send":
-            self.link.send(x)
+        if self.duty == "receive":
+            return self.ranks.receive((B, L, self.made.width), self.made.dtype)
+        if self.duty == "send":
+            self.ranks.send(x)
         return x
 
 
 class _NoEmbedding(_Around):
     """Of a rank that receives what others made of the tokens."""
 
-    def __init__(self, layer: nn.Module, width: int, dtype: mx.Dtype):
+    def __init__(self, layer: nn.Module, made: Made):
         super().__init__(layer)
-        self.__dict__.update(width=width, dtype=dtype)
+        vars(self).update(made=made)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return mx.zeros((*ids.shape, self.width), dtype=self.dtype)
+        return mx.zeros((*ids.shape, self.made.width), dtype=self.made.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Logits, which rank 0 alone makes."""
         return x
 
 
@@ -119,55 +198,19 @@ class _NoHead(_Around):
 class PipelinedModel:
     """What a model has beyond an AHN model once its layers are on several ranks.
 
-    whole: the model as it was, all layers; nothing of other ranks' is ever computed. run: the
-    layers of this rank.
+    run: the layers of this rank. entire: the model with all, of which nothing may be computed.
     """
 
-    whole: nn.Module
     run: range
+    entire: nn.Module
+    _logits: Made
 
     def __call__(self, ids: mx.array, *arguments: Any, **named: Any) -> mx.array:
+        """As of the whole model on rank 0; zeros, which cost nothing, on the others."""
         logits: mx.array = super().__call__(ids, *arguments, **named)  # type: ignore[misc]
         if self.run.stop == len(self.layers):  # type: ignore[attr-defined]
             return logits
-        width, dtype = self._logits  # type: ignore[attr-defined]
-        return mx.zeros((*ids.shape, width), dtype=dtype)
-
-    def make_cache(self) -> list[Any]:
-        """As AHNModel has it, with AwayCaches for layers of other ranks."""
-        caches: list[Any] = super().make_cache()  # type: ignore[misc]
-        return [
-            AwayCache(cache.window, cache.sinks)
-            if isinstance(cache, AHNCache) and i not in self.run
-            else cache
-            for i, cache in enumerate(caches)
-        ]
-
-
-def pipeline(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Leave a model the layers of this rank, in place. Its tensors must not be read yet: those of
-    other ranks never are. Raises AHNError if its layers are not one after the other."""
-    run = layers_of_each(len(model.layers), group.size())[group.rank()]
-    boundaries, logits = _boundaries(model)
-    whole = copy.copy(model)
-    whole.model = copy.copy(model.model)
-    whole.model.layers = layers = list(model.model.layers)
-    link = Link(group, boundaries)
-    does = {run.start - 1: "receive", run.stop: "send"}
-    model.model.layers = [
-        layer if i in run else _Away(layer, i, link, does.get(i, ""))
-        for i, layer in enumerate(layers)
-    ]
-    first, last = run.start == 0, run.stop == len(layers)
-    own_head = "lm_head" in model
-    if not first and (own_head or not last):
-        width, dtype = boundaries[-1]
-        model.model.embed_tokens = _NoEmbedding(model.model.embed_tokens, width, dtype)
-    if own_head and not last:
-        model.lm_head = _NoHead(model.lm_head)
-    base = type(model)
-    model.__class__ = type(base.__name__, (PipelinedModel, base), {})
-    model.__dict__.update(whole=whole, run=run, link=link, _logits=(logits.shape[-1], logits.dtype))
+        return mx.zeros((*ids.shape, self._logits.width), dtype=self._logits.dtype)
 
 
 class _Watched(_Around):
@@ -175,7 +218,7 @@ class _Watched(_Around):
 
     def __init__(self, layer: nn.Module, seen: list[Any]):
         super().__init__(layer)
-        self.__dict__["seen"] = seen
+        vars(self).update(seen=seen)
 
     def __call__(self, x: mx.array, *arguments: Any, **named: Any) -> Any:
         others = [a for a in (*arguments, *named.values()) if isinstance(a, mx.array)]
@@ -184,24 +227,21 @@ class _Watched(_Around):
         return made
 
 
-def _boundaries(model: nn.Module) -> tuple[dict[int, tuple[int, mx.Dtype]], mx.array]:
-    """Width and dtype of what comes out of each layer, and as -1 out of the embedding; and logits
-    of one token. Nothing is computed."""
-    family = type(model).__mro__[1].__module__
+def _watched(model: nn.Module) -> tuple[dict[int, Made], Made]:
+    """What comes out of each layer, and as -1 out of the embedding; and logits. Nothing is
+    computed. Raises AHNError if a layer takes more than what came out of the one before it."""
     inner, whole = copy.copy(model.model), copy.copy(model)
     seen: list[Any] = []
     inner.layers = [_Watched(layer, seen) for layer in model.model.layers]
     whole.model = inner
     logits = whole(mx.zeros((1, 1), dtype=mx.int32), cache=model.make_cache())
-    found: dict[int, tuple[int, mx.Dtype]] = {}
+    found: dict[int, Made] = {}
     x = None
     for i, (given, others, made) in enumerate(seen):
         if (x is not None and given is not x) or others or not isinstance(made, mx.array):
-            raise AHNError(
-                f"layers of model family {family.rsplit('.', 1)[-1]!r} take more than what the"
-                " layer before them made; drop --pipeline"
-            )
+            kind = getattr(model.args, "model_type", "this")
+            raise AHNError(f"layers of a {kind} model are not one after the other; drop --pipeline")
         if x is None:
-            found[-1] = given.shape[-1], given.dtype
-        found[i], x = (made.shape[-1], made.dtype), made
-    return found, logits
+            found[-1] = Made(given.shape[-1], given.dtype)
+        found[i], x = Made(made.shape[-1], made.dtype), made
+    return found, Made(logits.shape[-1], logits.dtype)
