@@ -19,6 +19,7 @@ from ..checkpoints.safetensors import DTYPES, FLOATS, MAX_DIM, WRITTEN, not_fini
 from ..errors import AHNError, show
 from ..model.cache import AHNCache, grown_to, unpack
 from ..model.config import PUBLISHED_NAMES
+from ..model.pipeline import entire
 from ..model.trace import BLOCK
 from ..ops.ring import stay
 
@@ -212,6 +213,7 @@ class Kept(NamedTuple):
 
 def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
     """Of each layer, as this model makes it. Raises ValueError if bits or layers do not fit."""
+    model = entire(model)
     full = {i for i, layer in enumerate(facts["layers"]) if len(layer) == 1}
     if full != set(model.ahn.fa_layer_ids) or len(facts["layers"]) != len(model.layers):
         raise ValueError("its layers are not this model's")
