@@ -3,12 +3,14 @@
 import asyncio
 import io
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import papers
 import pytest
 from checkpoints import edit_config, make_base
 
@@ -17,7 +19,7 @@ from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import load_plain
 from ahn_mlx.evaluate.records import count_records
-from ahn_mlx.reading.text import read_file
+from ahn_mlx.reading.text import read_documents, read_file
 from ahn_mlx.serve.guard import LOOPBACK, Guard
 
 NAN, ENDLESS = float("nan"), 10**400
@@ -138,3 +140,53 @@ def test_a_body_whose_length_is_no_number(length: str) -> None:
     asyncio.run(ask())
     assert sent[0]["status"] == 400
     assert "Content-Length" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["~\0", "fi \0/*G", "a\0b", "[\0!", "\0", "file:///\0"])
+def test_names_with_a_nul(name: str) -> None:
+    with pytest.raises(AHNError) as refused:
+        read_documents([name], has_prompt=False)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\x7fb", "\u202egpj.exe", "\x9b2J", "\ud83d"])
+def test_names_that_a_terminal_would_obey(name: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(AHNError) as refused:
+        read_documents([name], has_prompt=False)
+    assert str(refused.value).isprintable() and ascii(name)[1:-1] in str(refused.value)
+    (tmp_path / "good.txt").write_text("It was")
+    try:
+        (tmp_path / f"{name}.txt").touch()
+    except UnicodeEncodeError:  # no file can have it
+        return
+    assert read_documents([str(tmp_path)], has_prompt=False) == "It was"
+    said = capsys.readouterr().err
+    assert "empty" in said and said.rstrip("\n").isprintable()
+
+
+def test_a_folder_with_a_link_into_what_is_closed(tmp_path: Path, monkeypatch: Any) -> None:
+    """Root may look everywhere, so that the system's answer is made up."""
+    (tmp_path / "good.txt").write_text("It was")
+    (tmp_path / "closed.txt").symlink_to("/nowhere/x")
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(path, int) and os.fspath(path).endswith("closed.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert read_documents([str(tmp_path)], has_prompt=False) == "It was"
+
+
+@pytest.mark.parametrize("kind", ["docx", "epub", "lies"])
+def test_archives_that_unpack_without_end(kind: str, tmp_path: Path) -> None:
+    body = papers.paragraph("x") * 60_000
+    data = papers.docx(body) if kind != "epub" else papers.epub({"a.xhtml": body})
+    if kind == "lies":  # in its directory, about how small the part is
+        at = data.index(b"word/document.xml", data.index(b"PK\x01\x02")) - 46
+        data = data[: at + 20] + struct.pack("<I", 1 << 30) + data[at + 24 :]
+    file = tmp_path / f"a.{'epub' if kind == 'epub' else 'docx'}"
+    file.write_bytes(data)
+    with pytest.raises(AHNError, match="zip bomb"):
+        read_file(file)

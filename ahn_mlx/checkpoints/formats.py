@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AHNError
+from ..errors import AHNError, note
 from ..model.names import is_memory
 from . import pickles
 from .baseconfig import check_quantization, complete, normalise, read_config
-from .directory import Source, find_files, load_safetensors, note, read_headers, read_unused
+from .directory import Source, find_files, load_safetensors, read_headers, read_unused
 from .ggufile import GGUFile
 
 HEAD, EMBEDDING = "lm_head.", "model.embed_tokens."

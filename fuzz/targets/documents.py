@@ -91,7 +91,8 @@ def _texts(file: Path, place: Path, out: Path) -> None:
     with file.open("rb") as stream:
         kind_of(stream, ".txt")
     folder, errors = place / "folder", []
-    for names in ([str(file)], [str(folder)], [typed]):
+    inside = str(folder / typed.replace("/", "_").replace("..", "_"))
+    for names in ([str(file)], [str(folder)], [inside]):
         try:
             find(names)
             dict(read_each(names, read_file))
