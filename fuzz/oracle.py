@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +19,7 @@ SECONDS = 5.0  # of the processor, for one input
 SPARE = 200 << 20  # bytes of memory, beside TIMES the input
 TIMES = 4
 LONGEST = 2000  # characters of a message
+EVERY = 200  # inputs between two looks at what memory is in use
 
 # What is checked in a path that is opened, made, renamed, linked or removed.
 _WRITES = {
@@ -101,6 +101,8 @@ class Oracle:
         self.out.mkdir()
         self.accepted = self.refused = 0
         self.slowest, self.largest = 0.0, 0
+        # Bytes in use and the most kilobytes that ever were, as they were when last looked at.
+        self.memory = self.peak = self.looked = 0
         # Temporary files are no output; a library may make them.
         temporary = root / "tmp"
         temporary.mkdir()
@@ -117,10 +119,12 @@ class Oracle:
             given = self.target.prepare(data, self.given)
         except Exception:  # what nobody can write is no input
             return
-        before, peak = _memory(), _peak()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        if self.accepted + self.refused - self.looked > EVERY or used.ru_maxrss > self.peak:
+            self.memory, self.peak = _memory(), used.ru_maxrss
+            self.looked = self.accepted + self.refused
         said, refused = io.StringIO(), None
         self.watch.found.clear()
-        start = time.process_time()
         try:
             with redirect_stderr(said), redirect_stdout(said):
                 self.watch.on = True
@@ -136,26 +140,27 @@ class Oracle:
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
             raise Broken(_where(e), "".join(traceback.format_exception(e))) from None
-        self._judge(data, refused, said.getvalue(), time.process_time() - start, before, peak)
+        self._judge(data, refused, said.getvalue(), used)
 
     def _judge(
         self,
         data: bytes,
         refused: BaseException | None,
         said: str,
-        seconds: float,
-        before: int,
-        peak: int,
+        before: resource.struct_rusage,
     ) -> None:
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
         self.accepted += refused is None
         self.refused += refused is not None
         self.slowest = max(self.slowest, seconds)
         if seconds > SECONDS:
             raise Broken("slow", f"it took {seconds:.1f} s")
-        if (now := _peak()) > peak:
-            self.largest = max(self.largest, now - before)
-            if now - before > TIMES * len(data) + SPARE:
-                raise Broken("memory", f"it took {(now - before) >> 20} MB for {len(data)} bytes")
+        if now.ru_maxrss > self.peak:
+            grown = now.ru_maxrss * 1024 - self.memory
+            self.largest = max(self.largest, grown)
+            if grown > TIMES * len(data) + SPARE:
+                raise Broken("memory", f"it took {grown >> 20} MB for {len(data)} bytes")
         if self.watch.found:
             what = self.watch.found[0]
             raise Broken(f"write-{what.split()[0]}", "\n".join(self.watch.found))
@@ -188,7 +193,3 @@ def _memory() -> int:
     """Bytes of memory in use."""
     with open("/proc/self/statm", "rb") as f:
         return int(f.read().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
