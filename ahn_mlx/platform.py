@@ -57,6 +57,16 @@ class Blas:
     note: str = ""
 
 
+# What mlx.launch, or mpirun for it, sets in the processes that it starts.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def launched_rank() -> int | None:
+    """Which of the processes that mlx.launch started this one is; None if it is none."""
+    ranks = (os.environ.get(name, "") for name in LAUNCHED)
+    return next((int(rank) for rank in ranks if rank.isdecimal()), None)
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU now."""
     import mlx.core as mx

@@ -8,7 +8,7 @@ import click
 
 from ..errors import AHNError
 from .ask import load_session
-from .command import Command, Word
+from .command import Word
 from .options import (
     check_numbers,
     is_given,
@@ -20,10 +20,11 @@ from .options import (
     sampling_options,
     window_bits_options,
 )
+from .ranks import Together
 from .terminal import say, warn_slow
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("memory", cls=Word, metavar="FILE")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),

@@ -160,18 +160,20 @@ class AHNAttention(nn.Module):
         k, asks = self.fit.turn_keys(self, k, where.at), q
         if self.config.query_projection:
             asks = self.turn(self.ahn.q_proj(raw), where.at)
-        heads = []
-        for n, row in enumerate(cache.caches):
-            own = slice(n, n + 1)
+        heads, n = [], 0
+        for part in cache.parts:
+            own = slice(n, n + len(part.offsets))
             mine = (q[own], None if q_sink is None else q_sink[own], asks[own], z[own])
-            settings = (row.window, row.sinks, row.bits, row.group_size)
-            new, place = (k[own], v[own], gates[own]), tuple(cache.each[n])
+            new, settings = (k[own], v[own], gates[own]), (part.window, part.sinks)
+            rows, place = part.turn()
             said, after = self._compiled_row(
-                mine, new, place, tuple(cache.rows(n)), tuple(derived), *settings
+                *(mine, new, tuple(place), tuple(rows), tuple(derived)),
+                *(*settings, part.bits, part.group_size),
             )
-            row.turned(Rows(*after))
+            part.turned(Rows(*after))
             heads.append(said)
-        if rest := x.shape[0] - len(heads):
+            n = own.stop
+        if rest := x.shape[0] - n:
             heads.append(mx.zeros((rest, *heads[0].shape[1:]), dtype=heads[0].dtype))
         return self.merge(mx.concatenate(heads), x)
 
@@ -187,7 +189,7 @@ class AHNAttention(nn.Module):
         bits: int | None,
         group_size: int,
     ) -> tuple[mx.array, tuple[Any, ...]]:
-        """What is a conversation's own in a step: its window and its memory [1, H, 1, D]."""
+        """What is a conversation's own in a step: its window and its memory [n, H, 1, D]."""
         (q, q_sink, asks, z), where, before = mine, Place(*place), Rows(*rows)
         written = pack(*new, bits, group_size)
         left, buffers = before.leaving, write_slots(before.buffers, written, where.slots)
