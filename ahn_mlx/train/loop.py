@@ -23,6 +23,7 @@ from ..checkpoints.directory import load_safetensors
 from ..checkpoints.safetensors import mended, not_finite, read_header_and_metadata
 from ..errors import AHNError, show
 from ..model.augment import memory_layers
+from ..model.ranks import join
 from ..outputs.files import replacing
 from ..platform import on_cpu
 from . import layerwise, losses
@@ -80,7 +81,8 @@ class Trainer:
             [self._adamw(factor) for factor in (*RATES.values(), 1.0)],
             [partial(_ends_with, suffix) for suffix in RATES],
         )
-        self.world = _join()
+        join()  # which says so if the others cannot be reached
+        self.world = mx.distributed.init()
         if saved is not None:
             self._resume(saved)
         # Sequences of each length that the steps so far have seen.
@@ -237,14 +239,6 @@ class Trainer:
         self.parameters, self.sizes = _under("parameters.", state), _under("sizes.", state)
         self.optimizer.state = _tree(_under("optimizer.", state))
         self.schedule.resume(step, seconds)
-
-
-def _join() -> mx.distributed.Group:
-    """All processes that train together. Raises AHNError if they cannot be reached."""
-    try:
-        return mx.distributed.init()
-    except RuntimeError as e:
-        raise AHNError(f"the other processes of mlx.launch cannot be reached: {e}") from None
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
