@@ -122,8 +122,8 @@ def train(**options: Any) -> None:
     ahn-mlx train books/*.txt -o my-memory --resume --steps 1000
     ahn-mlx train texts.jsonl --model Qwen/Qwen2.5-3B-Instruct --kind deltanet \\
       --seq-len 8192 --grad-checkpoint -o ahn-dn-3b-mine
-    ahn-mlx train books/*.txt -o for-all --seq-len 2048 --batch-size 8 --minutes 30 \\
-      --window 256+32 --window 256+32 --window 1024+64@4096   # a third of the steps
+    ahn-mlx train books/*.txt -o all --seq-len 2048 --batch-size 8 --minutes 30 \\
+      --window 256+32 --window 256+32 --window 1024+64@4096
     ahn-mlx train more.txt --ahn my-memory -o better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
