@@ -87,8 +87,11 @@ class Trainer:
             self._resume(saved)
         # Sequences of each length that the steps so far have seen.
         self.seen: Counter[int] = Counter()
-        for step in range(self.step):
-            self._sees(draw_window(settings, step))
+        if len(self.texts) == 1:
+            self.seen[settings.seq_len] = self.step * self._each(choices(settings)[0])
+        else:
+            for step in range(self.step):
+                self._sees(draw_window(settings, step))
         install(model, fold(self.parameters, self.sizes))
         mx.eval(model.parameters())
 
@@ -105,9 +108,12 @@ class Trainer:
     def _sees(self, drawn: Window) -> int:
         """Count the sequences of a step, and return how many there were before."""
         before = self.seen[drawn.seq_len]
-        each = batch_of(self.settings, drawn) * self.settings.accumulate
-        self.seen[drawn.seq_len] += each * self.world.size()
+        self.seen[drawn.seq_len] += self._each(drawn)
         return before
+
+    def _each(self, drawn: Window) -> int:
+        """Sequences of such a step, on all machines."""
+        return batch_of(self.settings, drawn) * self.settings.accumulate * self.world.size()
 
     def train_step(self) -> float:
         """One update from `accumulate` batches per machine. Returns the mean loss.
