@@ -1,5 +1,6 @@
 """ahn-mlx train: a memory for a model, from texts."""
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from .options import complete_file, complete_model, is_given, no_effect, quiet_o
 from .terminal import progress_bar, say, stop_between_steps
 
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
+
+
+MOST = 1 << 31  # of any whole number: steps, sequences, tokens
 
 
 @click.command(cls=Command)
@@ -261,8 +265,13 @@ def _check(options: dict[str, Any]) -> None:
             raise AHNError(
                 f"--{name.replace('_', '-')} must be at least {low}, not {options[name]}"
             )
-    if not options["lr"] > 0:
-        raise AHNError(f"--lr must be above 0, not {options['lr']}")
+        if options[name] > MOST:  # a saved state's too
+            raise AHNError(f"--{name.replace('_', '-')} must be at most {MOST:,}")
+    if not 0 < options["lr"] < math.inf:
+        raise AHNError(f"--lr must be above 0 and finite, not {options['lr']}")
+    if not 0 <= options["weight_decay"] < math.inf:
+        found = options["weight_decay"]
+        raise AHNError(f"--weight-decay must be at least 0 and finite, not {found}")
     capacity = options["window"] + options["sinks"]
     if not options["random_window"] and options["seq_len"] <= capacity + 1:
         raise AHNError(
