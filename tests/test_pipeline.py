@@ -1,0 +1,87 @@
+"""Layers divided among processes, against one process; tests/pipelined.py is what they run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from checkpoints import REPO
+from several import environments
+
+from ahn_mlx import AHNError
+from ahn_mlx.model.division import heads_of_each, layers_of_each
+
+PROGRAM = REPO / "tests/pipelined.py"
+
+
+def run(n, directory, *parts):
+    """What each rank prints."""
+    command = [sys.executable, str(PROGRAM), str(directory), *parts]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [
+        subprocess.Popen(command, env=environment, cwd=REPO, **pipes)
+        for environment in environments(n, directory)
+    ]
+    said = [rank.communicate(timeout=600) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * n, said
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def check_logits(found):
+    first, *others = found
+    for case in first["logits"]:
+        assert case["same"] and case["off"] < 1e-4 * max(1, case["largest"]), case
+    parts = [first, *others]
+    for cases in zip(*(part["logits"] for part in parts), strict=True):
+        for case in cases:  # the layers of a rank, and no others, are held by it
+            assert abs(case["weights"] - case["layers"]) < 0.35 * case["layers"], case
+        assert sum(case["weights"] for case in cases) == pytest.approx(1)
+
+
+def check_memories(found):
+    assert found[0]["memories"] == {"answers": 1, "arrays": True, "same": True}
+
+
+def test_two_ranks_compute_write_and_send_what_one_process_does(tmp_path):
+    found = run(2, tmp_path, "memories", "ahead", "messages")
+    check_memories(found)
+    # The first rank has read two steps before the other has taken anything of it.
+    assert found[0]["ahead"] == [2]
+    # Rank 1 is the one that passes hidden states on.
+    pipelined, divided = found[1]["messages"][:3], found[1]["messages"][3:]
+    assert {case["case"].split()[1] for case in pipelined} == {"True"}
+    assert {case["case"].split()[1] for case in divided} == {"False"}
+    for case in pipelined + divided:
+        assert case["given"] == case["counted"] > 0, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_ranks_have_the_logits_of_one_process(n, tmp_path):
+    check_logits(run(n, tmp_path, "logits"))
+
+
+@pytest.mark.slow
+def test_three_ranks_write_and_read_memories(tmp_path):
+    found = run(3, tmp_path, "memories", "ahead")
+    check_memories(found)
+    assert found[0]["ahead"] == [2, 4]
+
+
+@pytest.mark.parametrize(("layers", "ranks"), [(30, 4), (5, 2), (7, 7), (36, 1), (61, 8)])
+def test_layers_are_divided_evenly_in_their_order(layers, ranks):
+    found = layers_of_each(layers, ranks)
+    assert [i for run in reversed(found) for i in run] == list(range(layers))
+    sizes = [len(run) for run in found]
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(AHNError, match="5 layers cannot be run by 6 ranks; start at most 5"):
+        layers_of_each(5, 6)
+    with pytest.raises(
+        AHNError, match=r"2 key/value heads .* 4 ranks; start 2, or take --pipeline"
+    ):
+        heads_of_each(2, 4)
+    with pytest.raises(AHNError, match=r"1 key/value heads .*; take --pipeline"):
+        heads_of_each(1, 2)
