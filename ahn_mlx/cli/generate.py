@@ -28,7 +28,7 @@ from .options import (
     window_bits_options,
 )
 from .ranks import Together, share
-from .terminal import Answer, is_piped_in, progress_bar, say, warn_slow
+from .terminal import Answer, is_piped_in, progress_bar, say, stop_between_steps, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
@@ -151,16 +151,19 @@ def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
         bar.update(read - bar.n)
         if read == len(run.prompt):
             bar.close()
+        check()
 
     run.progress = progress
-    try:
-        for text in run:
-            (take or answer.write)(text)
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        bar.close()
-        answer.end()
+    with stop_between_steps() as check:
+        try:
+            for text in run:
+                (take or answer.write)(text)
+                check()
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            bar.close()
+            answer.end()
     if not take:
         say(run.summary())
     return code

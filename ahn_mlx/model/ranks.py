@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map_with_path
+from mlx_lm.generate import generation_stream
 
 from ..errors import AHNError
 from ..platform import launched_rank
@@ -75,11 +76,14 @@ class Ranks:
         bits = x.view(unsigned) if mx.issubdtype(x.dtype, mx.floating) else x
         return self.sum(bits if self.rank == root else mx.zeros_like(bits)).view(x.dtype)
 
-    def any(self, fact: bool) -> mx.array:
-        """On how many ranks it is so; not waited for."""
-        found = self.sum(mx.array(int(fact)))
-        mx.async_eval(found)
-        return found
+    def any(self, fact: bool) -> bool:
+        """Whether it is so on one of them."""
+        return bool(self.sum(mx.array(int(fact))).item())
+
+    def settle(self) -> None:
+        """Wait for what mlx-lm computes ahead of an answer that has ended. Two streams that both
+        send would do so in another order on each rank."""
+        mx.synchronize(generation_stream)
 
     def part(self, x: mx.array, axis: int) -> mx.array:
         """This rank's part of an array that they divide evenly."""

@@ -88,25 +88,29 @@ class Run:
         start = time.perf_counter()
         cutter, vocabulary = Cutter(self.sampling.stop), self.model.args.vocab_size
         self._times = [start, start, start]  # start, prompt read, last token
-        for response in stream_generate(
-            self.model,
-            self.tokenizer,
-            self.prompt,
-            prompt_cache=self.cache,
-            prefill_step_size=self.step or prefill_step(),
-            prompt_progress_callback=self._count,
-            **self.sampling.begin(
-                vocabulary, note(nothing_seen(vocabulary), self.prompt), self.model.ranks
-            ),
-        ):
-            self.generated = response.generation_tokens
-            self.said.append(response.token)
-            self.finish_reason = response.finish_reason or ""
-            self._times[2] = time.perf_counter()
-            yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
-            if cutter.found:
-                self.finish_reason = "stop"
-                return
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                self.prompt,
+                prompt_cache=self.cache,
+                prefill_step_size=self.step or prefill_step(),
+                prompt_progress_callback=self._count,
+                **self.sampling.begin(
+                    vocabulary, note(nothing_seen(vocabulary), self.prompt), self.model.ranks
+                ),
+            ):
+                self.generated = response.generation_tokens
+                self.said.append(response.token)
+                self.finish_reason = response.finish_reason or ""
+                self._times[2] = time.perf_counter()
+                yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
+                if cutter.found:
+                    self.finish_reason = "stop"
+                    return
+        finally:
+            if self.model.ranks is not None:
+                self.model.ranks.settle()
 
     def _count(self, read: int, total: int) -> None:
         self.read = read

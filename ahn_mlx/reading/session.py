@@ -264,6 +264,8 @@ class Session:
             pass
         finally:
             self._answering = False
+            if self.model.ranks is not None:
+                self.model.ranks.settle()
         self.finish_reason = "stop" if cutter.found else finish
         if said:
             # What is left to compute belongs to this thread; the next question may not.
