@@ -2,6 +2,9 @@
 keeps, writes and sends, beside the whole one. Rank 0 prints it."""
 
 import json
+import os
+import socket
+import struct
 import sys
 import time
 from itertools import product
@@ -177,6 +180,18 @@ class Given:
             setattr(mx.distributed, name, call)
 
 
+def received() -> int:
+    """Bytes that this process has got over TCP, as Linux counts them."""
+    total = 0
+    for fd in Path("/proc/self/fd").iterdir():
+        if fd.is_symlink() and os.readlink(fd).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(fd.name))) as found:
+                if found.type == socket.SOCK_STREAM and found.family == socket.AF_INET:
+                    facts = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+                    total += struct.unpack_from("Q", facts, 128)[0]  # tcpi_bytes_received
+    return total
+
+
 def messages(ranks: Ranks, kind: str) -> dict[str, Any]:
     """Bytes for one generated token behind a full window, beside what estimate counts."""
     ahn = {"memory": kind, "window": 12, "sinks": 3, "sink_positions": "clamped"}
@@ -184,14 +199,30 @@ def messages(ranks: Ranks, kind: str) -> dict[str, Any]:
     config = {**vars(model.args), "ahn": ahn}
     shape = cost.shape_of(config)
     ranks.cut(model)
+    pipeline = isinstance(ranks, Pipeline)
     caches = model.make_cache()
     mx.eval(model(mx.array([IDS]), cache=caches), [cache.state for cache in caches])
     with Given() as given:  # each layer's step is traced here, for the first time
         token = ranks.first(model(mx.array([[5]]), cache=caches)[:, -1].argmax(axis=-1))
         mx.eval(token, [cache.state for cache in caches])
+        if not pipeline:
+            ranks.any(False)  # as the command line does
+    ranks.settle()
+    wire = received()
+    for _ in range(10):
+        token = ranks.first(model(mx.array([[5]]), cache=caches)[:, -1].argmax(axis=-1))
+        mx.eval(token, [cache.state for cache in caches])
+        if not pipeline:
+            ranks.any(False)  # as the command line does
+    ranks.settle()
+    wire = received() - wire
     pipeline = isinstance(ranks, Pipeline)
     counted = sent(shape, "ahn", ranks.size, pipeline, number=4)
-    return {"case": f"{kind} {pipeline}", "given": given.payload, "counted": counted.payload}
+    assert ranks.size == 2
+    return {
+        **{"case": f"{kind} {pipeline}", "given": given.payload, "counted": counted.payload},
+        **{"wire": wire / 10, "ring": counted.ring},
+    }
 
 
 if __name__ == "__main__":
@@ -207,6 +238,7 @@ if __name__ == "__main__":
         found["ahead"] = ahead(pipeline, directory)
     if "messages" in parts:
         found["messages"] = [messages(pipeline, kind) for kind in KINDS]
+        pipeline.settle()
         heads = Ranks(pipeline.group)
         found["messages"] += [messages(heads, kind) for kind in KINDS]
     print(json.dumps(found))

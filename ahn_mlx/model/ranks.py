@@ -74,7 +74,10 @@ class Ranks:
         # Bit for bit: -0 and 0 make 0.
         unsigned = UNSIGNED.get(x.itemsize, x.dtype)
         bits = x.view(unsigned) if mx.issubdtype(x.dtype, mx.floating) else x
-        return self.sum(bits if self.rank == root else mx.zeros_like(bits)).view(x.dtype)
+        if self.rank != root:
+            # After what x is made of, as there: messages must come in the same order.
+            bits = mx.depends(mx.zeros_like(bits), bits)
+        return self.sum(bits).view(x.dtype)
 
     def any(self, fact: bool) -> bool:
         """Whether it is so on one of them."""
@@ -119,7 +122,7 @@ class Ranks:
 
     def spread(self, arrays: dict[str, mx.array], root: int = 0) -> Iterator[tuple[str, mx.array]]:
         """The arrays of rank 0, or of `root`, by name, one after another, on all ranks."""
-        layouts = self.share(
+        layouts: Any = self.share(
             lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()], root
         )
         for name, dtype, shape in layouts:
@@ -130,7 +133,7 @@ class Ranks:
     def gathered(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
         """Of what each rank would write to a memory's file, by name, what rank 0 writes; nothing
         on the others."""
-        whole = {}
+        whole: dict[str, mx.array] = {}
         for name, x in arrays.items():
             if _is_of_heads(name):
                 x = self.whole(x, 1)
