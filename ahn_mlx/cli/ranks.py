@@ -60,7 +60,11 @@ class Together(Command):
             _here = join()
         if _here is not None:
             sys.stdin = _Lines(sys.stdin)  # type: ignore[assignment]
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except Exception:
+            sys.stderr = sys.__stderr__  # a fault of ours is heard
+            raise
 
 
 class _Lines:

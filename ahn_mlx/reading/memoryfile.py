@@ -92,6 +92,7 @@ def _gathered(arrays: dict[str, mx.array], ranks: Ranks) -> dict[str, mx.array]:
             x = ranks.sum(x) / ranks.size
         mx.eval(x)
         whole |= {} if ranks.rank else {name: x}
+    ranks.check()  # before they take the place of what is saved
     return whole
 
 
