@@ -74,7 +74,11 @@ class Together(Command):
             raise AHNError("--pipeline has no effect on one process; mlx.launch starts several")
         if _here is not None:
             sys.stdin = _Lines(sys.stdin)  # type: ignore[assignment]
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except Exception:
+            sys.stderr = sys.__stderr__  # a fault of ours is heard
+            raise
 
 
 class _Lines:

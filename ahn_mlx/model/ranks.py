@@ -25,6 +25,7 @@ from .division import heads_of_each, rows_of_each
 
 T = TypeVar("T")
 
+LOST = "another rank has ended; mlx.launch says which"
 UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -83,6 +84,12 @@ class Ranks:
         """Whether it is so on one of them."""
         return bool(self.sum(mx.array(int(fact))).item())
 
+    def check(self) -> None:
+        """Raise AHNError unless all are there. What came before from one that is not may be
+        anything."""
+        if self.sum(mx.array(1)).item() != self.size:
+            raise AHNError(LOST)
+
     def settle(self) -> None:
         """Wait for what mlx-lm computes ahead of an answer that has ended. Two streams that both
         send would do so in another order on each rank."""
@@ -101,7 +108,10 @@ class Ranks:
         """What rank 0 makes, or `root`, which is JSON; the others do not call `make`. Raises the
         AHNError or OSError that it raises there, and an AHNError of that on the others."""
         if self.rank != root:
-            told = json.loads(self._send(b"", root))
+            try:
+                told = json.loads(self._send(b"", root))
+            except ValueError:
+                raise AHNError(LOST) from None
             if "error" in told:
                 raise AHNError(told["error"])
             return told["made"]  # type: ignore[no-any-return]
