@@ -254,6 +254,8 @@ def test_another_spelling_of_a_window_is_one_line(text):
         (["--window", "8", "--window", "64+64@128"], "--seq-len 128: nothing leaves a window"),
         (["--window", "8", "--window", "9", "--random-window"], "give one --window"),
         (["--window", "8", "--window", "9", "--steps", 0], "one --window has an effect"),
+        (["--window", "8+2", "--sinks", 4], "--sinks has no effect where each --window says"),
+        (["--window", "8+2@64", "--seq-len", 96], "--seq-len has no effect where each --window"),
         (["--minutes", 0], "--minutes must be above 0, not 0"),
         (["--minutes", -1], "--minutes must be above 0, not -1"),
         (["--minutes", "nan"], "--minutes must be above 0, not nan"),

@@ -264,6 +264,7 @@ def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
 @pytest.mark.slow
 def test_kill_ctrl_c_and_a_closed_terminal_change_no_loss(place, tmp_path):
     options = ("--steps", 14, "--layerwise", 2, "--save-every", 3, "--accumulate", 2)
+    options += ("--batch-size", 2, "--window", "8+2@48")
     done = train(place, tmp_path / "once", *options)
     assert done.returncode == 0, done.stderr
     expected = losses_of(tmp_path / "once")
@@ -388,12 +389,14 @@ def test_steps_go_on_where_the_layerwise_fit_ended(place):
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
     done = train(
-        place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5, "--accumulate", 2
+        *(place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5),
+        *("--accumulate", 2, "--batch-size", 2),
     )
     assert done.returncode == 0, done.stderr
     launch = Path(sys.executable).with_name("mlx.launch")
     arguments = train_arguments(
-        place, tmp_path / "two", "--steps", 3, "--layerwise", 2, "--lr", 1e-5
+        *(place, tmp_path / "two", "--steps", 3, "--layerwise", 2, "--lr", 1e-5),
+        *("--batch-size", 2),
     )
     command = [launch, "-n", "2", "--", sys.executable, "-m", "ahn_mlx", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

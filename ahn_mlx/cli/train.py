@@ -122,8 +122,8 @@ def train(**options: Any) -> None:
     ahn-mlx train books/*.txt -o my-memory --resume --steps 1000
     ahn-mlx train texts.jsonl --model Qwen/Qwen2.5-3B-Instruct --kind deltanet \\
       --seq-len 8192 --grad-checkpoint -o ahn-dn-3b-mine
-    ahn-mlx train books/*.txt -o for-all --seq-len 2048 --batch-size 8 --minutes 30 \\
-      --window 256+32 --window 256+32 --window 1024+64@4096   # a third of the steps
+    ahn-mlx train books/*.txt -o all --seq-len 2048 --batch-size 8 --minutes 30 \\
+      --window 256+32 --window 256+32 --window 1024+64@4096
     ahn-mlx train more.txt --ahn my-memory -o better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
@@ -251,9 +251,15 @@ def _as_before(options: dict[str, Any]) -> None:
 
 
 def _take_windows(options: dict[str, Any], typed: tuple[str, ...]) -> None:
-    """The first is that of the memory; all are what a step draws from."""
+    """The first is that of the memory; all are what a step draws from. Raises AHNError for another
+    spelling, and for what each of them says itself."""
     from ..train.settings import Window
 
+    own = [Window.spelled(text, -1, -1) for text in typed]
+    for name in ("sinks", "seq_len"):
+        if is_given(name) and all(getattr(window, name) >= 0 for window in own):
+            option = f"--{name.replace('_', '-')}"
+            raise AHNError(f"{option} has no effect where each --window says its own; leave it out")
     found = [Window.spelled(text, options["sinks"], options["seq_len"]) for text in typed]
     options |= found[0]._asdict()
     options["windows"] = " ".join(map(str, found)) if len(found) > 1 else ""

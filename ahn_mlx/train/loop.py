@@ -23,6 +23,7 @@ from ..checkpoints.directory import load_safetensors
 from ..checkpoints.safetensors import mended, not_finite, read_header_and_metadata
 from ..errors import AHNError, show
 from ..model.augment import memory_layers
+from ..model.ranks import join
 from ..outputs.files import replacing
 from ..platform import on_cpu
 from . import layerwise, losses
@@ -80,13 +81,17 @@ class Trainer:
             [self._adamw(factor) for factor in (*RATES.values(), 1.0)],
             [partial(_ends_with, suffix) for suffix in RATES],
         )
-        self.world = _join()
+        join()  # which says so if the others cannot be reached
+        self.world = mx.distributed.init()
         if saved is not None:
             self._resume(saved)
         # Sequences of each length that the steps so far have seen.
         self.seen: Counter[int] = Counter()
-        for step in range(self.step):
-            self._sees(draw_window(settings, step))
+        if len(self.texts) == 1:
+            self.seen[settings.seq_len] = self.step * self._each(choices(settings)[0])
+        else:
+            for step in range(self.step):
+                self._sees(draw_window(settings, step))
         install(model, fold(self.parameters, self.sizes))
         mx.eval(model.parameters())
 
@@ -103,9 +108,12 @@ class Trainer:
     def _sees(self, drawn: Window) -> int:
         """Count the sequences of a step, and return how many there were before."""
         before = self.seen[drawn.seq_len]
-        each = batch_of(self.settings, drawn) * self.settings.accumulate
-        self.seen[drawn.seq_len] += each * self.world.size()
+        self.seen[drawn.seq_len] += self._each(drawn)
         return before
+
+    def _each(self, drawn: Window) -> int:
+        """Sequences of such a step, on all machines."""
+        return batch_of(self.settings, drawn) * self.settings.accumulate * self.world.size()
 
     def train_step(self) -> float:
         """One update from `accumulate` batches per machine. Returns the mean loss.
@@ -237,14 +245,6 @@ class Trainer:
         self.parameters, self.sizes = _under("parameters.", state), _under("sizes.", state)
         self.optimizer.state = _tree(_under("optimizer.", state))
         self.schedule.resume(step, seconds)
-
-
-def _join() -> mx.distributed.Group:
-    """All processes that train together. Raises AHNError if they cannot be reached."""
-    try:
-        return mx.distributed.init()
-    except RuntimeError as e:
-        raise AHNError(f"the other processes of mlx.launch cannot be reached: {e}") from None
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
