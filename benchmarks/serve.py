@@ -140,11 +140,11 @@ class Asker:
                 pass
         return waited
 
-    def rate(self, clients: int, tokens: int) -> float:
+    def rate(self, clients: int, tokens: int, memory: str = "") -> float:
         """Tokens per second of so many clients together, their short prompts included."""
 
         def answer(_: int) -> None:
-            with self.stream(f"Count to {next(self.numbers)}.", tokens) as pieces:
+            with self.stream(f"Count to {next(self.numbers)}.", tokens, memory) as pieces:
                 for _ in pieces:
                     pass
 
@@ -228,9 +228,11 @@ def serve(rows: int, tokens: int, book: int, rounds: int) -> None:
             ask = Asker(many, zoo.DEFAULT, ends)
             single = Asker(one, zoo.DEFAULT, ends)
             other = Asker(theirs, str(root / "base"), ends)
+            chunk = read(many, "book", words, prefill_step())
             _throughput(
                 {
                     "one client": lambda n: ask.rate(1, n),
+                    "one client, a book as a model": lambda n: ask.rate(1, n, "@book"),
                     f"{rows} clients": lambda n: ask.rate(rows, n),
                     "one client, --rows 1": lambda n: single.rate(1, n),
                     "one client, mlx_lm.server": lambda n: other.rate(1, n),
@@ -239,7 +241,7 @@ def serve(rows: int, tokens: int, book: int, rounds: int) -> None:
                 tokens,
                 rounds,
             )
-            _first(ask, rows, words, rounds)
+            _first(ask, rows, words, rounds, chunk)
 
 
 def _throughput(measures: dict[str, Callable[[int], float]], tokens: int, rounds: int) -> None:
@@ -258,7 +260,7 @@ def _throughput(measures: dict[str, Callable[[int], float]], tokens: int, rounds
     click.echo()
 
 
-def _first(ask: Asker, rows: int, words: str, rounds: int) -> None:
+def _first(ask: Asker, rows: int, words: str, rounds: int, chunk: float) -> None:
     """Seconds to the first token, of questions that no snapshot knows."""
 
     def median(memory: str = "") -> float:
@@ -274,8 +276,7 @@ def _first(ask: Asker, rows: int, words: str, rounds: int) -> None:
         found["a document is read"] = median()
         with ask.busy(rows - 1):
             found[f"a document is read, {others}"] = median()
-    found["(a chunk of a document)"] = read(ask.client, "book", words, prefill_step())
-    median(memory="@book")  # now it is loaded
+    found["(a chunk of a document)"] = chunk
     found["a book, as a model"] = median(memory="@book")
     found["a book, sent along"] = ask.first(f"{words} What is this?")
     rows_of = [[what, f"{s:.2f}", f"{s / quiet:.1f}"] for what, s in found.items()]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOM = 8 << 30  # bytes of address space beyond what is used at the start
-ENDLESS = 120  # seconds of one input, after which libFuzzer ends the process
+ENDLESS = 600  # seconds of one input, after which libFuzzer ends the process
 
 
 class Finds:
@@ -91,7 +91,7 @@ def fuzz(name: str, work: Path, seconds: int) -> None:
     options = [f"-max_total_time={seconds}", f"-max_len={target.longest}", f"-dict={words}"]
     options += [f"-timeout={ENDLESS}", "-rss_limit_mb=0", "-malloc_limit_mb=0"]
     options += ["-verbosity=0", f"-artifact_prefix={finds.directory}/ended-", "-len_control=20"]
-    options += ["-detect_leaks=0", "-reload=0"]
+    options += ["-detect_leaks=0", "-reload=0", f"-report_slow_units={ENDLESS}"]
     mutate = {"custom_mutator": target.mutate} if target.mutate else {}
     atheris.Setup([name, *options, str(corpus), str(seeds)], one, **mutate)
     atheris.Fuzz()

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from itertools import product
 from pathlib import Path
@@ -39,13 +40,17 @@ def environments(n: int, directory: Path) -> list[dict[str, str]]:
     ]
 
 
-def run(*calls: tuple[int, tuple[object, ...]], timeout: float = 240) -> list[list[Any]]:
+Stop = tuple[int, int, str]  # a rank, a signal for it, and the file that it comes after
+
+
+def run(*calls: tuple[Any, ...], timeout: float = 240) -> list[list[Any]]:
     """Calls one after the other, each as so many processes: [exit code, stdout, stderr] of each.
 
-    A call is arguments of the command line, or none: for what this file compares. All are forks
-    of one process that has imported everything: that takes longer than all else.
+    A call is a number and arguments of the command line, or goldens for what this file compares;
+    and perhaps a Stop. All are forks of one process that has imported everything: that takes
+    longer than all else.
     """
-    told = json.dumps([[n, list(map(str, arguments))] for n, arguments in calls])
+    told = json.dumps([[n, list(map(str, arguments)), *stop] for n, arguments, *stop in calls])
     done = subprocess.run(
         [sys.executable, __file__, told], capture_output=True, text=True, timeout=timeout
     )
@@ -53,7 +58,7 @@ def run(*calls: tuple[int, tuple[object, ...]], timeout: float = 240) -> list[li
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def fork(n: int, arguments: list[str], directory: Path) -> list[Any]:
+def fork(directory: Path, n: int, arguments: list[str], stop: Stop | None = None) -> list[Any]:
     """What became of n processes, which this one waits for."""
     children = []
     for rank, environment in enumerate(environments(n, directory)):
@@ -65,6 +70,12 @@ def fork(n: int, arguments: list[str], directory: Path) -> list[Any]:
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             become(arguments)
         children.append((child, files))
+    if stop is not None:
+        rank, signal, file = stop
+        begun = os.path.getmtime(file) if os.path.exists(file) else 0.0
+        while not os.path.exists(file) or os.path.getmtime(file) == begun:
+            time.sleep(0.01)
+        os.kill(children[rank][0], signal)
     return [
         [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *(f.read_text() for f in files)]
         for child, files in children
@@ -204,6 +215,6 @@ if __name__ == "__main__":
 
     results = []
     with tempfile.TemporaryDirectory() as place:
-        for n, arguments in json.loads(sys.argv[1]):
-            results.append(fork(n, arguments, Path(place)))
+        for call in json.loads(sys.argv[1]):
+            results.append(fork(Path(place), *call))
     print(json.dumps(results))

@@ -201,3 +201,12 @@ def test_buffers_are_written_in_place(talking):
     done = run("ahn-probe", "decode", app, 100)
     moved, peak, _ = done.stdout.split()
     assert int(moved) == 0
+
+
+def test_no_compiler_is_needed(talking, tmp_path):
+    """Where MLX finds none it fuses nothing, and the answer is the same."""
+    _, _, app = talking
+    options = (app, "--ask", "Why?", "--max-tokens", 10)
+    bare = {"PATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    assert sample(*options, env=bare) == sample(*options)
+    assert not list(tmp_path.iterdir())

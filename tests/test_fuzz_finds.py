@@ -12,14 +12,17 @@ from typing import Any
 import mlx.core as mx
 import papers
 import pytest
-from checkpoints import edit_config, make_base
+from checkpoints import byte_tokenizer, edit_config, make_base
+from serving import serving
 
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import load_plain
+from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.evaluate.records import count_records
 from ahn_mlx.reading.text import read_documents, read_file
+from ahn_mlx.serve import anthropic
 from ahn_mlx.serve.guard import LOOPBACK, Guard
 
 NAN, ENDLESS = float("nan"), 10**400
@@ -190,3 +193,73 @@ def test_archives_that_unpack_without_end(kind: str, tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(AHNError, match="zip bomb"):
         read_file(file)
+
+
+@pytest.fixture(scope="module")
+def site() -> Any:
+    with serving() as running:
+        yield running
+
+
+def raw(site: Any, path: str, body: str) -> Any:
+    headers = {"content-type": "application/json"}
+    return site.client.post(path, content=body.encode(), headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", '"messages": [], "temperature": 1' + "0" * 400),
+        ("chat/completions", '"messages": [], "logit_bias": {"5": -1' + "0" * 400 + "}"),
+        ("completions", '"prompt": "x", "top_p": 1e999'),
+        ("responses", '"input": "x", "metadata": {"a": [-1e999]}'),
+        ("responses", '"input": "x", "metadata": {"a": NaN}'),
+    ],
+)
+def test_numbers_of_a_request_that_nobody_writes(path: str, body: str, site: Any) -> None:
+    answer = raw(site, f"/v1/{path}", f'{{"model": "tiny", {body}}}')
+    assert answer.status_code == 400, answer.text
+
+
+DEEP = "[" * 99 + "]" * 99
+ODD = ['{"x": "\\ud800"}', '{"x": 1e999}', '{"x": NaN}', DEEP, f'{{"x": {DEEP}}}']
+
+
+@pytest.mark.parametrize("arguments", ODD)
+def test_arguments_of_past_calls_that_are_no_plain_json(arguments: str, site: Any) -> None:
+    """A client repeats what it was told, which the model may have written in any way."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+    ]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 1}
+    assert site.post("/v1/chat/completions", body).status_code == 200
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}
+    body = {"model": "tiny", "input": [{"role": "user", "content": "Why?"}, item]}
+    assert site.post("/v1/responses", {**body, "max_output_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("arguments", [*ODD, "[1]", "x"])
+def test_arguments_that_a_model_writes_are_an_object_for_anthropic(arguments: str) -> None:
+    use = anthropic._use({"id": "c", "function": {"name": "f", "arguments": arguments}})
+    assert use["input"] == {}
+    good = {"id": "c", "function": {"name": "f", "arguments": '{"x": [1.5, "\\u00e9"]}'}}
+    assert anthropic._use(good)["input"] == {"x": [1.5, "é"]}
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_code_of_a_tokenizer_is_not_run_whatever_is_piped_in(
+    bom: bytes, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path, trace = byte_tokenizer(tmp_path / "model"), tmp_path / "trace"
+    kind = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (path / "tokenizer_config.json").write_bytes(bom + json.dumps(kind).encode())
+    (path / "config.json").write_text('{"model_type": "own"}')
+    code = f"open({str(trace)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    (path / "own.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(AHNError, match="no usable tokenizer"):
+        load_tokenizer(path, {})
+    assert not trace.exists()

@@ -1,7 +1,9 @@
 """One model over several processes: each has its part, and together they say what one says."""
 
 import json
+import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,29 @@ def test_a_book_digested_on_several_is_asked_on_one_and_the_reverse(n, directory
     assert json.loads(said)["text"]
 
 
+def test_a_rank_that_ends_ends_the_others_and_nothing_that_was_read_is_lost(directory, place):
+    Path("book.txt").write_text(TEXT * 12)
+    reads = ("digest", "book.txt", "--model", directory, "--checkpoint-every", 512, "-o")
+    call, partial = (*reads, "several.ahn"), "several.ahn.partial"
+    stopped, killed, last = run(
+        (2, call, (1, signal.SIGINT, partial)), (2, call, (1, signal.SIGKILL, partial)), (3, call)
+    )
+    # Ctrl-C on one stops all after the same step.
+    assert [code for code, *_ in stopped] == [130, 130], stopped
+    read = re.search(r"stopped after ([\d,]+) of", stopped[0][2])
+    assert read and f"going on after {read[1]} tokens" in killed[0][2], killed
+    assert [code for code, *_ in killed] == [2, -signal.SIGKILL]
+    assert killed[0][2].splitlines()[-1].startswith("error: another rank has ended")
+    assert "Traceback" not in killed[0][2]
+    assert [code for code, *_ in last] == [0, 0, 0], last
+    one(*reads, "one.ahn")
+    ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
+    for name, x in theirs.items():
+        assert mx.allclose(ours[name], x, rtol=1e-3, atol=1e-3).item(), name
+
+
 def test_what_is_one_process_says_so(directory, monkeypatch):
     monkeypatch.setenv("MLX_RANK", "0")
     for command in (("serve", "--port", "0"), ("bench",)):
-        with pytest.raises(AHNError, match="is one process; start it without mlx.launch"):
+        with pytest.raises(AHNError, match="is one process; start it without"):
             one(*command, "--model", directory)

@@ -12,6 +12,7 @@ from ahn_mlx import AHNError
 from ahn_mlx.train import loop
 from ahn_mlx.train.curves import write_curves
 from ahn_mlx.train.metrics import METRICS, Metrics, read_metrics
+from ahn_mlx.train.settings import Window
 
 SHORT = dataclasses.replace(SETTINGS, steps=3, seq_len=64, window=8, sinks=2)
 
@@ -203,7 +204,7 @@ def test_of_metrics_a_last_line_that_was_cut_short_is_left_out(tmp_path):
 
 def test_metrics_whose_first_lines_are_gone_go_on_at_their_step(tmp_path):
     file = metrics(tmp_path / "metrics.jsonl", *({**LINE, "step": n} for n in range(5, 9)))
-    Metrics(file, 7).write(7, 1.0, 64, 8, 2)
+    Metrics(file, 7).write(7, 1.0, 64, Window(8, 2, 64))
     assert [line["step"] for line in read_metrics(file)] == [5, 6, 7]
 
 

@@ -124,7 +124,9 @@ def main() -> None:
 
         if not is_lost(e):
             raise
-        code = _fail("another of the processes of mlx.launch has ended, which it names")
+        from ..model.ranks import LOST
+
+        code = _fail(LOST)
     sys.exit(code or 0)
 
 

@@ -45,20 +45,17 @@ def share(make: Callable[[], T]) -> T:
     return _here.share(make)
 
 
-class Together(Command):
-    """A command that several processes can run as one, by heads or by layers."""
+pipeline_option = click.option(
+    "--pipeline",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: ctx.meta.update({PIPELINE: value}),
+    help="With mlx.launch: divide layers, not heads.",
+)
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
-        self.params.append(
-            click.Option(
-                ["--pipeline"],
-                is_flag=True,
-                expose_value=False,
-                callback=lambda ctx, param, value: ctx.meta.update({PIPELINE: value}),
-                help="With mlx.launch: divide layers, not heads.",
-            )
-        )
+
+class Together(Command):
+    """A command that several processes can run as one."""
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
         if launched_rank():
@@ -76,8 +73,12 @@ class Together(Command):
         elif ctx.meta.get(PIPELINE):
             raise AHNError("--pipeline has no effect on one process; mlx.launch starts several")
         if _here is not None:
-            sys.stdin = _Lines(sys.stdin)  # type: ignore[assignment]
-        return super().invoke(ctx)
+            sys.stdin = _Lines(sys.stdin)
+        try:
+            return super().invoke(ctx)
+        except Exception:
+            sys.stderr = sys.__stderr__  # a fault of ours is heard
+            raise
 
 
 class _Lines:

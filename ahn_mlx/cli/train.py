@@ -19,6 +19,9 @@ from .terminal import progress_bar, say, stop_between_steps
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 
+MOST = 1 << 31  # of any whole number: steps, sequences, tokens
+
+
 @click.command(cls=Command)
 @click.argument("data", cls=Word, needed=True, nargs=-1, metavar="DATA...")
 @no_effect(
@@ -122,8 +125,8 @@ def train(**options: Any) -> None:
     ahn-mlx train books/*.txt -o my-memory --resume --steps 1000
     ahn-mlx train texts.jsonl --model Qwen/Qwen2.5-3B-Instruct --kind deltanet \\
       --seq-len 8192 --grad-checkpoint -o ahn-dn-3b-mine
-    ahn-mlx train books/*.txt -o for-all --seq-len 2048 --batch-size 8 --minutes 30 \\
-      --window 256+32 --window 256+32 --window 1024+64@4096   # a third of the steps
+    ahn-mlx train books/*.txt -o all --seq-len 2048 --batch-size 8 --minutes 30 \\
+      --window 256+32 --window 256+32 --window 1024+64@4096
     ahn-mlx train more.txt --ahn my-memory -o better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
@@ -307,8 +310,13 @@ def _check(options: dict[str, Any]) -> None:
             raise AHNError(
                 f"--{name.replace('_', '-')} must be at least {low}, not {options[name]}"
             )
-    if not options["lr"] > 0:
-        raise AHNError(f"--lr must be above 0, not {options['lr']}")
+        if options[name] > MOST:  # a saved state's too
+            raise AHNError(f"--{name.replace('_', '-')} must be at most {MOST:,}")
+    if not 0 < options["lr"] < math.inf:
+        raise AHNError(f"--lr must be above 0 and finite, not {options['lr']}")
+    if not 0 <= options["weight_decay"] < math.inf:
+        found = options["weight_decay"]
+        raise AHNError(f"--weight-decay must be at least 0 and finite, not {found}")
     if is_given("minutes") and not 0 < options["minutes"] < math.inf:
         raise AHNError(f"--minutes must be above 0, not {options['minutes']:g}")
     first = Window(options["window"], options["sinks"], options["seq_len"])

@@ -7,12 +7,16 @@ from ..model.division import heads_of_each, layers_of_each, rows_of_each
 from .cost import Shape
 
 TOKEN = 4  # bytes of a sampled one
+PRESSED = 4  # bytes of what ranks ask each other after it: whether anyone wants to stop
 SQUARES = 4  # bytes of the sum of squares that Mamba2's norm takes over all heads
 
 
 class Sent(NamedTuple):
     """Bytes that one rank sends for one generated token behind a full window: that it gives to
-    mx.distributed, and that go to its neighbours where these are joined in a ring."""
+    mx.distributed, and that go to its neighbours where these are joined in a ring.
+
+    Ranks of a pipeline ask each other only now and then whether to stop, which is not counted.
+    """
 
     payload: int
     ring: int
@@ -68,7 +72,7 @@ def sent(shape: Shape, kind: str, ranks: int, pipeline: bool, number: int = 2) -
     heads_of_each(shape.kv_heads, ranks)
     rows = rows_of_each(shape.embedding // shape.hidden, ranks)
     # After the embedding, and after attention and MLP of each layer.
-    sums = (2 * shape.layers + 1) * [(shape.hidden, number)] + [(1, TOKEN)]
+    sums = (2 * shape.layers + 1) * [(shape.hidden, number)] + [(1, TOKEN), (1, PRESSED)]
     if kind == "ahn" and shape.ahn.memory == "mamba2":
         sums += shape.memory_layers * [(1, SQUARES)]
     logits = rows * number

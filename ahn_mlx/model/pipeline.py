@@ -66,6 +66,11 @@ class Pipeline(Ranks):
         self._facts.clear()
         return found
 
+    def settle(self) -> None:
+        """As Ranks has it."""
+        super().settle()
+        mx.synchronize(_stream)
+
     def gathered(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
         """As Ranks has it."""
         own = {name: x for name, x in arrays.items() if _layer(name) in model.run}

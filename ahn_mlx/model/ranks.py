@@ -25,6 +25,7 @@ from .division import heads_of_each, rows_of_each
 
 T = TypeVar("T")
 
+LOST = "another rank has ended; mlx.launch says which"
 UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -74,11 +75,20 @@ class Ranks:
         # Bit for bit: -0 and 0 make 0.
         unsigned = UNSIGNED.get(x.itemsize, x.dtype)
         bits = x.view(unsigned) if mx.issubdtype(x.dtype, mx.floating) else x
-        return self.sum(bits if self.rank == root else mx.zeros_like(bits)).view(x.dtype)
+        if self.rank != root:
+            # After what x is made of, as there: messages must come in the same order.
+            bits = mx.depends(mx.zeros_like(bits), bits)
+        return self.sum(bits).view(x.dtype)
 
     def any(self, fact: bool) -> bool:
         """Whether it is so on one of them."""
         return bool(self.sum(mx.array(int(fact))).item())
+
+    def check(self) -> None:
+        """Raise AHNError unless all are there. What came before from one that is not may be
+        anything."""
+        if self.sum(mx.array(1)).item() != self.size:
+            raise AHNError(LOST)
 
     def settle(self) -> None:
         """Wait for what mlx-lm computes ahead of an answer that has ended. Two streams that both
@@ -98,10 +108,13 @@ class Ranks:
         """What rank 0 makes, or `root`, which is JSON; the others do not call `make`. Raises the
         AHNError or OSError that it raises there, and an AHNError of that on the others."""
         if self.rank != root:
-            told = json.loads(self._send(b"", root))
+            try:
+                told = json.loads(self._send(b"", root))
+            except ValueError:
+                raise AHNError(LOST) from None
             if "error" in told:
                 raise AHNError(told["error"])
-            return told["made"]  # type: ignore[no-any-return]
+            return told["made"]
         try:
             made = make()
         except (AHNError, OSError) as e:
@@ -110,16 +123,16 @@ class Ranks:
         # As the others get it: JSON makes lists of tuples.
         text = json.dumps({"made": made})
         self._send(text.encode(), root)
-        return json.loads(text)["made"]  # type: ignore[no-any-return]
+        return json.loads(text)["made"]
 
     def _send(self, message: bytes, root: int) -> bytes:
-        size = int(self.first(mx.array(len(message)), root).item())
+        size: Any = self.first(mx.array(len(message)), root).item()
         held = mx.array(np.frombuffer(message or bytes(size), dtype=np.uint8))
         return np.asarray(self.first(held, root)).tobytes()
 
     def spread(self, arrays: dict[str, mx.array], root: int = 0) -> Iterator[tuple[str, mx.array]]:
         """The arrays of rank 0, or of `root`, by name, one after another, on all ranks."""
-        layouts = self.share(
+        layouts: Any = self.share(
             lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()], root
         )
         for name, dtype, shape in layouts:
@@ -130,7 +143,7 @@ class Ranks:
     def gathered(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
         """Of what each rank would write to a memory's file, by name, what rank 0 writes; nothing
         on the others."""
-        whole = {}
+        whole: dict[str, mx.array] = {}
         for name, x in arrays.items():
             if _is_of_heads(name):
                 x = self.whole(x, 1)

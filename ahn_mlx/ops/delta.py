@@ -14,6 +14,7 @@ each in one launch: it holds every state, for gradients on a GPU.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -169,7 +170,13 @@ class Chunks(NamedTuple):
 
 
 def _chunks(
-    q: mx.array, k: mx.array, v: mx.array, g: mx.array | None, beta: mx.array, C: int
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    C: int,
+    inverse: Callable[[mx.array], Any],
 ) -> Chunks:
     """WY form, in chunks of C tokens. With decay ratios
     L (i, j) = exp(g_{j+1} + ... + g_i) in a chunk:
@@ -201,7 +208,7 @@ def _chunks(
         write_keys, read_keys = write_keys * since_start, qn * since_start
         carry = since_start[..., -1:, :]
         left = kn * ratio[..., -1, :, None]  # what is left of each key at the end
-    X: Any = unit_lower_inverse(overlap)
+    X = inverse(overlap)
     return Chunks(X @ (beta * v), X @ write_keys, left.swapaxes(-1, -2), read_keys, read, carry)
 
 
@@ -214,9 +221,9 @@ def chunked(
     state: mx.array,
     chunk: int | None = None,
 ) -> Result:
-    """In chunks of at most so many tokens."""
+    """In chunks of at most so many tokens; by operations that can be exported."""
     B, T, H, D = q.shape
-    c = _chunks(q, k, v, g, beta, chunk_size(T, chunk))
+    c = _chunks(q, k, v, g, beta, chunk_size(T, chunk), halved_inverse)
     M = state.astype(mx.float32).reshape(B, k.shape[2], -1, D, D)
     carries = [None] * c.values.shape[3] if c.carry is None else each(c.carry)
     parts = zip(*map(each, c[:-1]), carries, strict=True)
@@ -239,7 +246,7 @@ def at_once(
 ) -> Result:
     """As chunked. A chunk makes (carry I + keys forgets) M + keys values of a state."""
     B, T, H, D = q.shape
-    c = _chunks(q, k, v, g, beta, chunk_size(T, chunk))
+    c = _chunks(q, k, v, g, beta, chunk_size(T, chunk), unit_lower_inverse)
     M = state.astype(mx.float32).reshape(B, k.shape[2], -1, D, D)
     eye = identity(D) if c.carry is None else c.carry * identity(D)
     befores, M = linear.states(mx.addmm(eye, c.keys, c.forgets), c.keys @ c.values, M)

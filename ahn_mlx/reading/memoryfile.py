@@ -79,6 +79,7 @@ def save(
     known = {**facts, "version": VERSION, "layers": layers}
     if model.ranks is not None:
         arrays = model.ranks.gathered(arrays, model)
+        model.ranks.check()  # before they take the place of what is saved
     share(model.ranks, lambda: _write(file, model, arrays, known))
 
 
