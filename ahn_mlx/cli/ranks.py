@@ -59,7 +59,7 @@ class Together(Command):
 
             _here = join()
         if _here is not None:
-            sys.stdin = _Lines(sys.stdin)  # type: ignore[assignment]
+            sys.stdin = _Lines(sys.stdin)
         try:
             return super().invoke(ctx)
         except Exception:

@@ -108,7 +108,7 @@ class Ranks:
                 raise AHNError(LOST) from None
             if "error" in told:
                 raise AHNError(told["error"])
-            return told["made"]  # type: ignore[no-any-return]
+            return told["made"]
         try:
             made = make()
         except (AHNError, OSError) as e:
@@ -117,16 +117,18 @@ class Ranks:
         # As the others get it: JSON makes lists of tuples.
         text = json.dumps({"made": made})
         self._send(text.encode())
-        return json.loads(text)["made"]  # type: ignore[no-any-return]
+        return json.loads(text)["made"]
 
     def _send(self, message: bytes) -> bytes:
-        size = int(self.first(mx.array(len(message))).item())
+        size: Any = self.first(mx.array(len(message))).item()
         held = mx.array(np.frombuffer(message or bytes(size), dtype=np.uint8))
         return np.asarray(self.first(held)).tobytes()
 
     def spread(self, arrays: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
         """Rank 0's arrays by name, one after another, on all ranks."""
-        layouts = self.share(lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()])
+        layouts: Any = self.share(
+            lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()]
+        )
         for name, dtype, shape in layouts:
             kind = getattr(mx, dtype.removeprefix("mlx.core."))
             yield name, self.first(mx.zeros(shape, dtype=kind) if self.rank else arrays[name])

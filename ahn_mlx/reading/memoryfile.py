@@ -84,7 +84,7 @@ def save(
 
 def _gathered(arrays: dict[str, mx.array], ranks: Ranks) -> dict[str, mx.array]:
     """On rank 0 the arrays of all heads; the others keep none."""
-    whole = {}
+    whole: dict[str, mx.array] = {}
     for name, x in arrays.items():
         if _is_of_heads(name):
             x = ranks.whole(x, 1)
