@@ -22,7 +22,7 @@ from .options import (
     sampling_of,
     sampling_options,
 )
-from .ranks import Together, share
+from .ranks import Together, pipeline_option, share
 from .terminal import Left, say, waiting, warn_slow
 from .words import memory_and_question
 
@@ -44,6 +44,7 @@ EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
     when=lambda options: options["as_json"],
     why="with --json, which answers one question",
 )
+@pipeline_option
 @needs_memory
 def ask(
     words: tuple[str, ...], file: Path | None, name: str | None, interactive: bool, **options: Any

@@ -20,7 +20,7 @@ from .options import (
     sampling_options,
     window_bits_options,
 )
-from .ranks import Together
+from .ranks import Together, pipeline_option
 from .terminal import say, warn_slow
 
 
@@ -38,6 +38,7 @@ from .terminal import say, warn_slow
 @click.option(
     "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
 )
+@pipeline_option
 @needs_memory
 def chat(**options: Any) -> None:
     """Talk without end: the memory of the conversation does not grow.

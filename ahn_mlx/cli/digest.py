@@ -27,7 +27,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .ranks import Together, is_first, share
+from .ranks import Together, is_first, pipeline_option, share
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
 from .words import is_there, looks_like_file, memory_name, read_typed
 
@@ -55,6 +55,7 @@ from .words import is_there, looks_like_file, memory_name, read_typed
 @template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
 @quiet_option
+@pipeline_option
 @needs_memory
 def digest(**options: Any) -> None:
     """Read a document once; ask about it any number of times with ahn-mlx ask.

@@ -27,7 +27,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .ranks import Together, share
+from .ranks import Together, pipeline_option, share
 from .terminal import Answer, is_piped_in, progress_bar, say, stop_between_steps, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
@@ -48,6 +48,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
 @json_option
 @quiet_option
+@pipeline_option
 @needs_memory
 def generate(words: tuple[str, ...], **options: Any) -> None:
     """Read documents of any length in constant memory, then answer.

@@ -22,6 +22,8 @@ T = TypeVar("T")
 # Seconds in which mlx.launch ends the others when one has failed.
 PATIENCE = 5.0
 
+PIPELINE = "ahn_mlx.pipeline"  # in a context's meta
+
 _here: "Ranks | None" = None
 
 
@@ -43,6 +45,15 @@ def share(make: Callable[[], T]) -> T:
     return _here.share(make)
 
 
+pipeline_option = click.option(
+    "--pipeline",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: ctx.meta.update({PIPELINE: value}),
+    help="With mlx.launch: divide layers, not heads.",
+)
+
+
 class Together(Command):
     """A command that several processes can run as one."""
 
@@ -55,9 +66,12 @@ class Together(Command):
     def invoke(self, ctx: click.Context) -> Any:
         global _here
         if launched_rank() is not None:
-            from ..model.ranks import join
+            from ..model.pipeline import Pipeline
+            from ..model.ranks import Ranks, join
 
-            _here = join()
+            _here = join(Pipeline if ctx.meta.get(PIPELINE) else Ranks)
+        elif ctx.meta.get(PIPELINE):
+            raise AHNError("--pipeline has no effect on one process; mlx.launch starts several")
         if _here is not None:
             sys.stdin = _Lines(sys.stdin)
         try:

@@ -275,7 +275,8 @@ def shape_of_attention(model: nn.Module) -> Fit:
 
 def dtype_of(model: nn.Module) -> mx.Dtype:
     """Of what flows through the base, whose matrices may be quantized."""
-    parameters: Any = tree_flatten(model.layers[0].parameters())
+    layers = (tree_flatten(layer.parameters()) for layer in model.layers)
+    parameters: Any = next(found for found in layers if found)  # of one that is here
     base = [x for name, x in parameters if not name.startswith(MEMORY)]
     # Of a norm, if there is one: scales of packed weights may have another.
     base.sort(key=lambda x: x.ndim != 1)

@@ -8,7 +8,7 @@ norm of Mamba2 needs. The vocabulary is divided too, which mlx-lm leaves whole.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from mlx_lm.generate import generation_stream
 from ..errors import AHNError
 from ..platform import launched_rank
 from .attention import AHNAttention
+from .division import heads_of_each, rows_of_each
 
 T = TypeVar("T")
 
@@ -29,16 +30,16 @@ UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
 @lru_cache(maxsize=1)
-def join() -> "Ranks | None":
+def join(kind: "type[Ranks] | None" = None) -> "Ranks | None":
     """The processes that mlx.launch started together; None if it did not, or this one alone.
-    Waits for the others. Raises AHNError if they cannot be reached."""
+    Waits for the others. kind: Ranks, or Pipeline. Raises AHNError if they cannot be reached."""
     if launched_rank() is None:
         return None
     try:
         group = mx.distributed.init()
     except RuntimeError as e:
         raise AHNError(f"the other processes of mlx.launch cannot be reached: {e}") from None
-    return Ranks(group) if group.size() > 1 else None
+    return (kind or Ranks)(group) if group.size() > 1 else None
 
 
 def share(ranks: "Ranks | None", make: Callable[[], T]) -> T:
@@ -50,10 +51,11 @@ def share(ranks: "Ranks | None", make: Callable[[], T]) -> T:
 class Ranks:
     """This process among those that run one model. All of them call the same in the same order.
 
-    group: of mx.distributed.
+    group: of mx.distributed. stream: that takes what they tell each other; MLX's own if None.
     """
 
     group: mx.distributed.Group
+    stream: Any = field(default=None, init=False)
 
     @cached_property
     def rank(self) -> int:
@@ -65,14 +67,18 @@ class Ranks:
 
     def sum(self, x: mx.array) -> mx.array:
         """Of all ranks' arrays, which have the same shape."""
-        return mx.distributed.all_sum(x, group=self.group)
+        return mx.distributed.all_sum(x, group=self.group, stream=self.stream)
 
-    def first(self, x: mx.array) -> mx.array:
-        """Rank 0's array, whatever the others have in the same shape and dtype."""
+    def first(self, x: mx.array, root: int = 0) -> mx.array:
+        """Rank 0's array, or that of `root`, whatever the others have in the same shape and
+        dtype."""
         # Bit for bit: -0 and 0 make 0.
         unsigned = UNSIGNED.get(x.itemsize, x.dtype)
         bits = x.view(unsigned) if mx.issubdtype(x.dtype, mx.floating) else x
-        return self.sum(bits if self.rank == 0 else mx.zeros_like(bits)).view(x.dtype)
+        if self.rank != root:
+            # After what x is made of, as there: messages must come in the same order.
+            bits = mx.depends(mx.zeros_like(bits), bits)
+        return self.sum(bits).view(x.dtype)
 
     def any(self, fact: bool) -> bool:
         """Whether it is so on one of them."""
@@ -96,14 +102,14 @@ class Ranks:
     def whole(self, x: mx.array, axis: int) -> mx.array:
         """Of the parts of all ranks, in their order, the array."""
         x = x.swapaxes(0, axis)
-        return mx.distributed.all_gather(x, group=self.group).swapaxes(0, axis)
+        return mx.distributed.all_gather(x, group=self.group, stream=self.stream).swapaxes(0, axis)
 
-    def share(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, which is JSON; the others do not call `make`. Raises the AHNError
-        or OSError that it raises there, and an AHNError of that on the others."""
-        if self.rank:
+    def share(self, make: Callable[[], T], root: int = 0) -> T:
+        """What rank 0 makes, or `root`, which is JSON; the others do not call `make`. Raises the
+        AHNError or OSError that it raises there, and an AHNError of that on the others."""
+        if self.rank != root:
             try:
-                told = json.loads(self._send(b""))
+                told = json.loads(self._send(b"", root))
             except ValueError:
                 raise AHNError(LOST) from None
             if "error" in told:
@@ -112,26 +118,48 @@ class Ranks:
         try:
             made = make()
         except (AHNError, OSError) as e:
-            self._send(json.dumps({"error": str(e)}).encode())
+            self._send(json.dumps({"error": str(e)}).encode(), root)
             raise
         # As the others get it: JSON makes lists of tuples.
         text = json.dumps({"made": made})
-        self._send(text.encode())
+        self._send(text.encode(), root)
         return json.loads(text)["made"]
 
-    def _send(self, message: bytes) -> bytes:
-        size: Any = self.first(mx.array(len(message))).item()
+    def _send(self, message: bytes, root: int) -> bytes:
+        size: Any = self.first(mx.array(len(message)), root).item()
         held = mx.array(np.frombuffer(message or bytes(size), dtype=np.uint8))
-        return np.asarray(self.first(held)).tobytes()
+        return np.asarray(self.first(held, root)).tobytes()
 
-    def spread(self, arrays: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
-        """Rank 0's arrays by name, one after another, on all ranks."""
+    def spread(self, arrays: dict[str, mx.array], root: int = 0) -> Iterator[tuple[str, mx.array]]:
+        """The arrays of rank 0, or of `root`, by name, one after another, on all ranks."""
         layouts: Any = self.share(
-            lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()]
+            lambda: [[k, str(x.dtype), list(x.shape)] for k, x in arrays.items()], root
         )
         for name, dtype, shape in layouts:
             kind = getattr(mx, dtype.removeprefix("mlx.core."))
-            yield name, self.first(mx.zeros(shape, dtype=kind) if self.rank else arrays[name])
+            held = arrays[name] if self.rank == root else mx.zeros(shape, dtype=kind)
+            yield name, self.first(held, root)
+
+    def gathered(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
+        """Of what each rank would write to a memory's file, by name, what rank 0 writes; nothing
+        on the others."""
+        whole: dict[str, mx.array] = {}
+        for name, x in arrays.items():
+            if _is_of_heads(name):
+                x = self.whole(x, 1)
+            elif name.endswith("trace.0"):  # a mean over heads
+                x = self.sum(x) / self.size
+            mx.eval(x)
+            whole |= {} if self.rank else {name: x}
+        return whole
+
+    def divided(self, arrays: dict[str, mx.array], model: nn.Module) -> dict[str, mx.array]:
+        """Of what rank 0 has read in a memory's file, by name, what each rank needs."""
+        own = {}
+        for name, x in self.spread(arrays):
+            own[name] = self.part(x, 1) if _is_of_heads(name) else x
+            mx.eval(own[name])
+        return own
 
     def cut(self, model: nn.Module) -> None:
         """Leave of an augmented model, in place, what is this rank's. Its arrays are not read.
@@ -170,7 +198,7 @@ class Ranks:
     def _cut_vocabulary(self, module: nn.Module, kind: type) -> nn.Module:
         """Rows of a matrix with one for each token; the last rank's may be fewer."""
         vocabulary = len(module.weight)
-        rows = -(-vocabulary // self.size)
+        rows = rows_of_each(vocabulary, self.size)
 
         def cut(x: mx.array) -> mx.array:
             x = x[self.rank * rows : (self.rank + 1) * rows]
@@ -185,19 +213,20 @@ class Ranks:
         return module
 
 
+def _is_of_heads(name: str) -> bool:
+    """Whether the second dimension of an array in a file is that of heads."""
+    return name.startswith("layers.") and not name.endswith("trace.0")
+
+
 def _check(model: nn.Module, size: int) -> None:
     """Raise AHNError unless each rank gets as many heads, each with its keys and values."""
     if not hasattr(model, "shard"):
         family = getattr(model.args, "model_type", "this")
-        raise AHNError(f"mlx-lm cannot divide a {family} model among ranks; run it as one process")
+        raise AHNError(f"mlx-lm cannot divide heads of a {family} model; take --pipeline")
     for layer in model.layers:
         attention = getattr(layer, "self_attn", None)
-        if not isinstance(attention, AHNAttention) or attention.n_kv_heads % size == 0:
-            continue
-        heads = attention.n_kv_heads
-        fits = [str(n) for n in range(2, heads + 1) if heads % n == 0]
-        mend = f"start {' or '.join(fits)}" if fits else "run it as one process"
-        raise AHNError(f"{heads} key/value heads cannot be divided among {size} ranks; {mend}")
+        if isinstance(attention, AHNAttention):
+            heads_of_each(attention.n_kv_heads, size)
 
 
 @dataclass(frozen=True)

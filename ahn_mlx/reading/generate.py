@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.augment import dtype_of, shape_of_attention
+from ..model.pipeline import own_layers
 from ..platform import default_dtype
 from .penalty import note, nothing_seen
 from .sampling import Cutter, Sampling
@@ -126,7 +127,7 @@ class Run:
         fit = shape_of_attention(self.model)
         tokens = self.read + self.generated
         width = fit.n_kv_heads * fit.head_dim * dtype_of(self.model).size
-        layers = len(self.model.layers) - len(self.model.own_layers)
+        layers = len(set(own_layers(self.model)) - set(self.model.own_layers))
         return 2 * layers * width * tokens
 
     def facts(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..checkpoints.safetensors import (
 from ..errors import AHNError, near_file, show
 from ..model.augment import FullCache, dtype_of
 from ..model.cache import AHNCache
-from ..model.ranks import Ranks, share
+from ..model.ranks import share
 from ..model.trace import Trace
 from ..outputs.files import OutFile
 from . import layout
@@ -78,27 +78,9 @@ def save(
     arrays |= {} if seen is None else {layout.SEEN: pack(seen)}
     known = {**facts, "version": VERSION, "layers": layers}
     if model.ranks is not None:
-        arrays = _gathered(arrays, model.ranks)
+        arrays = model.ranks.gathered(arrays, model)
+        model.ranks.check()  # before they take the place of what is saved
     share(model.ranks, lambda: _write(file, model, arrays, known))
-
-
-def _gathered(arrays: dict[str, mx.array], ranks: Ranks) -> dict[str, mx.array]:
-    """On rank 0 the arrays of all heads; the others keep none."""
-    whole: dict[str, mx.array] = {}
-    for name, x in arrays.items():
-        if _is_of_heads(name):
-            x = ranks.whole(x, 1)
-        elif name.endswith("trace.0"):  # a mean over heads
-            x = ranks.sum(x) / ranks.size
-        mx.eval(x)
-        whole |= {} if ranks.rank else {name: x}
-    ranks.check()  # before they take the place of what is saved
-    return whole
-
-
-def _is_of_heads(name: str) -> bool:
-    """Whether the second dimension of an array in a file is that of heads."""
-    return name.startswith("layers.") and not name.endswith("trace.0")
 
 
 def _write(
@@ -181,7 +163,7 @@ def load(
     file of version 1 the tail has no layers: its ids are not read yet.
 
     Raises AHNError if it is damaged, of another model, or from a later version. Of several
-    processes rank 0 reads it, and each gets its heads.
+    processes rank 0 reads it, and each gets its part.
     """
     arrays: dict[str, mx.array] = {}
 
@@ -195,7 +177,7 @@ def load(
 
     facts = share(model.ranks, read)
     if model.ranks is not None:
-        arrays = _divided(arrays, model.ranks)
+        arrays = model.ranks.divided(arrays, model)
     caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
     ids: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
     tail = Tail(tuple(ids))
@@ -205,15 +187,6 @@ def load(
     packed = arrays.get(layout.SEEN)
     seen = None if packed is None else unpack(packed, model.args.vocab_size)
     return caches, tail, seen, facts
-
-
-def _divided(arrays: dict[str, mx.array], ranks: Ranks) -> dict[str, mx.array]:
-    """Of rank 0's arrays the heads of each rank."""
-    own = {}
-    for name, x in ranks.spread(arrays):
-        own[name] = ranks.part(x, 1) if _is_of_heads(name) else x
-        mx.eval(own[name])
-    return own
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:
