@@ -87,6 +87,14 @@ def tiles() -> Tiles:
     return Tiles(32, 64) if on_cpu() else Tiles(128, 256)
 
 
+def gpu_bytes() -> int:
+    """Memory of the GPU that MLX computes on, shared with the machine on a Mac; 0 on a CPU."""
+    import mlx.core as mx
+
+    info = {} if on_cpu() else mx.device_info()
+    return int(info.get("memory_size", info.get("total_memory", 0)))
+
+
 def default_dtype() -> "mx.Dtype | None":
     """float32 on the CPU, where half precision is slow; None on a GPU: as stored."""
     import mlx.core as mx

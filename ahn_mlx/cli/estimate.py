@@ -29,7 +29,7 @@ UNITS = {"": 1, "k": 1024, "m": 1024**2, "p": 400}
 LONGEST = 10**12
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # of older ones there is no other
     """A number of tokens: 200000, 128k, 1.5M, or 500p for pages."""
 
     name = "tokens"

@@ -257,8 +257,10 @@ def _option(name: str) -> str:
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of the loading options. Raises AHNError also where several processes
     were started for a command that is one."""
-    running = click.get_current_context()
-    if launched_rank() is not None and not isinstance(running.command, Together):
+    running = click.get_current_context(silent=True)
+    alone = running is not None and not isinstance(running.command, Together)
+    if alone and launched_rank() is not None:
+        assert running is not None
         raise AHNError(f"{running.command_path} is one process; start it without mlx.launch")
     with waiting(f"loading {options['name']}"):
         from ..hub import zoo

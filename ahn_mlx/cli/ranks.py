@@ -73,7 +73,7 @@ class Together(Command):
         elif ctx.meta.get(PIPELINE):
             raise AHNError("--pipeline has no effect on one process; mlx.launch starts several")
         if _here is not None:
-            sys.stdin = _Lines(sys.stdin)  # type: ignore[assignment]
+            sys.stdin = _Lines(sys.stdin)
         try:
             return super().invoke(ctx)
         except Exception:

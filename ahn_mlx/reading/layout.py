@@ -136,8 +136,8 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "tokenizer": _text(64),
     "tokens": _whole(0, MAX_TOKENS),
-    "window": _whole(1, 1 << 62),
-    "sinks": _whole(0, 1 << 62),
+    "window": _whole(1, MAX_TOKENS),
+    "sinks": _whole(0, MAX_TOKENS),
     "step": _whole(1, MAX_STEP),
     "turn": TURNS.__contains__,
     "chat": lambda value: isinstance(value, bool),
@@ -343,6 +343,8 @@ def check_values(
     if vocabulary is not None and (tail >= vocabulary).any():
         raise ValueError(f"its tail has token {tail.max()}, of {vocabulary} that there are")
     if vocabulary is not None and SEEN in arrays:
+        if not 0 <= 8 * arrays[SEEN].size - vocabulary < 8:
+            raise ValueError(f"it has seen other tokens than the {vocabulary} that there are")
         _check_seen(np.unpackbits(np.asarray(arrays[SEEN]), bitorder="little"), tail, vocabulary)
     written = facts["tokens"] - len(tail) - facts["window"] - facts["sinks"]
     before = _check_traces(arrays, facts, "", written)
@@ -357,8 +359,8 @@ def check_values(
 def _check_seen(
     bits: "np.ndarray[Any, Any]", tail: "np.ndarray[Any, Any]", vocabulary: int
 ) -> None:
-    """As many bits as there are tokens, and then zeros; the tail was seen."""
-    if not 0 <= len(bits) - vocabulary < 8 or bits[vocabulary:].any():
+    """After a bit for each token there are zeros; the tail was seen."""
+    if bits[vocabulary:].any():
         raise ValueError(f"it has seen other tokens than the {vocabulary} that there are")
     if not bits[tail.astype(int)].all():
         raise ValueError("it has not seen the tokens of its tail")
