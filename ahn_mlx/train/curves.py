@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AHNError, note
 from ..outputs.files import OutFile
 from ..outputs.pictures import new_figure, save_picture
-from .loop import METRICS, read_metrics
+from .metrics import METRICS, read_metrics
 from .validation import VALIDATION, read_validation
 
 if TYPE_CHECKING:
