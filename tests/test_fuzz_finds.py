@@ -6,16 +6,25 @@ import json
 import os
 import struct
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import papers
 import pytest
-from checkpoints import byte_bpe, byte_tokenizer, chat_tokenizer, edit_config, make_base
+from checkpoints import (
+    byte_bpe,
+    byte_tokenizer,
+    chat_tokenizer,
+    edit_config,
+    make_base,
+    write,
+)
 from click.testing import CliRunner
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serving import serving
+from test_training import SETTINGS
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +43,7 @@ from ahn_mlx.reading.text import read_documents, read_file
 from ahn_mlx.reading.tokens import Encoder
 from ahn_mlx.serve import anthropic
 from ahn_mlx.serve.guard import LOOPBACK, Guard
+from ahn_mlx.train import loop
 
 NAN, ENDLESS = float("nan"), 10**400
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
@@ -322,6 +332,21 @@ def test_numbers_of_a_training_that_are_none(option: str, tmp_path: Path) -> Non
     words = ["train", str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), name, number]
     result = CliRunner().invoke(cli, words)
     assert isinstance(result.exception, AHNError) and name in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", NAN), ("lr", -1.0), ("weight_decay", float("inf")), ("steps", ENDLESS), ("seed", -1)],
+)
+def test_settings_of_a_saved_training_that_cannot_be(name: str, value: Any, tmp_path: Path) -> None:
+    settings = {**asdict(SETTINGS), name: value}
+    metadata = {"settings": json.dumps(settings), "step": "0"}
+    write(tmp_path / loop.STATE, {"__metadata__": metadata})
+    with pytest.raises(AHNError, match=f"its {name} is"):
+        loop.read_settings(tmp_path)
+    metadata["settings"] = json.dumps(asdict(SETTINGS))
+    write(tmp_path / loop.STATE, {"__metadata__": metadata})
+    assert loop.read_settings(tmp_path) == (asdict(SETTINGS), 0)
 
 
 NEST = "[" * 300 + "]" * 300
