@@ -2,7 +2,9 @@
 what was probably meant."""
 
 import difflib
+import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +23,40 @@ class AHNError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(plain(message))
+
+
+def plain(text: str) -> str:
+    """The text on one line, without what a terminal would obey: names of files are anyone's."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(map(_sign, line))
+
+
+def _sign(c: str) -> str:
+    return c if c.isprintable() else ascii(c)[1:-1]
+
+
+def note(line: str) -> None:
+    """Say what a user may want to know, on stderr."""
+    print(f"note: {plain(line)}", file=sys.stderr)
 
 
 def show(text: Any) -> str:
     """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
-    quoted = ascii(text)
+    quoted = ascii(_begin_of(text))
     return quoted if len(quoted) <= 120 else quoted[:117] + "..."
+
+
+def _begin_of(value: Any, depth: int = 3) -> Any:
+    """As much of a value from JSON as a message can show; all of it may have a gigabyte."""
+    if isinstance(value, str):
+        return value[:200]
+    if type(value) is list:
+        return [_begin_of(x, depth - 1) for x in value[:60]] if depth else ["..."]
+    if type(value) is dict:
+        pairs = list(itertools.islice(value.items(), 60)) if depth else [("...", "...")]
+        return {_begin_of(k): _begin_of(x, depth - 1) for k, x in pairs}
+    return value
 
 
 def nearest(typed: str, names: Iterable[str]) -> str:

@@ -160,6 +160,8 @@ class GGUFile:
                 or len(block) not in (0, 2)
             ):
                 raise AHNError(f"{part.file}: unexpected tensor {show(name)}")
+            if tensor.kind.name in BITS and len(tensor.shape) < 2:
+                raise AHNError(f"{part.file}: tensor {show(name)} is a vector, and quantized")
             prefix = f"model.layers.{block[1]}." if block else ""
             for ending, dtype, shape in _readings(tensor, last):
                 info = TensorInfo(dtype, shape, tensor.begin, tensor.end)

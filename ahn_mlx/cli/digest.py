@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, real_path
 from ..outputs.parts import clear_parts, working_on
-from .command import Command, Word
+from .command import Word
 from .options import (
     check_numbers,
     force_option,
@@ -28,11 +29,12 @@ from .options import (
     template_options,
     window_bits_options,
 )
+from .ranks import Together, is_first, pipeline_option, share
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
 from .words import is_there, looks_like_file, memory_name, read_typed
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("prompt_file", cls=Word, nargs=-1, metavar="FILE...")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
@@ -55,6 +57,7 @@ from .words import is_there, looks_like_file, memory_name, read_typed
 @template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
 @quiet_option
+@pipeline_option
 @needs_memory
 def digest(**options: Any) -> None:
     """Read a document once; ask about it any number of times with ahn-mlx ask.
@@ -69,18 +72,11 @@ def digest(**options: Any) -> None:
     """
     check_numbers(options)
     files = list(options["prompt_file"])
-    _refuse_question(files)
-    out = options["out"] = options["out"] or memory_name(files)
+    out = options["out"] = options["out"] or Path(share(lambda: _name_for(files)))
     partial = out.parent / f"{out.name}.partial"  # "." has no name
-    _check_out(out, partial, options)
-    text = read_typed(files, has_prompt=False)
-    if not text.strip():
-        raise AHNError("the text is empty; give a text to read")
     name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
-    with working_on(real_path(out)):
-        _check_out(out, partial, options)  # another may just have ended
-        for file in (out, partial):
-            clear_parts(real_path(file))
+    with ExitStack() as held:
+        text = share(lambda: _text_for(held, partial, files, options))
         _digest(text, name, partial, options)
 
 
@@ -95,13 +91,35 @@ def _digest(text: str, name: str, partial: Path, options: dict[str, Any]) -> Non
     finished = session.fork()
     finished.note_text(name, done["done"])
     try:
-        _check_out(out, partial, options)
+        share(lambda: _check_out(out, partial, options))
         finished.save(out)
     except AHNError as e:
         session.save(partial, **done)
         raise AHNError(f"{e}; what was read is kept in {partial}") from None
-    partial.unlink(missing_ok=True)
-    say(f"{out}: {session.tokens:,} tokens in {in_bytes(out.stat().st_size)}")
+    if is_first():
+        partial.unlink(missing_ok=True)
+        say(f"{out}: {session.tokens:,} tokens in {in_bytes(out.stat().st_size)}")
+
+
+def _name_for(files: list[str]) -> str:
+    _refuse_question(files)
+    return str(memory_name(files))
+
+
+def _text_for(held: ExitStack, partial: Path, files: list[str], options: dict[str, Any]) -> str:
+    """The text, if what it leaves can be written. Removes what killed runs have left there.
+    held: gets the lock by which other runs know of this one."""
+    out: Path = options["out"]
+    _refuse_question(files)
+    _check_out(out, partial, options)
+    text = read_typed(files, has_prompt=False)
+    if not text.strip():
+        raise AHNError("the text is empty; give a text to read")
+    held.enter_context(working_on(real_path(out)))
+    _check_out(out, partial, options)  # another may just have ended
+    for file in (out, partial):
+        clear_parts(real_path(file))
+    return text
 
 
 def _begun(out: Path, options: dict[str, Any]) -> Any:
@@ -111,7 +129,7 @@ def _begun(out: Path, options: dict[str, Any]) -> Any:
     from ..reading.template import TemplateError
 
     if options["append"]:
-        facts = memoryfile.read_facts(out)
+        facts = share(lambda: memoryfile.read_facts(out))
         name = options["name"] if is_given("name") else None
         model, tokenizer = load_as_read(facts, name, options["ahn"])
         return Session.load(out, model, tokenizer)
@@ -231,10 +249,10 @@ def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]
     from ..reading import memoryfile
     from ..reading.session import Session
 
-    if not partial.is_file():
+    if not share(partial.is_file):
         return None, {}
     try:
-        facts = memoryfile.read_facts(partial)
+        facts = share(lambda: memoryfile.read_facts(partial))
         if facts.get("job") != job:
             say(f"note: {partial} is of another text or setting; starting anew")
             return None, {}

@@ -5,15 +5,15 @@ import codecs
 import hashlib
 import json
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from ..checkpoints.directory import check_depth
 from ..errors import AHNError, show
 
-LONGEST = 1 << 28  # bytes of a line
+LONGEST = 1 << 26  # bytes of a line
 ONE = "each line is one object"
 UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
@@ -47,6 +47,7 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
         if line.startswith(UTF_16) or line.count(b"\0") * 3 > len(line):
             raise AHNError(f"{where} is UTF-16, not UTF-8; save the file as UTF-8")
         found = json.loads(line.decode("utf-8-sig"))
+        check_depth(found)
     except UnicodeDecodeError as e:
         # Latin-1 has no letters there, Windows' code page has.
         ansi = any(0x80 <= byte < 0xA0 for byte in line)
@@ -102,11 +103,13 @@ def _opened(file: Path, member: str | None) -> Iterator[IO[bytes]]:
 def _named(file: Path, member: str | None) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+    except OSError as e:
+        raise AHNError(f"{_name(file, member)}: {e.strerror or show(str(e))}") from None
+    except AHNError:
+        raise
+    except Exception as e:  # zipfile and what unpacks for it have many kinds
         reason = show(str(e) or "it ends early")
         raise AHNError(f"{file}: is damaged ({reason}); delete it and get it again") from None
-    except OSError as e:
-        raise AHNError(f"{_name(file, member)}: {e.strerror or e}") from None
 
 
 def _name(file: Path, member: str | None) -> str:

@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.augment import dtype_of, shape_of_attention
+from ..model.pipeline import own_layers
 from ..platform import default_dtype
 from .penalty import note, nothing_seen
 from .sampling import Cutter, Sampling
@@ -87,23 +88,29 @@ class Run:
         start = time.perf_counter()
         cutter, vocabulary = Cutter(self.sampling.stop), self.model.args.vocab_size
         self._times = [start, start, start]  # start, prompt read, last token
-        for response in stream_generate(
-            self.model,
-            self.tokenizer,
-            self.prompt,
-            prompt_cache=self.cache,
-            prefill_step_size=self.step or prefill_step(),
-            prompt_progress_callback=self._count,
-            **self.sampling.begin(vocabulary, note(nothing_seen(vocabulary), self.prompt)),
-        ):
-            self.generated = response.generation_tokens
-            self.said.append(response.token)
-            self.finish_reason = response.finish_reason or ""
-            self._times[2] = time.perf_counter()
-            yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
-            if cutter.found:
-                self.finish_reason = "stop"
-                return
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                self.prompt,
+                prompt_cache=self.cache,
+                prefill_step_size=self.step or prefill_step(),
+                prompt_progress_callback=self._count,
+                **self.sampling.begin(
+                    vocabulary, note(nothing_seen(vocabulary), self.prompt), self.model.ranks
+                ),
+            ):
+                self.generated = response.generation_tokens
+                self.said.append(response.token)
+                self.finish_reason = response.finish_reason or ""
+                self._times[2] = time.perf_counter()
+                yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
+                if cutter.found:
+                    self.finish_reason = "stop"
+                    return
+        finally:
+            if self.model.ranks is not None:
+                self.model.ranks.settle()
 
     def _count(self, read: int, total: int) -> None:
         self.read = read
@@ -120,7 +127,7 @@ class Run:
         fit = shape_of_attention(self.model)
         tokens = self.read + self.generated
         width = fit.n_kv_heads * fit.head_dim * dtype_of(self.model).size
-        layers = len(self.model.layers) - len(self.model.own_layers)
+        layers = len(set(own_layers(self.model)) - set(self.model.own_layers))
         return 2 * layers * width * tokens
 
     def facts(self) -> dict[str, Any]:
