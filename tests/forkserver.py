@@ -34,7 +34,7 @@ class Run:
     status: int | None = None
     seconds: float = 0.0
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """Its exit code. After that time it is killed, and the test fails."""
         if self.ends_within(timeout):
             assert self.status is not None
@@ -52,7 +52,7 @@ class Run:
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
         while self.status is None:
-            self.server.listen(60)
+            self.server.listen(300)
 
     @property
     def out(self) -> str:
@@ -84,7 +84,7 @@ class ForkServer:
         )
         self.runs: dict[int, Run] = {}
         self._ends: dict[int, dict[str, Any]] = {}
-        assert self._line(120) == {"ready": True}
+        assert self._line(600) == {"ready": True}
 
     def start(self, *words: object, **how: Any) -> Run:
         """how: env; limits, by the names of resource; user; cwd; stdin, a file; die, the change
@@ -96,12 +96,12 @@ class ForkServer:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked).encode() + b"\n")
         self.process.stdin.flush()
-        while "pid" not in (said := self._line(60)):
+        while "pid" not in (said := self._line(300)):
             self._end(said)
         run = self.runs[said["pid"]] = Run(said["pid"], place, self)
         return run
 
-    def run(self, *words: object, timeout: float = 60, **how: Any) -> Run:
+    def run(self, *words: object, timeout: float = 300, **how: Any) -> Run:
         """One that has come to its end."""
         run = self.start(*words, **how)
         run.wait(timeout)
@@ -111,7 +111,7 @@ class ForkServer:
         """Take in the end of a command, if one comes within that time."""
         assert self.process.stdout is not None
         if select.select([self.process.stdout], [], [], seconds)[0]:
-            self._end(self._line(60))
+            self._end(self._line(300))
 
     def _end(self, said: dict[str, Any]) -> None:
         run = self.runs.pop(said["ended"])

@@ -137,7 +137,7 @@ def broken(place: Place, name: str, count: int) -> None:
     for i in range(min(count, requests)):
         begun(place, case)
         place.hub.breaks = 1 + i * requests // min(count, requests)
-        run = place.server.run(*case.words(place), timeout=120)
+        run = place.server.run(*case.words(place), timeout=300)
         if run.status:
             one_line(run)
             place.hub.breaks = 0

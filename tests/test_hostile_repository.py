@@ -52,7 +52,7 @@ def evil(place: Place) -> dict[str, bytes]:
 
 
 def refused(place: Place, *words: object) -> str:
-    run = place.server.run(*words, timeout=120)
+    run = place.server.run(*words, timeout=300)
     said = one_line(run)
     assert said.isprintable() and len(said) < 1000, said
     assert "of the user" not in said and not (place.path / TRACE).exists()
