@@ -5,9 +5,14 @@ with the keys that a window and sinks leave it.
 """
 
 import json
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models
+import numpy as np
 import pytest
 from checkpoints import byte_tokenizer, same
 from mlx.utils import tree_flatten, tree_map
@@ -29,6 +34,7 @@ from ahn_mlx.model.fit import fit_of
 from ahn_mlx.model.names import published_name
 from ahn_mlx.model.pure import initial_state
 from ahn_mlx.model.together import prepare, together
+from ahn_mlx.reading.generate import Run, make_prompt
 from ahn_mlx.reading.session import Session
 from ahn_mlx.train.streams import install, study, teach, trainable
 
@@ -134,9 +140,10 @@ class Shown:
         return keys, values
 
 
-def alone(attention, x, clamped):
+def alone(attention, x, clamped, remembered=None):
     """mlx-lm's own layer, one query at a time: sinks, then the window. Clamped: as if the query
-    stood right behind a full window, and all of the window with it."""
+    stood right behind a full window, and all of the window with it. remembered: [L, H, D], what is
+    added to its heads."""
 
     def at(j, position):
         shown = Shown(position)
@@ -149,22 +156,79 @@ def alone(attention, x, clamped):
         stands = min(t, WINDOW + SINKS) if clamped else t
         pairs = [at(j, j if j < SINKS else j - t + stands) for j in seen]
         keys, values = (mx.concatenate(x, axis=2) for x in zip(*pairs, strict=True))
-        out.append(attention(x[:, t : t + 1], None, Shown(stands, keys, values)))
+        with nullcontext() if remembered is None else asking(attention, remembered[t]):
+            out.append(attention(x[:, t : t + 1], None, Shown(stands, keys, values)))
     return mx.concatenate(out, axis=1)
 
 
+@contextmanager
+def asking(attention, more=None):
+    """What the layer's heads ask with, noted; and more [H, D] added to what they are told."""
+    module, asked = sys.modules[type(attention).__module__], []
+    theirs = module.scaled_dot_product_attention
+
+    def ours(queries, *rest, **options):
+        asked.append(queries)
+        told = theirs(queries, *rest, **options)
+        return told if more is None else told + mx.array(more)[None, :, None].astype(told.dtype)
+
+    module.scaled_dot_product_attention = ours
+    try:
+        yield asked
+    finally:
+        module.scaled_dot_product_attention = theirs
+
+
+def recalled(attention, memory, x):
+    """[L, H, D], what a gated delta rule says after each token: the equations, one by one."""
+    x_of = np.array(x[0], dtype=np.float64)
+    weights = {name: np.array(w, np.float64) for name, w in tree_flatten(memory.parameters())}
+    H, D, _ = weights["o_proj.weight"].shape
+    states, said = np.zeros((H, D, D)), np.zeros((x.shape[1], H, D))
+
+    def at(t):
+        shown = Shown(t)
+        with asking(attention) as asked:
+            attention(x[:, t : t + 1], None, shown)
+        q, k, v = (np.array(y[0, :, 0], np.float64) for y in (asked[0], shown.keys, shown.values))
+        return q, *(np.repeat(y, H // len(y), axis=0) for y in (k, v))
+
+    for t in range(WINDOW + SINKS, x.shape[1]):
+        gone = x_of[t - WINDOW]
+        _, k, v = at(t - WINDOW)
+        write = 1 / (1 + np.exp(-weights["b_proj.weight"] @ gone))
+        grown = np.logaddexp(0, weights["a_proj.weight"] @ gone + weights["dt_bias"])
+        stays = np.exp(-np.exp(weights["A_log"]) * grown)
+        z = weights["g_proj.weight"] @ x_of[t]
+        for h in range(H):
+            q = at(t)[0][h]
+            key, query = k[h] / np.sqrt(k[h] @ k[h] + 1e-6), q / np.sqrt((q @ q + 1e-6) * D)
+            states[h] *= stays[h]
+            states[h] += np.outer(key, write[h] * (v[h] - states[h].T @ key))
+            told = states[h].T @ query
+            told *= weights["o_norm.weight"] / np.sqrt((told**2).mean() + 1e-5)
+            said[t, h] = told * z[h] / (1 + np.exp(-z[h])) @ weights["o_proj.weight"][h]
+    return said.astype(np.float32)
+
+
 @pytest.mark.parametrize("family", EACH)
-def test_a_layer_past_its_window_is_its_own_attention_on_what_is_left(family):
+def test_a_layer_past_its_window_is_its_own_attention_on_what_is_left_and_a_memory(family):
     for sinks in ("clamped", "absolute"):
         model = base(family)
         theirs = [getattr(layer, "self_attn", None) for layer in model.layers]
         config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS, sink_positions=sinks)
-        augment(model, config)
+        remember(augment(model, config))
         i, ours = list(memory_layers(model))[-1]
         if ours.fit.late_norm and sinks == "clamped":
             continue  # what is normed after RoPE does not depend on distances alone
         x = mx.random.normal((1, 14, model.args.hidden_size))
-        wanted = alone(theirs[i], x, sinks == "clamped")
+        if family == "gemma2":  # its attention is no function that could be listened to
+            ours.ahn.o_proj.weight = mx.zeros_like(ours.ahn.o_proj.weight)
+            wanted = alone(theirs[i], x, sinks == "clamped")
+        else:
+            said = recalled(theirs[i], ours.ahn, x)
+            assert np.abs(said[WINDOW + SINKS :]).max() > 0.01
+            wanted = alone(theirs[i], x, sinks == "clamped", said)
         close(ours(x, None, AHNCache(WINDOW, SINKS)), wanted)
         cache = AHNCache(WINDOW, SINKS)
         steps = [ours(x[:, t : t + 1], None, cache) for t in range(14)]
@@ -180,13 +244,12 @@ def test_any_chunking_and_rows_are_one(family):
     close(chunked(model, [12] + [1] * 8), wanted)
     both = mx.concatenate([IDS, (IDS * 7 + 1) % 100])
     close(chunked(model, [13, 1, 6], both)[:1], wanted)
-    if family in PLAIN:
-        rows = [model.make_cache() for _ in range(2)]
-        model(IDS[:, :12], cache=rows[0])
-        model(IDS[:, :5], cache=rows[1])
-        batch = [a.merge([a, b]) for a, b in zip(*rows, strict=True)]
-        step = model(mx.concatenate([IDS[:, 12:13], IDS[:, 5:6]]), cache=batch)
-        close(step, mx.concatenate([wanted[:, 12:13], wanted[:, 5:6]]))
+    rows = [model.make_cache() for _ in range(2)]
+    model(IDS[:, :12], cache=rows[0])
+    model(IDS[:, :5], cache=rows[1])
+    batch = [a.merge([a, b]) for a, b in zip(*rows, strict=True)]
+    step = model(mx.concatenate([IDS[:, 12:13], IDS[:, 5:6]]), cache=batch)
+    close(step, mx.concatenate([wanted[:, 12:13], wanted[:, 5:6]]))
 
 
 @pytest.mark.parametrize("family", EACH)
@@ -271,28 +334,33 @@ def test_a_cache_of_another_kind_cannot_be_saved(tmp_path):
 
 
 def write_base(model, config, place):
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     (place / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
     tensors = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(place / "model.safetensors"), tensors, {"format": "mlx"})
     return tensors
 
 
-@pytest.mark.parametrize("family", EACH)
-def test_convert_load_export_is_bit_exact(family, tmp_path):
-    plain, config = base(family), tiny_config(family)
-    tensors = write_base(plain, config, tmp_path / "base")
+def write_memory(plain, tensors, config, place):
+    """Augments the model, and writes what it has gained as the release does."""
     settings = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
     model = remember(augment(plain, settings))
-    wanted = chunked(model, [20])
     memory = {k: v for k, v in tree_flatten(model.parameters()) if k not in tensors}
-    ahn = tmp_path / "ahn"
-    ahn.mkdir()
     released = {published_name(name): x for name, x in memory.items()}
-    assert not set(released) & set(memory)
-    mx.save_safetensors(str(ahn / "model.safetensors"), released, {"format": "pt"})
-    (ahn / "config.json").write_text(json.dumps(release_config(config, settings, "ahn-only")))
-    convert(tmp_path / "base", ahn, tmp_path / "model")
+    assert memory and not set(released) & set(memory)
+    place.mkdir()
+    mx.save_safetensors(str(place / "model.safetensors"), released, {"format": "pt"})
+    (place / "config.json").write_text(json.dumps(release_config(config, settings, "ahn-only")))
+    return released, memory
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_convert_load_export_is_bit_exact(family, tmp_path):
+    model, config = base(family), tiny_config(family)
+    tensors = write_base(model, config, tmp_path / "base")
+    released, memory = write_memory(model, tensors, config, tmp_path / "ahn")
+    wanted = chunked(model, [20])
+    convert(tmp_path / "base", tmp_path / "ahn", tmp_path / "model")
     loaded, _ = load_model(tmp_path / "model", dtype="float32")
     assert same(dict(tree_flatten(loaded.parameters())), tensors | memory)
     assert mx.array_equal(chunked(loaded, [20]), wanted)
@@ -337,30 +405,73 @@ def test_remapped_names_are_what_mlx_lm_runs_them_as(name, tmp_path):
     assert mx.array_equal(model(IDS), same_ones(IDS))
 
 
+# A model file of each, in a folder of its own.
+TOMORROW = {
+    "dawn": {"temperature": 0.3, "intermediate_size": 96},
+    "dusk": {"head_dim": 12, "sliding_window": 6, "softcap": 3.0},
+}
+READ = {
+    "dawn": "everything (groups kvq), norm per head",
+    "dusk": "soft cap, learned sinks",
+}
+
+
+@pytest.mark.parametrize("name", TOMORROW)
+def test_a_family_of_tomorrow_needs_no_line_here(name, tmp_path, monkeypatch):
+    tomorrow = str(Path(__file__).parent / "tomorrow")
+    monkeypatch.setattr(mlx_lm.models, "__path__", [*mlx_lm.models.__path__, tomorrow])
+    config = {
+        **{"model_type": name, "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 256},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, **TOMORROW[name]},
+    }
+    plain = random(build_base(config))
+    ids = IDS % 256
+    wanted, said = (
+        plain(ids, cache=make_prompt_cache(plain)),
+        greedy(plain, make_prompt_cache(plain)),
+    )
+    mx.eval(wanted)
+    byte_tokenizer(tmp_path / "base")
+    tensors = write_base(plain, config, tmp_path / "base")
+    released, _ = write_memory(plain, tensors, config, tmp_path / "ahn")
+    _, attention = next(memory_layers(plain))
+    assert attention.fit.describe() == READ[name]
+
+    wide, _ = ahn_mlx.load(tmp_path / "base", ahn=tmp_path / "ahn", window=40, dtype="float32")
+    close(wide(ids, cache=wide.make_cache()), wanted)
+    assert greedy(wide, wide.make_cache()) == said
+    close(chunked(plain, [12] + [1] * 8), chunked(plain, [20]))
+
+    convert(tmp_path / "base", tmp_path / "ahn", tmp_path / "model")
+    model, tokenizer = ahn_mlx.load(tmp_path / "model", dtype="float32")
+    assert mx.array_equal(chunked(model, [20]), chunked(plain, [20]))
+    document = "It was the best of times, it was the worst of times."
+    answers = [
+        "".join(Run(m, tokenizer, make_prompt(tokenizer, document, "Why?"), step=7))
+        for m in (model, plain)
+    ]
+    assert answers[0] == answers[1] != ""
+    export_pytorch(tmp_path / "model", tmp_path / "out", "ahn-only")
+    assert same(mx.load(str(tmp_path / "out/model.safetensors")), released)
+
+
 class Gained(llama.Attention):
-    """Ordinary but for names and for what comes in which order."""
+    """With norms after RoPE."""
 
     def __init__(self, args):
         super().__init__(args)
         D = args.hidden_size // args.num_attention_heads
-        self.qkv_proj = nn.Linear(args.hidden_size, (self.n_heads + 2 * self.n_kv_heads) * D)
-        self.dense = self.o_proj
-        self.q_layernorm, self.k_layernorm = nn.RMSNorm(D), nn.RMSNorm(D)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            del self[name]
-        self.scale = 0.3
-        self.rotary_emb = nn.RoPE(D // 2)
-        del self["rope"]
+        self.q_norm, self.k_norm = nn.RMSNorm(D), nn.RMSNorm(D)
 
     def heads(self, x, cache):
         B, L, _ = x.shape
-        H, G = self.n_heads, self.n_kv_heads
-        y = self.qkv_proj(x).reshape(B, L, G, H // G + 2, -1)
-        q, k, v = y[..., :-2, :].reshape(B, L, H, -1), y[..., -2, :], y[..., -1, :]
-        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+        q, k, v = (
+            part(x).reshape(B, L, -1, self.q_norm.weight.size).swapaxes(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
         offset = 0 if cache is None else cache.offset
-        q, k = (self.rotary_emb(part, offset=offset) for part in (q, k))
-        q, k = self.q_layernorm(q), self.k_layernorm(k)
+        q, k = (self.rope(part, offset=offset) for part in (q, k))
+        q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         return q, k, v
@@ -369,7 +480,7 @@ class Gained(llama.Attention):
         q, k, v = self.heads(x, cache)
         mask = mask if q.shape[2] > 1 else None
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
-        return self.dense(y.swapaxes(1, 2).flatten(2))
+        return self.o_proj(y.swapaxes(1, 2).flatten(2))
 
 
 class Biased(Gained):
@@ -381,17 +492,17 @@ class Biased(Gained):
         far = mx.arange(K - L, K)[:, None] - mx.arange(K)
         bias = mx.where(far >= 0, -0.2 * far, -1e9)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=bias)
-        return self.dense(y.swapaxes(1, 2).flatten(2))
+        return self.o_proj(y.swapaxes(1, 2).flatten(2))
 
 
-def test_a_family_of_tomorrow_needs_no_line_here(monkeypatch):
+def test_norms_after_rope_are_read_as_such(monkeypatch):
     monkeypatch.setattr(llama, "Attention", Gained)
     model = base("llama")
     wanted = model(IDS)
     mx.eval(wanted)
     augment(model, ahn_mlx.AHNConfig(window=40, sinks=SINKS))
     _, attention = next(memory_layers(model))
-    assert attention.fit.describe() == "qkv_proj (groups), norm per head after RoPE"
+    assert attention.fit.describe() == "norm per head after RoPE"
     close(model(IDS, cache=model.make_cache()), wanted)
     model = remember(augment(base("llama"), ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)))
     close(chunked(model, [12] + [1] * 8), chunked(model, [20]))
