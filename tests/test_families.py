@@ -4,6 +4,7 @@ The oracles are mlx-lm's: the plain model, and its attention layer alone, called
 with the keys that a window and sinks leave it.
 """
 
+import hashlib
 import json
 import sys
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,8 @@ import mlx_lm.models
 import numpy as np
 import pytest
 from checkpoints import byte_tokenizer, same
+from click.testing import CliRunner
+from engines import finish, running, small, start
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
@@ -25,6 +28,7 @@ from ahn_mlx.checkpoints.export import export_pytorch, release_config
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import fit, load_model
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
+from ahn_mlx.cli import cli
 from ahn_mlx.errors import AHNError
 from ahn_mlx.measure.cost import shape_of
 from ahn_mlx.model.augment import augment, build_base, hidden_states, memory_layers
@@ -35,7 +39,9 @@ from ahn_mlx.model.names import published_name
 from ahn_mlx.model.pure import initial_state
 from ahn_mlx.model.together import prepare, together
 from ahn_mlx.reading.generate import Run, make_prompt
+from ahn_mlx.reading.memoryfile import verify
 from ahn_mlx.reading.session import Session
+from ahn_mlx.serve.budget import row_bytes
 from ahn_mlx.train.streams import install, study, teach, trainable
 
 # With a memory in each layer; and with one in those layers alone that see all tokens.
@@ -48,7 +54,7 @@ PLAIN = (
 )
 MIXED = (
     *("afmoe", "cohere2", "exaone4", "gemma3_text", "gpt_oss", "granitemoehybrid", "jamba"),
-    *("lfm2", "olmo3", "qwen3_next"),
+    *("falcon_h1", "gear", "lfm2", "olmo3", "olmo_hybrid", "qwen3_next"),
 )
 # One of each shape is always tried; the others, which are no other shape, are slow together.
 SHAPES = (
@@ -308,28 +314,192 @@ def test_served_rows_are_each_alone(family):
             close(row[0], wanted[0, n])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2", "phi3", "stablelm"])
-def test_a_digested_text_comes_back(family, tmp_path):
+def talking(family, tmp_path, **settings):
+    """A model with memories that speak, and a tokenizer for it."""
     config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
-    model = remember(augment(base(family, vocab_size=256), config))
-    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
+    model = remember(augment(base(family, vocab_size=256, **settings), config))
+    mx.eval(model.parameters())
+    return model, load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
+
+
+def contents(session):
+    """All arrays of its caches and all numbers beside them."""
+    state = dict(tree_flatten([c.state for c in session.caches]))
+    return {k: v.tolist() if isinstance(v, mx.array) else v for k, v in state.items()}
+
+
+SAVED = [
+    pytest.param(name, marks=() if name in ("phi3", "gpt_oss", "qwen3_next") else pytest.mark.slow)
+    for name in ("gemma2", "olmo2", "phi3", "stablelm", *MIXED)
+]
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_a_digested_text_comes_back(family, tmp_path):
+    model, tokenizer = talking(family, tmp_path)
+    session = Session(model, tokenizer, step=5)
+    for n, ids in enumerate((range(33), range(40, 44), range(60, 66), range(1))):
+        session.read_ids(list(ids))  # a tail of 3, 2, 3 and 4
+        session.save(tmp_path / f"{n}.ahn")
+        verify(tmp_path / f"{n}.ahn")
+        again = Session.load(tmp_path / f"{n}.ahn", model, tokenizer)
+        assert contents(session) == contents(again)
+        said = [[*s.fork().ask("Why?", max_tokens=3)] for s in (session, again)]
+        assert said[0] == said[1]
+        assert contents(session) == contents(again)  # what forks do is theirs
+        session = again
+    whole = Session(model, tokenizer, step=5)
+    whole.read_ids([*range(33), *range(40, 44), *range(60, 66), 0])
+    assert contents(whole) == contents(session)
+    answered = []
+    for s in (session, whole):
+        [*s.ask("Why?", max_tokens=9)]
+        s.save(tmp_path / "answered.ahn")
+        s = Session.load(tmp_path / "answered.ahn", model, tokenizer)
+        s.read_ids([9, 8, 7])
+        answered.append(contents(s))
+    assert answered[0] == answered[1]
+    with (tmp_path / "0.ahn").open("rb") as f:
+        assert (b'"version\\": 3' in f.read(1 << 16)) == (family in MIXED)
+
+
+def damaged(change, file, out):
+    """The file with other facts and arrays, and a checksum that fits."""
+    arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+    facts = json.loads(metadata["ahn"])
+    change(facts, arrays)
+    text = json.dumps(facts, sort_keys=True)
+    found = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        x = arrays[name]
+        found.update(f"{name} {x.dtype} {x.shape}".encode())
+        found.update(np.array(x).tobytes())
+    metadata = {"format": "mlx", "ahn": text, "sha256": found.hexdigest()}
+    mx.save_safetensors(str(out.with_suffix(".safetensors")), arrays, metadata)
+    out.with_suffix(".safetensors").rename(out)
+
+
+def place(at, value, layer=0):
+    def change(facts, arrays):
+        facts["layers"][layer][at] = value
+
+    return change
+
+
+def said(**more):
+    return lambda facts, arrays: facts.update(more)
+
+
+def arrays(**more):
+    """name: how an array is changed, or one that was not there."""
+
+    def change(facts, arrays):
+        for name, x in more.items():
+            arrays[name] = x(arrays[name]) if callable(x) else x
+
+    return change
+
+
+def first(x):
+    return x[:, :1]
+
+
+OTHER = "not this model's"
+LIES = {
+    "a window of another size": ("gpt_oss", place(2, 7), OTHER),
+    "that keeps its first tokens": ("gpt_oss", place(3, 1), OTHER),
+    "a slot that is not there": ("gpt_oss", place(4, 99), "at slot 99"),
+    "a slot before the first": ("gpt_oss", place(4, 0), "at slot 0"),
+    "another after the tail": ("gpt_oss", place(5, 90), "at slot 90"),
+    "another number of tokens": ("gpt_oss", place(1, 29), "where .*30.* is right"),
+    "a name for a kind": ("gpt_oss", place(0, "turning"), "its layers is"),
+    "no kind": ("gpt_oss", place(0, None), "its layers is"),
+    "a list for a kind": ("gpt_oss", place(0, []), "its layers is"),
+    "another kind": ("gpt_oss", lambda f, _: f["layers"].__setitem__(0, ["states", 30, 2]), OTHER),
+    "an earlier version": ("gpt_oss", said(version=2), "not of version 2"),
+    "too many slots": ("gpt_oss", arrays(**{"layers.0.0": mx.zeros((1, 2, 99, 16))}), "0.0 is"),
+    "fewer heads": ("gpt_oss", arrays(**{"layers.0.1": first}), "layers.0.1 is"),
+    "an array too many": ("gpt_oss", arrays(**{"layers.0.2": mx.zeros(1)}), "belongs to no"),
+    "one too few": ("gpt_oss", lambda _, arrays: arrays.pop("layers.0.tail.1"), "is missing"),
+    "numbers that are none": ("gpt_oss", arrays(**{"layers.0.1": lambda x: x * mx.inf}), "NaN or"),
+    "more states": ("qwen3_next", place(2, 3), OTHER),
+    "very many states": ("qwen3_next", place(2, 1 << 29), "its layers is"),
+    "states of another shape": ("qwen3_next", arrays(**{"layers.0.1": first}), "layers.0.1 is"),
+    "a later version": ("qwen3_next", said(version=4), "version 4, this program reads 3; upgrade"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_is_false_of_an_own_cache_is_refused_in_one_line(lie, tmp_path):
+    family, change, message = LIES[lie]
+    model, tokenizer = talking(family, tmp_path)
     session = Session(model, tokenizer, step=5)
     session.read_ids(list(range(33)))
     session.save(tmp_path / "a.ahn")
-    again = Session.load(tmp_path / "a.ahn", model, tokenizer)
-    for ours, theirs in zip(session.caches, again.caches, strict=True):
-        assert mx.array_equal(ours.memory, theirs.memory)
-        assert all(map(mx.array_equal, ours.buffers, theirs.buffers))
-    said = [[*s.ask("Why?", max_tokens=3)] for s in (session, again)]
-    assert said[0] == said[1]
+    damaged(lambda facts, arrays: None, tmp_path / "a.ahn", tmp_path / "b.ahn")
+    assert contents(Session.load(tmp_path / "b.ahn", model, tokenizer)) == contents(session)
+    damaged(change, tmp_path / "a.ahn", tmp_path / "b.ahn")
+    with pytest.raises(AHNError, match=message) as refused:
+        Session.load(tmp_path / "b.ahn", model, tokenizer)
+    assert "\n" not in str(refused.value)
 
 
-def test_a_cache_of_another_kind_cannot_be_saved(tmp_path):
-    model = augment(base("gpt_oss", vocab_size=256), ahn_mlx.AHNConfig(window=WINDOW))
-    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "bytes"), {})
-    with pytest.raises(AHNError, match=r"layers 0, 2 keep .*RotatingKVCache"):
-        Session(model, tokenizer)
-    with pytest.raises(AHNError, match="layers 0, 2 have no memory"):
+@pytest.mark.parametrize(
+    "family",
+    ["gpt_oss", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_next", "falcon_h1"))],
+)
+def test_a_server_answers_each_as_if_it_were_alone(family, tmp_path):
+    model, tokenizer = talking(family, tmp_path)
+
+    def alone(ids, n):
+        caches, found = model.make_cache(), []
+        for at in range(0, len(ids) - 1, 16):
+            model(mx.array([ids[at : min(at + 16, len(ids) - 1)]]), cache=caches)
+        for token in [ids[-1]] * (n > 0):
+            while len(found) < n:
+                token = model(mx.array([[token]]), cache=caches)[0, -1].argmax().item()
+                found.append(token)
+        return found
+
+    prompts = [[(7 * i + n) % 256 for i in range(n)] for n in (5, 1, 70)]
+    with running(model, tokenizer, rows=3) as engine:
+        session = small(engine)
+        told = [start(engine, session, ids, max_tokens=9)[1] for ids in prompts]
+        done = [finish(one) for one in told]
+        row = row_bytes(engine, session)
+    for ids, (tokens, ends) in zip(prompts, done, strict=True):
+        assert [t for t, _ in tokens[0]] == alone(ids, 9)
+        assert ends[0].session.nbytes <= row
+
+
+@pytest.mark.slow
+def test_commands_with_an_own_window(tmp_path):
+    config = {**tiny_config("gpt_oss"), "vocab_size": 256}
+    model = base("gpt_oss", vocab_size=256)
+    tensors = write_base(model, config, byte_tokenizer(tmp_path / "base"))
+    write_memory(model, tensors, config, tmp_path / "ahn")
+    convert(tmp_path / "base", tmp_path / "ahn", tmp_path / "model")
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 9)
+
+    def run(command, *words):
+        done = CliRunner().invoke(cli, [command, *map(str, words)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    book, memory = tmp_path / "book.txt", tmp_path / "book.ahn"
+    run("digest", "--model", tmp_path / "model", "--prompt-file", book, "-o", memory)
+    info = json.loads(run("memory", "info", memory, "--json"))
+    assert (info["version"], info["tokens"], info["window_bits"]) == (3, info["tail"], None)
+    assert "sound" in run("memory", "verify", memory)
+    run("ask", "--memory", memory, "Why?", "--max-tokens", "3")
+    run("digest", "--prompt-file", book, "-o", memory, "--append")
+    assert json.loads(run("memory", "info", memory, "--json"))["tokens"] == 2 * info["tokens"]
+    run("inspect", "--memory", memory, "-o", tmp_path / "page.html")
+
+
+def test_an_app_steps_no_cache_of_another_kind():
+    model = augment(base("gpt_oss"), ahn_mlx.AHNConfig(window=WINDOW))
+    with pytest.raises(AHNError, match="layers 0, 2 have a cache of mlx-lm's own"):
         initial_state(model)
 
 

@@ -12,7 +12,9 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
+from ..model.cache import AHNCache
 from ..model.together import give_back
+from ..reading.caches import each
 from ..reading.sampling import Cutter
 from ..reading.session import Session
 from ..reading.tail import Tail
@@ -231,7 +233,7 @@ class Answer:
             if text:
                 self.request.tell(Piece(self.index, text, None))
         stop = self._cut.found
-        give_back(self.caches)
+        give_back([c for c in each(self.caches) if isinstance(c, AHNCache)])
         self.session.turn = "answered" if ended else "cut"
         self.engine.metrics.count("answers_total", reason=reason)
         self.ended = True

@@ -75,6 +75,7 @@ class Engine:
         # must not depend on who else is answered.
         exact = dtype_of(model) == mx.float32
         self._width = rows if exact else 0
+        self._alone = bool(model.own_layers)
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -285,12 +286,24 @@ class Engine:
 
     def _step(self, rows: list[list[AHNCache]], tokens: list[int]) -> mx.array:
         """Logits [n, V] of the tokens after these."""
+        if self._alone:
+            return self._step_alone(rows, tokens)
         width = self._width or len(rows)
         for caches in rows:
             prepare(caches)
         ids = mx.array([[token] for token in [*tokens, *[0] * (width - len(tokens))]])
         logits: mx.array = self.model(ids, cache=together(rows, width))[: len(rows), -1]
         mx.eval(logits, [[c.buffers, c.memory, c._next] for caches in rows for c in caches])
+        return logits
+
+    def _step_alone(self, rows: list[list[Any]], tokens: list[int]) -> mx.array:
+        """As _step, where layers have caches that only mlx-lm knows: one row after the other."""
+        said = [
+            self.model(mx.array([[token]]), cache=caches)[0, -1:]
+            for caches, token in zip(rows, tokens, strict=True)
+        ]
+        logits = mx.concatenate(said)
+        mx.eval(logits, [[c.state for c in caches] for caches in rows])
         return logits
 
     def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
