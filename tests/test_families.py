@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from engines import finish, running, small, start
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 import ahn_mlx
 from ahn_mlx.checkpoints.convert import convert
@@ -30,7 +30,7 @@ from ahn_mlx.checkpoints.load import fit, load_model
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.cli import cli
 from ahn_mlx.errors import AHNError
-from ahn_mlx.measure.cost import shape_of
+from ahn_mlx.measure.cost import cache_bytes, flops, idle_bytes, shape_of
 from ahn_mlx.model.augment import augment, build_base, hidden_states, memory_layers
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.families import families, judge, tiny_config
@@ -537,9 +537,12 @@ def test_convert_load_export_is_bit_exact(family, tmp_path):
     export_pytorch(tmp_path / "model", tmp_path / "out", "ahn-only")
     assert same(mx.load(str(tmp_path / "out/model.safetensors")), released)
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == family
-    if family in PLAIN and "sliding_window" not in config:
-        export_pytorch(tmp_path / "model", tmp_path / "whole", "merged")
-        assert same(mx.load(str(tmp_path / "whole/model.safetensors")), tensors | released)
+    export_pytorch(tmp_path / "model", tmp_path / "whole", "merged")
+    assert same(mx.load(str(tmp_path / "whole/model.safetensors")), tensors | released)
+    assert json.loads((tmp_path / "whole/config.json").read_text())["sliding_window"] == WINDOW
+    convert(None, tmp_path / "whole", tmp_path / "again")
+    again, _ = load_model(tmp_path / "again", dtype="float32")
+    assert mx.array_equal(chunked(again, [20]), wanted)
 
 
 def test_experts_that_mlx_lm_would_stack_are_refused(tmp_path):
@@ -726,16 +729,51 @@ def test_the_proof_leaves_parameters_and_random_numbers_alone():
     assert mx.array_equal(drawn, mx.random.normal((3,)))
 
 
-def test_costs_are_counted_or_refused():
-    def counted(family):
-        ahn = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS).to_dict()
-        return shape_of({**tiny_config(family), "ahn": ahn})
+def bytes_of(caches):
+    """Of all arrays, but for what a step leaves to the next."""
+    parts = [part for c in caches for part in (c.caches if isinstance(c, CacheList) else [c])]
+    arrays = dict(tree_flatten([c.state for c in parts]))
+    return sum(x.nbytes for x in arrays.values() if isinstance(x, mx.array))
 
-    for family in ("phi3", "gemma2"):
-        found, plain = counted(family), dict(tree_flatten(base(family).parameters()))
-        assert found.parameters - found.memory_parameters == sum(x.size for x in plain.values())
-        assert (found.heads, found.kv_heads, found.head_dim) == (4, 2, 16)
-    with pytest.raises(AHNError, match="mixtral: experts"):
-        counted("mixtral")
-    with pytest.raises(AHNError, match="gpt_oss: layers with a window"):
-        counted("gpt_oss")
+
+@pytest.mark.parametrize("family", EACH)
+def test_bytes_are_those_of_real_arrays(family):
+    settings = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)
+    shape = shape_of({**tiny_config(family), "ahn": settings.to_dict()})
+    model = base(family)
+    weights = dict(tree_flatten(model.parameters()))
+    assert shape.parameters - shape.memory_parameters == sum(x.size for x in weights.values())
+    # The last token alone: what came as a chunk has seen more than it keeps.
+    full = make_prompt_cache(model)
+    for ids in (IDS[:, :19], IDS[:, 19:]):
+        model(ids, cache=full)
+    assert sum(cache_bytes(shape, "full", 20, number=4).values()) == bytes_of(full)
+    augment(model, settings)
+    caches = model.make_cache()
+    for ids in (IDS[:, :19], IDS[:, 19:]):
+        model(ids, cache=caches)
+    assert sum(cache_bytes(shape, "ahn", 20, number=4).values()) == bytes_of(caches)
+    memory = sum(x.size for x in dict(tree_flatten(model.parameters())).values())
+    assert shape.parameters == memory
+
+
+def test_a_token_takes_some_experts_and_sees_an_own_window():
+    def counted(family, **more):
+        ahn = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS).to_dict()
+        return shape_of({**tiny_config(family), **more, "ahn": ahn})
+
+    moe = counted("mixtral")  # 2 of 4 experts of three maps in each of four layers
+    assert (moe.experts, moe.taken) == (4 * 4 * 3 * 64 * 96, 4 * 2 * 3 * 64 * 96)
+    assert moe.mlp == 4 * 4 * 64  # which experts
+    assert flops(moe, "full", 10)["mlp"] == 2 * 10 * (moe.mlp + moe.taken)
+    assert idle_bytes(moe, 16) == 2 * 4 * 2 * 3 * 64 * 96
+    windows = counted("gpt_oss", sliding_window=6)
+    seen = 2 * (6 * 7 // 2 + 14 * 6)  # of 20 tokens in the two layers that see 6
+    everything = 2 * (20 * 21 // 2)
+    heads = windows.heads * windows.head_dim
+    assert flops(windows, "full", 20)["attention"] == 4 * heads * (seen + everything)
+    assert windows.layers == windows.memory_layers == 2
+    assert windows.beside.windows == ((6, 2 * 2 * 16),) * 2
+    recurrent = counted("qwen3_next")
+    assert recurrent.beside.states > recurrent.beside.wide
+    assert counted("phi3").beside == counted("mixtral").beside
