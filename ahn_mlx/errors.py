@@ -3,6 +3,7 @@ what was probably meant."""
 
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,22 @@ class AHNError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(plain(message))
+
+
+def plain(text: str) -> str:
+    """The text on one line, without what a terminal would obey: names of files are anyone's."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(map(_sign, line))
+
+
+def _sign(c: str) -> str:
+    return c if c.isprintable() else ascii(c)[1:-1]
+
+
+def note(line: str) -> None:
+    """Say what a user may want to know, on stderr."""
+    print(f"note: {plain(line)}", file=sys.stderr)
 
 
 def show(text: Any) -> str:

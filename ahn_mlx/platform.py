@@ -57,6 +57,16 @@ class Blas:
     note: str = ""
 
 
+# What mlx.launch, or mpirun for it, sets in the processes that it starts.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def launched_rank() -> int | None:
+    """Which of the processes that mlx.launch started this one is; None if it is none."""
+    ranks = (os.environ.get(name, "") for name in LAUNCHED)
+    return next((int(rank) for rank in ranks if rank.isdecimal()), None)
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU now."""
     import mlx.core as mx
@@ -75,6 +85,14 @@ class Tiles(NamedTuple):
 def tiles() -> Tiles:
     """Those of the device: scores that stay in a processor's cache, or few launches."""
     return Tiles(32, 64) if on_cpu() else Tiles(128, 256)
+
+
+def gpu_bytes() -> int:
+    """Memory of the GPU that MLX computes on, shared with the machine on a Mac; 0 on a CPU."""
+    import mlx.core as mx
+
+    info = {} if on_cpu() else mx.device_info()
+    return int(info.get("memory_size", info.get("total_memory", 0)))
 
 
 def default_dtype() -> "mx.Dtype | None":

@@ -127,7 +127,7 @@ def launched() -> None:
         rows.append([name, *row, trained])
     head = ["launches of a layer (times plain)", "one token, our kernels", "MLX's operations"]
     head += [f"{CHUNK:,} tokens, our kernels", "MLX's operations"]
-    table([*head, f"training, {SEQUENCE:,} tokens"], rows)
+    table([*head, f"training step, 30 layers, {SEQUENCE:,} tokens"], rows)
 
 
 def moved() -> None:

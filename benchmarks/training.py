@@ -1,7 +1,9 @@
 """What training takes: tokens per second of both stages, and bytes for large models."""
 
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ahn_mlx.train import layerwise, loop
 from ahn_mlx.train.data import Sequences
 from ahn_mlx.train.losses import ROWS, kl
 from ahn_mlx.train.output import load_base
+from ahn_mlx.train.settings import Settings
 from ahn_mlx.train.streams import Stream, install, study, trainable
 
 from .measure import table
@@ -32,14 +35,20 @@ DEMO = Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt"
 @click.option("--lengths", default="4096,8192", show_default=True, help="Tokens of a sequence.")
 @click.option("--sizes", default="3b,7b", show_default=True)
 def training(lengths: str, sizes: str) -> None:
-    """Tokens per second of SmolLM2-135M, and memory that a 3B or 7B model takes.
+    """Tokens per second of SmolLM2-135M, launches of a step on a GPU, and memory that a 3B or 7B
+    model takes.
 
-    The latter is counted, except for two things that are run at full size in float32: the
-    backward pass of one layer and of the head.
+    Launches are counted in a checkout, without a GPU. The memory is counted, except for two
+    things that are run at full size in float32: the backward pass of one layer and of the head.
     """
-    bar = tqdm(MEMORIES, leave=False)
-    rows = [[kind, *(f"{x:.0f}" for x in speeds(kind))] for kind in bar]
-    table(["SmolLM2-135M, tokens/s", "layer-wise", "end to end"], rows)
+    rows = []
+    for kind in tqdm(MEMORIES, leave=False):
+        *rates, peak, less = speeds(kind)
+        rows.append([kind, *(f"{x:.0f}" for x in rates), f"{peak:.1f}", f"{less:.1f}"])
+    head = ["SmolLM2-135M, tokens/s", "layer-wise", "end to end", "peak, GB"]
+    table([*head, "with --grad-checkpoint"], rows)
+    click.echo()
+    launched()
     click.echo()
     rows = []
     cases = [(size, int(length)) for size in sizes.split(",") for length in lengths.split(",")]
@@ -53,19 +62,39 @@ def training(lengths: str, sizes: str) -> None:
     table(["with --grad-checkpoint", *heads], rows)
 
 
-def speeds(kind: str) -> tuple[float, float]:
-    """Tokens per second of the layer-wise stage and of a step, two sequences each."""
+def launched() -> None:
+    """A table of launches, as many as a GPU would need with MLX's operations."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from launches import training as launches
+
+    rows = []
+    for kind in tqdm(MEMORIES, leave=False):
+        one, eight = (launches(kind, "clamped", batch).total() for batch in (1, 8))
+        rows.append([kind, f"{one:,}", f"{eight:,}", f"{eight / 8:,.0f}"])
+    table(["launches of a step, 30 layers", "one sequence", "eight at once", "for each"], rows)
+
+
+def speeds(kind: str) -> tuple[float, float, float, float]:
+    """Tokens per second of the layer-wise stage and of a step, two sequences each; gigabytes that
+    such a step takes at most, on one sequence, without and with --grad-checkpoint."""
     options = {"base": DEFAULT, "memory": kind, "window": WINDOW, "sinks": SINKS}
     model, tokenizer, *_ = load_base(
         {**options, "sink_positions": "clamped", "dtype": "float32", "seed": 0}
     )
     data = Sequences((str(DEMO),), tokenizer, SEQUENCE, 0)
-    settings = loop.Settings(WINDOW, SINKS, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)
+    settings = Settings(WINDOW, SINKS, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)
     first = _seconds(lambda: layerwise.fit(model, data, 2, WINDOW, SINKS))
     trainer = loop.Trainer(model, data, settings)
     trainer.train_step()
+    mx.reset_peak_memory()
     second = _seconds(lambda: [trainer.train_step() for _ in range(2)])
-    return 2 * SEQUENCE / first, 2 * SEQUENCE / second
+    peaks = [mx.get_peak_memory() / 1e9]
+    trainer.settings = replace(settings, grad_checkpoint=True)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    trainer.train_step()
+    peaks.append(mx.get_peak_memory() / 1e9)
+    return 2 * SEQUENCE / first, 2 * SEQUENCE / second, peaks[0], peaks[1]
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -114,6 +115,15 @@ def tokenize(tables: Path, texts: list[str]) -> list[tuple[list[int], str]]:
         at += size
     assert at == len(out)
     return found
+
+
+def rewrite(app: Path, **change: Any) -> None:
+    """The manifest with other values, and the checksum that fits."""
+    file = app / "manifest.json"
+    manifest = {**json.loads(file.read_text()), **change}
+    del manifest["sha256"]
+    content = json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()
+    file.write_text(json.dumps({**manifest, "sha256": hashlib.sha256(content).hexdigest()}))
 
 
 def text(n: int) -> str:

@@ -61,12 +61,12 @@ def finish(told, n=1):
     return tokens, done
 
 
-def made(memory, hidden=64, heads=2, tied=True, **options):
+def made(memory, hidden=64, heads=2, tied=True, window=12, sinks=4, **options):
     """A model of random parameters whose memory is heard."""
     args = llama.ModelArgs("llama", hidden, 2, hidden, heads, rms_norm_eps=1e-5, vocab_size=256)
     args.tie_word_embeddings = tied
     mx.random.seed(0)
-    model = augment(llama.Model(args), AHNConfig(memory, 12, 4, "clamped", **options))
+    model = augment(llama.Model(args), AHNConfig(memory, window, sinks, "clamped", **options))
     for layer in model.layers:
         projection = layer.self_attn.ahn.o_proj
         projection.weight = mx.random.normal(projection.weight.shape)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import RotatingKVCache
 
@@ -24,7 +24,8 @@ from ahn_mlx.model.attention import AHNAttention
 from ahn_mlx.model.augment import FLOAT32
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.ops import kernels
-from ahn_mlx.train import losses, streams
+from ahn_mlx.train import loop, streams
+from ahn_mlx.train.settings import Settings
 
 # Another look at the same memory, or nothing at all. Of Reshape, Flatten and Contiguous that is
 # not always so, and the copies they then make are not counted.
@@ -125,6 +126,7 @@ def counting(ours: bool, gradients: bool = False) -> Iterator[Launches]:
             (mx.fast, "metal_kernel", found.metal_kernel),
             (mx.metal, "is_available", lambda: ours),
             (mx, "default_device", lambda: gpu),
+            (mx, "device_info", lambda: {"memory_size": 80 << 30}),
             (kernels, "_agrees", lambda *_: True),
             (kernels, "_faster", lambda *_: True),
         ):
@@ -204,16 +206,19 @@ def _nodes(dot: str) -> Iterator[tuple[str, list[str]]]:
         yield name, inputs
 
 
-SIZES: dict[str, int] = {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 128}
+SIZES: dict[str, int] = {"hidden_size": 128, "intermediate_size": 96}
 HEADS: dict[str, int] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ROPE: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 1e4}
 WINDOW, SINKS = 1024, 64
-CHUNK, SEQUENCE = 2048, 2048
+CHUNK, SEQUENCE, WORDS = 2048, 2048, 49152
 
 
-def model(memory: str | None, sinks: str = "clamped", layers: int = 1) -> nn.Module:
+def model(
+    memory: str | None, sinks: str = "clamped", layers: int = 1, words: int = 128
+) -> nn.Module:
     """A Qwen2 of mlx-lm's, in bfloat16, plain or with a memory."""
-    args = qwen2.ModelArgs("qwen2", num_hidden_layers=layers, **SIZES, **HEADS, **ROPE)
+    sizes = {**SIZES, "vocab_size": words}
+    args = qwen2.ModelArgs("qwen2", num_hidden_layers=layers, **sizes, **HEADS, **ROPE)
     made = qwen2.Model(args)
     if memory:
         config = AHNConfig(memory=memory, window=WINDOW, sinks=SINKS, sink_positions=sinks)
@@ -258,24 +263,35 @@ def _kept(cache: Any) -> Any:
     return [cache.state, getattr(cache, "_next", None)]
 
 
-def training(memory: str, sinks: str) -> Counter[str]:
-    """Launches that one layer adds to a training step, forward and backward."""
-    one, two = (_training(memory, sinks, layers) for layers in (1, 2))
-    two.subtract(one)
-    return +two
+TRAINED = Settings(256, 32, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)
 
 
-def _training(memory: str, sinks: str, layers: int) -> Counter[str]:
-    made = model(memory, sinks, layers)
-    tokens = mx.zeros((1, SEQUENCE), mx.int32)
-    parameters = streams.trainable(made)
-    taught = streams.Stream(mx.zeros((1, SEQUENCE, SIZES["hidden_size"])), [])
-    mx.eval(tokens, taught, parameters)
+class Texts:
+    """Of one length, and of no words."""
+
+    def of(self, length: int) -> "Texts":
+        return self
+
+
+def training(memory: str, sinks: str, batch: int = 1, layers: int = 30) -> Counter[str]:
+    """Launches of a training step on so many sequences at once, of the words of SmolLM2: the
+    teacher, the student, its gradient and what the optimizer does. Counted of one layer and two."""
+    one, two = (_training(memory, sinks, batch, n) for n in (1, 2))
+    return Counter({k: one[k] + (layers - 1) * (two[k] - one[k]) for k in one | two})
+
+
+def _training(memory: str, sinks: str, batch: int, layers: int) -> Counter[str]:
+    made = model(memory, sinks, layers, WORDS)
+    trainer = loop.Trainer(made, Texts(), TRAINED)  # type: ignore[arg-type]
+    tokens = mx.zeros((batch, SEQUENCE), mx.int32)
+    taught = streams.Stream(mx.zeros((batch, SEQUENCE, SIZES["hidden_size"]), mx.bfloat16), [])
+    flat = [(name, mx.ones_like(x)) for name, x in trainer.parameters.items()]
+    gradients: Any = tree_unflatten(flat)
+    trainer.optimizer.init(gradients)
+    states = trainer.optimizer.state
+    mx.eval(tokens, taught, gradients, states, trainer.parameters, made.parameters())
+    with counting(ours=False) as found:
+        counted = found.count(streams.teach(made, tokens).hidden)
+        counted += found.count([trainer.updated(gradients), trainer.optimizer.state])
     with counting(ours=False, gradients=True) as found:
-
-        def objective(parameters: streams.Parameters) -> mx.array:
-            streams.install(made, parameters)
-            student = streams.study(made, tokens, 256, 32)
-            return losses.kl(made, taught, student, tokens, 288)
-
-        return found.count(mx.value_and_grad(objective)(parameters))
+        return counted + found.count(trainer.gradients_of(taught, tokens, 256, 32))

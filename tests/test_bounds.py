@@ -5,7 +5,8 @@ from checkpoints import talking_model
 
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.measure import speed
-from ahn_mlx.serve.budget import SPARE, check_rows
+from ahn_mlx.measure.cost import SPARE
+from ahn_mlx.serve.budget import check_rows
 from ahn_mlx.serve.shelf import Kept, Shelf
 
 

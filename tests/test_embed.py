@@ -23,7 +23,7 @@ from ahn_mlx.model.pure import initial_state
 from ahn_mlx.reading.generate import Run, make_prompt
 from ahn_mlx.reading.sampling import Sampling
 from ahn_mlx.reading.session import Session
-from embed import logits, needs_tools, run, said, sample, talks, text, text_file
+from embed import logits, needs_tools, rewrite, run, said, sample, talks, text, text_file
 
 pytestmark = needs_tools
 
@@ -186,10 +186,10 @@ def test_a_step_with_kernels_that_do_not_agree_does_not_serve(sound, tmp_path):
     kernels, with_kernels = exported("qwen2-gdn", tmp_path / "k", sink_positions=other)
     shutil.copy(app / "model.mlxfn", app / "plain.mlxfn")
     shutil.copy(with_kernels / "model.mlxfn", app / "model.mlxfn")
-    manifest = json.loads((app / "manifest.json").read_text())
+    files = json.loads((app / "manifest.json").read_text())["files"]
     for name in ("model.mlxfn", "plain.mlxfn"):
-        manifest["files"][name] = hashlib.sha256((app / name).read_bytes()).hexdigest()
-    (app / "manifest.json").write_text(json.dumps(manifest))
+        files[name] = hashlib.sha256((app / name).read_bytes()).hexdigest()
+    rewrite(app, files=files)
     expected = by_model(plain, runs())
     assert np.abs(logits(app, runs()) - expected).max() < 1e-4
     assert sound or np.abs(by_model(kernels, runs()) - expected).max() > 1e-2
@@ -201,3 +201,12 @@ def test_buffers_are_written_in_place(talking):
     done = run("ahn-probe", "decode", app, 100)
     moved, peak, _ = done.stdout.split()
     assert int(moved) == 0
+
+
+def test_no_compiler_is_needed(talking, tmp_path):
+    """Where MLX finds none it fuses nothing, and the answer is the same."""
+    _, _, app = talking
+    options = (app, "--ask", "Why?", "--max-tokens", 10)
+    bare = {"PATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    assert sample(*options, env=bare) == sample(*options)
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from checkpoints import talking_model
 
 from ahn_mlx import load
 from ahn_mlx.reading.session import Session
-from embed import contents, needs_tools, refused, sample, talks, text, text_file
+from embed import contents, needs_tools, refused, rewrite, run, sample, talks, text, text_file
 
 pytestmark = needs_tools
 
@@ -47,16 +47,47 @@ CHANGES = {
 )
 def test_damaged_models(talking, name, change, tmp_path):
     app = damaged(talking[2], tmp_path / "app", name, CHANGES[change])
-    if name == "manifest.json" and change == "a byte":
-        return  # of a number, perhaps
     message = refused(app, "--ask", "a")
     assert str(app) in message and "export" in message
 
 
-def write_again(app: Path, **change):
-    """The manifest, with other values."""
+def test_every_bit_of_the_manifest(talking, tmp_path):
+    """All that can be flipped unnoticed is white space for other white space."""
+    app = shutil.copytree(talking[2], tmp_path / "app")
+    rewrite(app, name='caf\u00e9 \U0001f600 "\\/\x7f\n\t\x01')  # whatever JSON has to write
+    file = app / "manifest.json"
+    data = file.read_bytes()
+    done = run("ahn-probe", "manifest", file)
+    assert done.returncode == 0, done.stderr.decode()
+    for bit in map(int, done.stdout.split()):
+        at = bit // 8
+        flipped = data[:at] + bytes([data[at] ^ 1 << bit % 8]) + data[at + 1 :]
+        assert json.loads(flipped) == json.loads(data)
+
+
+def test_fields_that_belong_together(talking, tmp_path):
+    """A window and sinks of the same sum would fit all shapes."""
+    app = shutil.copytree(talking[2], tmp_path / "app")
+    file = app / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for change in ({"window": 13, "sinks": 3}, {"heads": 2, "head_dim": 32}, {"name": "other"}):
+        file.write_text(json.dumps({**manifest, **change}))
+        message = refused(app, "--ask", "a")
+        assert message == f"{file}: damaged, its checksum does not fit what it says; " + (
+            "export the model again\n"
+        )
+    file.write_text(json.dumps(manifest, indent=1))  # says the same
+    sample(app, "--ask", "a", "--max-tokens", 1)
+
+
+def test_a_manifest_of_the_first_version(talking, tmp_path):
+    app = shutil.copytree(talking[2], tmp_path / "app")
     manifest = json.loads((app / "manifest.json").read_text())
-    (app / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    del manifest["sha256"]
+    (app / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+    assert "is of version 1, this library reads 2; export" in refused(app, "--ask", "a")
+    (app / "manifest.json").write_text(json.dumps(manifest))
+    assert "damaged, it does not say its sha256" in refused(app, "--ask", "a")
 
 
 def test_one_bit_of_the_weights(talking, tmp_path):
@@ -85,7 +116,7 @@ def test_one_bit_of_the_weights(talking, tmp_path):
 )
 def test_manifests_that_do_not_fit(talking, change, tmp_path):
     app = shutil.copytree(talking[2], tmp_path / "app")
-    write_again(app, **change)
+    rewrite(app, **change)
     message = refused(app, "--ask", "a")
     assert message.startswith(f"{app}/manifest.json: damaged, ") and message.count("\n") == 1
     assert "export the model again" in message and "::" not in message
@@ -94,20 +125,21 @@ def test_manifests_that_do_not_fit(talking, change, tmp_path):
 def test_files_that_nobody_knows(talking, tmp_path):
     app = shutil.copytree(talking[2], tmp_path / "app")
     files = json.loads((app / "manifest.json").read_text())["files"]
-    write_again(app, files={**files, "more.bin": "0"})
+    rewrite(app, files={**files, "more.bin": "0"})
     assert "it lists the file 'more.bin'" in refused(app, "--ask", "a")
 
 
 def test_another_version_and_device(talking, tmp_path):
     app = shutil.copytree(talking[2], tmp_path / "app")
-    manifest = json.loads((app / "manifest.json").read_text())
+    before = (app / "manifest.json").read_text()
     for change, words in (
         ({"mlx": "0.31.2"}, "manifest.json: was exported by MLX '0.31.2', this app has"),
         ({"device": "gpu"}, "was exported for a GPU"),
         ({"version": 7}, "is of version 7"),
     ):
-        (app / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        rewrite(app, **change)
         assert words in refused(app, "--ask", "a")
+        (app / "manifest.json").write_text(before)
     assert "cannot be read" in refused(tmp_path / "nowhere")
 
 

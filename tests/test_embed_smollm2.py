@@ -1,7 +1,9 @@
 """The default model through the library in embed/, against itself in Python."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from checkpoints import chat_tokenizer, talking_model
 from test_embed import by_model, by_python
@@ -54,6 +56,26 @@ def test_logits_far_beyond_the_window(smollm2):
     assert abs(found - expected).max() < 1e-4
     assert (found.argmax(-1) == expected.argmax(-1)).all()
     assert (found == by_python(app, model, parts)).all()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc, which counts memory")
+def test_exporting_holds_no_second_copy_of_the_weights(smollm2, tmp_path):
+    """Beyond the 549 MB of the model: next to nothing in MLX, and a small part in the process."""
+    model, tokenizer, _ = smollm2
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+    before = most_resident()
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    export_app(model, tokenizer, tmp_path / "app", chunk=64)
+    assert held > 500e6
+    assert mx.get_peak_memory() - held < 1e6
+    assert most_resident() - before < 150e6
+
+
+def most_resident() -> int:
+    """Bytes, at the most since the peak was set back."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 def test_no_window_is_copied_in_a_hundred_steps(smollm2):

@@ -36,6 +36,25 @@ def bound(root: Path, paths: list[Path]) -> list[Path]:
     return mounted
 
 
+def swift(command: list, seen: list[Path], env: dict[str, str]) -> str:
+    """What a command of the toolchain says that succeeds. seen: paths that it needs."""
+    words = [str(word) for word in command]
+    env = {**os.environ, **env}
+    mounted: list[Path] = []
+    if ROOT:
+        mounted = bound(Path(ROOT), [Path("/proc"), Path("/dev"), *seen])
+        env |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TMPDIR": "/tmp"}
+        words = ["chroot", ROOT, *words]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=1800)
+    finally:
+        for inside in reversed(mounted):
+            subprocess.run(["umount", inside], check=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    return said
+
+
 def test_the_package_builds_and_its_tests_pass(tmp_path):
     model, tokenizer = load(talking_model("qwen2-gdn", tmp_path), dtype="float32")
     export_app(model, tokenizer, tmp_path / "app", chunk=12)
@@ -48,18 +67,13 @@ def test_the_package_builds_and_its_tests_pass(tmp_path):
     command += ["--disable-sandbox"]
     for flag in (f"-L{library}", "-rpath", library):
         command += ["-Xlinker", flag]
-    words = [str(word) for word in command]
-    env = {**os.environ, "AHN_TEST_MODEL": str(tmp_path / "app")}
-    mounted: list[Path] = []
-    if ROOT:
-        mounted = bound(Path(ROOT), [EMBED, tmp_path, library, MLX_ROOT.parent])
-        env |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TMPDIR": "/tmp"}
-        words = ["chroot", ROOT, *words]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=1800)
-    finally:
-        for inside in reversed(mounted):
-            subprocess.run(["umount", inside], check=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-6000:]
+    env = {"AHN_TEST_MODEL": str(tmp_path / "app")}
+    said = swift(command, [EMBED, tmp_path, library, MLX_ROOT.parent], env)
     assert "0 failures" in said and "skipped" not in said
+
+
+def test_the_sample_app_is_swift():
+    """As far as its grammar goes: what SwiftUI is, only a Mac knows."""
+    sources = sorted((EMBED / "Sample/AHNSample").glob("*.swift"))
+    assert len(sources) == 3
+    swift(["swiftc", "-parse", "-warnings-as-errors", *sources], [EMBED], {})

@@ -37,7 +37,7 @@ from ahn_mlx.model.families import families, judge, tiny_config
 from ahn_mlx.model.fit import fit_of
 from ahn_mlx.model.names import published_name
 from ahn_mlx.model.pure import initial_state
-from ahn_mlx.model.together import prepare, together
+from ahn_mlx.model.together import Together
 from ahn_mlx.reading.generate import Run, make_prompt
 from ahn_mlx.reading.memoryfile import verify
 from ahn_mlx.reading.session import Session
@@ -306,13 +306,14 @@ def test_served_rows_are_each_alone(family):
     rows = [model.make_cache() for _ in range(2)]
     for caches, n in zip(rows, (12, 5), strict=True):
         model(IDS[:, :n], cache=caches)
-        prepare(caches)
+    together = Together()
     for step in range(2):
         at = [12 + step, 5 + step]
         ids = mx.concatenate([IDS[:, n : n + 1] for n in (*at, 0)])
-        said = model(ids, cache=together(rows, 3))
-        for n, row in zip(at, said, strict=False):
-            close(row[0], wanted[0, n])
+        order, layers = together.layers(rows, 3)
+        said = model(mx.stack([ids[i] for i in (*order, 2)]), cache=layers)
+        for i, row in zip(order, said, strict=False):
+            close(row[0], wanted[0, at[i]])
 
 
 def talking(family, tmp_path, **settings):

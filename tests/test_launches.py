@@ -82,10 +82,12 @@ def test_prefill(kind, most):
     assert sum(step(kind, "clamped", False, 2048).values()) <= 260
 
 
-@pytest.mark.parametrize(("kind", "most"), [*zip(KINDS, (1100, 960, 750), strict=True)])
+@pytest.mark.parametrize(("kind", "most"), [*zip(KINDS, (12_800, 10_700, 9_400), strict=True)])
 def test_training(kind, most):
-    """2,048 tokens, forward and backward; in chunks of 32 and tiles of 64 it was 4,000."""
-    assert sum(training(kind, "clamped").values()) <= most
+    """A step of 30 layers on 2,048 tokens; chunk by chunk and tile by tile it was 39,260, 33,157
+    and 29,907. Eight sequences at once take as many, and some for the rows of their logits."""
+    one, eight = (training(kind, "clamped", batch).total() for batch in (1, 8))
+    assert one <= most and one <= eight <= one + 250
 
 
 @pytest.mark.parametrize("bits", [None, 8])

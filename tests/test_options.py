@@ -32,7 +32,13 @@ train = ["train", "--data", "absent.txt", "--out", "absent"]
 
 SETTINGS = [["--window", 9], ["--sinks", 2], ["--dtype", "float32"], ["--q-bits", "8"]]
 STEPS = [["--lr", 0.1], ["--warmup", 3], ["--weight-decay", 0.1], ["--loss", "ce"]]
-STEPS += [["--accumulate", 2], ["--grad-checkpoint"], ["--save-every", 2], ["--random-window"]]
+STEPS += [
+    ["--accumulate", 2],
+    ["--batch-size", 2],
+    ["--grad-checkpoint"],
+    ["--save-every", 2],
+    ["--random-window"],
+]
 PAPER = [["--model", "a/b"], ["--context", 9], ["--window", 9], ["--sinks", 2], ["--json"]]
 PAPER += [["--kind", "mamba2"], ["--kv-bits", "8"], ["--q-bits", "8"], ["--force"]]
 PAPER += [["--compare", "ahn"], ["--chip", "m1"], ["--out", "a.png"]]

@@ -134,3 +134,31 @@ print({f.name: (f.value, f.mend) for f in d.examine()}["compile"])
     said = python(code, PATH=f"{tmp_path}:/bin", TMPDIR=str(tmp_path))
     assert "fails" in said
     assert "MLX_DISABLE_COMPILE" in said
+
+
+def test_doctor_names_a_gpu_of_nvidia(monkeypatch, tmp_path) -> None:
+    """Idle, idle under another package, and in use."""
+    assert doctor._nvidia() is None or mx.default_device().type == mx.gpu
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65")
+    monkeypatch.setattr(doctor, "NVIDIA", driver)
+    idle = doctor._nvidia()
+    assert "ahn-mlx[cuda]" in idle.value and idle.optional and not idle.mend
+    monkeypatch.setattr(doctor, "_is_there", lambda package: package == "mlx-cuda-13")
+    covered = doctor._nvidia()
+    assert covered.mend.endswith("--force-reinstall --no-deps mlx-cuda-13")
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert doctor._nvidia() is None
+    assert doctor._device().value.endswith("CUDA")
+    (kernels,) = doctor.examine_kernels()
+    assert "not CUDA; MLX's own operations serve" in kernels.value
+
+
+def test_doctor_says_how_a_gpu_multiplies(monkeypatch) -> None:
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert doctor._tf32() is None
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert "MLX_ENABLE_TF32=0 keeps all" in doctor._tf32().value
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert doctor._tf32().value.startswith("off")

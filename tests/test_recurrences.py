@@ -1,6 +1,7 @@
 """Every fast form of a recurrence against its sequential oracle, over random shapes."""
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -50,6 +51,7 @@ def test_delta_rule(shape, gated):
     for gradients in (False, True):
         close(delta._choose(*args, gradients), expected)
     close(delta.chunked(*args, 128), expected)
+    close(delta.at_once(*args, 32), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,6 +64,7 @@ def test_ssd(shape):
     close(mamba2.chunked(*args), expected)
     close(mamba2.ssd(*args), expected)
     close(mamba2.chunked(*args, 128), expected)
+    close(mamba2.at_once(*args, 32), expected)
 
 
 def test_one_token_forms_and_zero_state():
@@ -119,5 +122,7 @@ def test_gradients_match_the_oracle(decay):
     for fast, oracle, args in (
         (delta.chunked, delta.sequential, (q, k, v, g, beta, state)),
         (mamba2.chunked, mamba2.sequential, (q, k, v, beta, rates, state)),
+        (partial(delta.at_once, chunk=8), delta.sequential, (q, k, v, g, beta, state)),
+        (partial(mamba2.at_once, chunk=8), mamba2.sequential, (q, k, v, beta, rates, state)),
     ):
         close(loss(fast)(*args), loss(oracle)(*args), 1e-4)

@@ -11,6 +11,8 @@ from test_training import SETTINGS, base_model, place, sequences  # noqa: F401
 from ahn_mlx import AHNError
 from ahn_mlx.train import loop
 from ahn_mlx.train.curves import write_curves
+from ahn_mlx.train.metrics import METRICS, Metrics, read_metrics
+from ahn_mlx.train.settings import Window
 
 SHORT = dataclasses.replace(SETTINGS, steps=3, seq_len=64, window=8, sinks=2)
 
@@ -144,7 +146,7 @@ def test_an_honest_state_is_gone_on_from(run, tmp_path, steps, warmup):
 
 def rates(trainer, steps: int) -> list[float]:
     """Learning rates of the gates at the next steps."""
-    schedule = trainer._schedule(1.0)
+    schedule = trainer.schedule.of(1.0)
     return [schedule(mx.array(trainer.step + n)).item() for n in range(steps)]
 
 
@@ -194,16 +196,16 @@ def metrics(file: Path, *lines: object, end: str = "") -> Path:
 def test_of_metrics_a_last_line_that_was_cut_short_is_left_out(tmp_path):
     lines = [{**LINE, "step": n} for n in range(4)]
     file = metrics(tmp_path / "metrics.jsonl", *lines, end='{"step": 4, "lo')
-    assert loop.read_metrics(file) == lines
-    loop.Metrics(file, 3)
-    assert loop.read_metrics(file) == lines[:3]
+    assert read_metrics(file) == lines
+    Metrics(file, 3)
+    assert read_metrics(file) == lines[:3]
     assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_metrics_whose_first_lines_are_gone_go_on_at_their_step(tmp_path):
     file = metrics(tmp_path / "metrics.jsonl", *({**LINE, "step": n} for n in range(5, 9)))
-    loop.Metrics(file, 7).write(7, 1.0, 64, 8, 2)
-    assert [line["step"] for line in loop.read_metrics(file)] == [5, 6, 7]
+    Metrics(file, 7).write(7, 1.0, 64, Window(8, 2, 64))
+    assert [line["step"] for line in read_metrics(file)] == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +217,9 @@ def test_metrics_whose_first_lines_are_gone_go_on_at_their_step(tmp_path):
     ],
 )
 def test_other_damage_to_metrics_is_named_and_nothing_is_lost(tmp_path, line):
-    file = metrics(tmp_path / loop.METRICS, LINE, line, {**LINE, "step": 2})
+    file = metrics(tmp_path / METRICS, LINE, line, {**LINE, "step": 2})
     before = file.read_bytes()
-    for act in (lambda: loop.Metrics(file, 3), lambda: write_curves(tmp_path, "kl")):
+    for act in (lambda: Metrics(file, 3), lambda: write_curves(tmp_path, "kl")):
         with pytest.raises(AHNError, match=r"metrics\.jsonl: line 2 says no step and loss"):
             act()
     assert file.read_bytes() == before and not (tmp_path / "curves.png").exists()
@@ -227,4 +229,4 @@ def test_other_damage_to_metrics_is_named_and_nothing_is_lost(tmp_path, line):
 def test_metrics_that_are_no_text(tmp_path, data):
     (tmp_path / "metrics.jsonl").write_bytes(data)
     with pytest.raises(AHNError, match="line 1 says no"):
-        loop.read_metrics(tmp_path / "metrics.jsonl")
+        read_metrics(tmp_path / "metrics.jsonl")

@@ -10,6 +10,7 @@ from checkpoints import chat_tokenizer
 from engines import PROMPTS, cancel, finish, made, running, small, start, wish
 from serving import wait_until
 
+from ahn_mlx.model.together import Together
 from ahn_mlx.reading.sampling import Cutter
 from ahn_mlx.reading.session import Session
 from ahn_mlx.serve import answers
@@ -169,26 +170,30 @@ class Times:
 
 
 FAULTS = [
-    *[(answers, name) for name in ("check_ids", "Sampler", "Cutter", "give_back", "Answer")],
+    *[(answers, name) for name in ("check_ids", "Sampler", "Cutter", "Answer")],
     *[(answers.Answer, name) for name in ("choose", "take", "_end")],
     *[(answers.Reading, name) for name in ("advance", "_answer")],
-    *[(engine_module, name) for name in ("Reading", "prepare", "together")],
-    *[(Engine, name) for name in ("_step", "_choose", "_obey", "_drop_cancelled", "answer")],
+    *[(engine_module, name) for name in ("Reading",)],
+    *[
+        (Engine, name)
+        for name in ("_step", "leave", "_choose", "_obey", "_drop_cancelled", "answer")
+    ],
     *[(Metrics, name) for name in ("count", "time")],
     *[(Sampler, name) for name in ("__call__", "took")],
     (Cutter, "add"),
+    *[(Together, name) for name in ("layers", "held", "leave")],
     (Session, "fork"),
 ]
 
 
-MUST_BE_TOLD = ("choose", "take", "_step", "_choose", "prepare", "together")
+MUST_BE_TOLD = ("choose", "take", "_step", "_choose", "layers", "leave")
 
 
 def test_a_row_is_free_even_if_ending_fails(engine, base, monkeypatch):
     request, told = start(engine, base, PROMPTS[0], max_tokens=100_000)
     told.get(timeout=30)
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "give_back", Times(None, 1, Breaks()))
+        patch.setattr(Engine, "leave", Times(None, 1, Breaks()))
         cancel(engine, request)
         wait_until(lambda: engine.free == 4)
 

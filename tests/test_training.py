@@ -30,14 +30,15 @@ from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.measure.compare import compare, silenced, stream
 from ahn_mlx.model.augment import memory_layers
 from ahn_mlx.model.cache import AHNCache
-from ahn_mlx.train import layerwise, loop, validation
+from ahn_mlx.train import layerwise, loop, metrics, validation
 from ahn_mlx.train.data import Sequences
 from ahn_mlx.train.output import load_base
+from ahn_mlx.train.settings import Settings, draw_window
 from ahn_mlx.train.streams import install, trainable
 
 BOOK = Path(__file__).parent.parent / "ahn_mlx/demo/pride-and-prejudice.txt"
 MEMORIES = ("gated_deltanet", "deltanet", "mamba2")
-SETTINGS = loop.Settings(
+SETTINGS = Settings(
     window=12,
     sinks=4,
     seq_len=128,
@@ -95,7 +96,7 @@ def train_arguments(place, out, *args):
 
 
 def losses_of(out):
-    return [line["loss"] for line in loop.read_metrics(out / loop.METRICS)]
+    return [line["loss"] for line in metrics.read_metrics(out / metrics.METRICS)]
 
 
 @pytest.mark.slow
@@ -263,6 +264,7 @@ def test_layerwise_is_a_regression_of_what_the_window_misses(place, memory):
 @pytest.mark.slow
 def test_kill_ctrl_c_and_a_closed_terminal_change_no_loss(place, tmp_path):
     options = ("--steps", 14, "--layerwise", 2, "--save-every", 3, "--accumulate", 2)
+    options += ("--batch-size", 2, "--window", "8+2@48")
     done = train(place, tmp_path / "once", *options)
     assert done.returncode == 0, done.stderr
     expected = losses_of(tmp_path / "once")
@@ -387,12 +389,14 @@ def test_steps_go_on_where_the_layerwise_fit_ended(place):
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
     done = train(
-        place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5, "--accumulate", 2
+        *(place, tmp_path / "one", "--steps", 3, "--layerwise", 2, "--lr", 1e-5),
+        *("--accumulate", 2, "--batch-size", 2),
     )
     assert done.returncode == 0, done.stderr
     launch = Path(sys.executable).with_name("mlx.launch")
     arguments = train_arguments(
-        place, tmp_path / "two", "--steps", 3, "--layerwise", 2, "--lr", 1e-5
+        *(place, tmp_path / "two", "--steps", 3, "--layerwise", 2, "--lr", 1e-5),
+        *("--batch-size", 2),
     )
     command = [launch, "-n", "2", "--", sys.executable, "-m", "ahn_mlx", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -548,18 +552,18 @@ def test_every_token_is_seen_once_an_epoch(place):
 
 
 def test_windows_are_drawn_as_in_the_release():
-    settings = loop.Settings(**{**SETTINGS.__dict__, "random_window": True, "seq_len": 2048})
-    drawn = {loop.draw_window(settings, step) for step in range(300)}
-    assert {w + s for w, s in drawn} == {512, 1024}  # strictly between 256 and 2048
-    assert {s for w, s in drawn if w + s == 512} == {0, 32, 64, 128}
-    assert {s for w, s in drawn if w + s == 1024} == {0, 32, 64, 128, 512}
+    settings = Settings(**{**SETTINGS.__dict__, "random_window": True, "seq_len": 2048})
+    drawn = {draw_window(settings, step) for step in range(300)}
+    assert {w + s for w, s, _ in drawn} == {512, 1024}  # strictly between 256 and 2048
+    assert {s for w, s, _ in drawn if w + s == 512} == {0, 32, 64, 128}
+    assert {s for w, s, _ in drawn if w + s == 1024} == {0, 32, 64, 128, 512}
 
 
 @pytest.mark.parametrize("loss", ["ce", "distill"])
 def test_other_losses_train_too(place, loss):
     model, tokenizer = base_model(place)
     changed = {**SETTINGS.__dict__, "loss": loss, "steps": 30, "layerwise": 2}
-    trainer = loop.Trainer(model, sequences(place, tokenizer), loop.Settings(**changed))
+    trainer = loop.Trainer(model, sequences(place, tokenizer), Settings(**changed))
     seen = [trainer.train_step() for _ in range(30)]
     assert sum(seen[-5:]) < sum(seen[:5])
 

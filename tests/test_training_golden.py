@@ -10,6 +10,8 @@ from ahn_mlx import load_model
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.model.augment import head
 from ahn_mlx.model.names import published_name
+from ahn_mlx.ops import chunks, delta, mamba2, window
+from ahn_mlx.platform import Tiles
 from ahn_mlx.train import losses
 from ahn_mlx.train.streams import Stream, install, study, teach, trainable
 
@@ -29,7 +31,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.fixture(params=["cpu", "cpu, checkpointed", "gpu, checkpointed"])
+def checkpoint(request, monkeypatch) -> bool:
+    """With the forms of this device, or with those that gradients take on a GPU, in small tiles."""
+    if request.param.startswith("gpu"):
+        for module in (delta, mamba2, window):
+            monkeypatch.setattr(module, "on_cpu", lambda: False)
+        for module in (chunks, window):
+            monkeypatch.setattr(module, "tiles", lambda: Tiles(8, 8))
+    return "checkpointed" in request.param
+
+
 @pytest.mark.parametrize("variant, loss, case, window, sinks, expected", CASES)
 def test_loss_and_gradients(
     tmp_path, monkeypatch, variant, loss, case, window, sinks, expected, checkpoint
@@ -48,7 +60,7 @@ def test_loss_and_gradients(
     def objective(parameters):
         install(model, parameters)
         student = study(model, tokens, window, sinks, keep, checkpoint)
-        value = losses.LOSSES[loss](model, teacher, student, labels, window + sinks)
+        value = getattr(losses, loss)(model, teacher, student, labels, window + sinks)
         return value, student.hidden
 
     (value, hidden), gradients = mx.value_and_grad(objective)(parameters)

@@ -6,6 +6,7 @@ arguments of the step, so that one file of them serves all traces. manifest.json
 """
 
 import hashlib
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..checkpoints.card import LICENCES, Origin, read_origins
+from ..checkpoints.identity import model_identity
 from ..checkpoints.safetensors import Layout, TensorWriter
 from ..checkpoints.shards import write_json
 from ..errors import AHNError
@@ -32,13 +34,13 @@ from ..model.pure import initial_state, pure_step
 from ..ops import kernels
 from ..outputs.directories import check_out, replacing, reporting
 from ..platform import on_cpu
-from ..reading.memoryfile import base_facts, model_identity, tokenizer_identity
+from ..reading.memoryfile import base_facts, tokenizer_identity
 from ..reading.session import ORIGIN
 from ..reading.template import SYSTEM, Template
 from ..reading.tokens import Encoder
 from .tokenizer import pack_tokenizer
 
-VERSION = 1
+VERSION = 2
 CHUNK = 512  # tokens read at once
 SHORT = 64  # at the end of a text, and of a question
 
@@ -80,17 +82,15 @@ def export_app(
                 with kernels.without():
                     _trace(directory / "plain.mlxfn", model, state, lengths)
             files = {file.name: _hash_of(file) for file in sorted(directory.iterdir())}
-            manifest = {**_of_model(model, tokenizer, state, inputs), **facts}
-            write_json(
-                directory / "manifest.json",
-                {
-                    **manifest,
-                    "lengths": lengths,
-                    "files": files,
-                    "weights": _sum_of(directory / "weights.safetensors"),
-                    "version": VERSION,
-                },
-            )
+            manifest = {
+                **_of_model(model, tokenizer, state, inputs),
+                **facts,
+                "lengths": lengths,
+                "files": files,
+                "weights": _sum_of(directory / "weights.safetensors"),
+                "version": VERSION,
+            }
+            write_json(directory / "manifest.json", _with_hash(manifest))
 
 
 def _trace(file: Path, model: nn.Module, state: list[mx.array], lengths: list[int]) -> None:
@@ -130,6 +130,13 @@ def _hash_of(file: Path) -> str:
         if file.suffix == ".safetensors":
             return hashlib.sha256(f.read(int.from_bytes(f.read(8), "little"))).hexdigest()
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _with_hash(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest, with the SHA-256 of all that it says, however its file is laid out."""
+    # A path may have bytes that are no text, and JSON cannot say them.
+    text = json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode(errors="replace")
+    return {**json.loads(text), "sha256": hashlib.sha256(text).hexdigest()}
 
 
 def _sum_of(file: Path) -> int:

@@ -22,7 +22,9 @@ LIMITS = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 40,
 }
-POSITIVE = ("rms_norm_eps", "rope_theta")
+POSITIVE = {"rms_norm_eps": 1.0, "rope_theta": 1e15}
+LARGEST = 1 << 63  # of any other number; what libraries take
+FACTOR = 1e6  # positions are not stretched further
 OBJECTS = (
     *("quantization", "quantization_config", "rope_parameters", "rope_scaling", "text_config"),
     "ahn_release",
@@ -110,22 +112,45 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
             raise AHNError(
                 f"{file}: {name} must be a whole number from 1 to {limit}, not {show(value)}"
             )
-    for name in POSITIVE:
+    for name, largest in POSITIVE.items():
         value = config.get(name)
-        # type() and not isinstance(): true is an int in Python
-        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise AHNError(f"{file}: {name} must be a positive number, not {show(value)}")
+        if value is not None and not _is_positive(value, largest):
+            must = f"{name} must be a positive number of at most {largest:g}"
+            raise AHNError(f"{file}: {must}, not {show(value)}")
     for name in OBJECTS:
         # mlx_lm looks into text_config without asking whether it is null
         allowed = dict if name == "text_config" else dict | None
         if not isinstance(config.get(name, {}), allowed):
             raise AHNError(f"{file}: {name} must be an object, not {show(config[name])}")
+    types = config.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(type(t) is str for t in types)):
+        raise AHNError(f"{file}: layer_types must be a list of names, not {show(types)}")
     if not isinstance(config.get("architectures"), list | str | None):
         found = show(config["architectures"])
         raise AHNError(f"{file}: architectures must be a list of names, not {found}")
     if not isinstance(config.get("tie_word_embeddings"), bool | None):
         found = show(config["tie_word_embeddings"])
         raise AHNError(f"{file}: tie_word_embeddings must be true or false, not {found}")
+    _check_numbers(file, config)
+
+
+def _is_positive(value: Any, largest: float) -> bool:
+    # type() and not isinstance(): true is an int in Python
+    return type(value) in (int, float) and 0 < value <= largest
+
+
+def _check_numbers(file: Path, config: dict[str, Any]) -> None:
+    """No number in it is one that no setting can be, whatever reads it: NaN, or endless. Some
+    settings are infinite."""
+    left = list(config.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((name, x) for x in value)
+        elif (isinstance(value, int) and abs(value) > LARGEST) or value != value:
+            raise AHNError(f"{file}: {show(name)} is no setting, it is {show(value)}")
 
 
 def _rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +186,9 @@ def _rope_of(file: Path, config: dict[str, Any], given: dict[str, Any]) -> dict[
             two = f"{show(stated[0])} and {show(stated[-1])}"
             raise AHNError(f"{file}: {name} is stated twice, as {two}; remove one")
     factor: Any = scaling.get("factor")
-    if factor is not None and not (type(factor) in (int, float) and 0 < factor < math.inf):
-        raise AHNError(f"{file}: factor of RoPE must be a positive number, not {show(factor)}")
+    if factor is not None and not _is_positive(factor, FACTOR):
+        must = f"factor of RoPE must be a positive number of at most {FACTOR:g}"
+        raise AHNError(f"{file}: {must}, not {show(factor)}")
     if factor is not None and not kinds:
         raise AHNError(f"{file}: rope_scaling has a factor and no rope_type")
     found: dict[str, Any] = {"rope_scaling": None}
@@ -199,7 +225,7 @@ def _end_tokens(file: Path, config: dict[str, Any]) -> list[Any]:
                     texts.add(end)
                 else:
                     numbers.add(number)
-            elif type(end) is int and end >= 0:
+            elif type(end) is int and 0 <= end < LIMITS["vocab_size"]:
                 numbers.add(end)
             elif end is not None:
                 raise AHNError(f"{where}: eos_token_id must be numbers of tokens, not {show(end)}")

@@ -15,6 +15,7 @@ from .directory import check_member
 
 CARD = "README.md"
 MAX_CARD = 1 << 20  # bytes
+MAX_FRONT = 1 << 16  # of its front matter, which takes long to read
 
 # Licences of bases, for when a copy has no card.
 LICENCES = {
@@ -135,6 +136,9 @@ def _front_matter(path: Path) -> dict[str, Any]:
     if not file.is_file() or file.stat().st_size > MAX_CARD:
         return {}
     check_member(file)
+    with file.open("rb") as f:
+        if b"\n---" not in f.read(MAX_FRONT):
+            return {}
     try:
         return metadata_load(file) or {}
     except Exception:  # someone else's YAML; a card is no reason to fail

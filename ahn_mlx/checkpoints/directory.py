@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import AHNError, show
+from ..errors import AHNError, note, show
 from .safetensors import TensorInfo, is_finite, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -185,11 +184,6 @@ def _other_weights(path: Path, files: Files) -> list[str]:
 
 def _more(count: int) -> str:
     return f" (and {count - 1} more)" if count > 1 else ""
-
-
-def note(line: str) -> None:
-    """Say what a user may want to know, on stderr."""
-    print(f"note: {line}", file=sys.stderr)
 
 
 def read_unused(path: Path) -> dict[str, Source]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import AHNError, note
 from ..model.names import is_memory
 from . import pickles
 from .baseconfig import check_quantization, complete, normalise, read_config
-from .directory import Source, find_files, load_safetensors, note, read_headers, read_unused
+from .directory import Source, find_files, load_safetensors, read_headers, read_unused
 from .ggufile import GGUFile
 
 HEAD, EMBEDDING = "lm_head.", "model.embed_tokens."
@@ -28,6 +29,8 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
             sources = pickles.read_headers(path, files)
         else:
             sources = read_headers(path) | read_unused(path)
+    if not sources:
+        raise AHNError(f"{path}: holds no tensors; fetch it again")
     if all(map(is_memory, sources)):
         return config, sources  # of the base it says only what someone has written
     check_quantization(path, config)

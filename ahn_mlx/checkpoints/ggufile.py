@@ -172,6 +172,8 @@ class GGUFile:
             stem, _, last = name.rpartition(".")  # blk.3.attn_q
             if stem not in names or last not in ("weight", "bias"):
                 raise AHNError(f"{part.file}: unexpected tensor {show(name)}")
+            if tensor.kind.name in BITS and len(tensor.shape) < 2:
+                raise AHNError(f"{part.file}: tensor {show(name)} is a vector, and quantized")
             for ending, dtype, shape in _readings(tensor, last):
                 info = TensorInfo(dtype, shape, tensor.begin, tensor.end)
                 source = Source(f"{stem}.{ending}", part.file, info)

@@ -18,9 +18,11 @@ from ..errors import AHNError, show
 from ..model.augment import FLOAT32, AHNModel, build, build_base
 from ..model.config import AHNConfig
 from ..model.names import is_memory, published_name, rename_published
+from ..model.ranks import Ranks
 from ..platform import default_dtype
 from .directory import Source
 from .formats import Reader, describe
+from .identity import note_whole
 from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite
 from .tokenizer import load_tokenizer
 
@@ -43,11 +45,13 @@ def load_model(
     window: int | None = None,
     sinks: int | None = None,
     dtype: str | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a converted directory, or a merged checkpoint of the PyTorch release.
 
     window, sinks: override the config's. dtype: "float32", "bfloat16" or "float16";
     by default the checkpoint's own on Metal and float32 on the CPU, where it is fast.
+    ranks: of a model that several processes run, of which each keeps its part.
     Returns the model and its config in the normal form. Raises AHNError on a bad directory.
 
     >>> model, config = ahn_mlx.load_model("path/to/converted/model", window=4096)
@@ -65,7 +69,7 @@ def load_model(
     config["ahn"] = ahn.to_dict()
     model = built(path, build, config)
     _fill(model, config, sources, path)
-    finish(model, dtype, path)
+    finish(model, dtype, path, ranks)
     return model, config
 
 
@@ -75,10 +79,11 @@ def load(
     window: int | None = None,
     sinks: int | None = None,
     dtype: str | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """As load_model, with the tokenizer, as mlx_lm.load returns them."""
     path = Path(path)
-    model, config = load_model(path, window=window, sinks=sinks, dtype=dtype)
+    model, config = load_model(path, window=window, sinks=sinks, dtype=dtype, ranks=ranks)
     return model, load_tokenizer(path, config)
 
 
@@ -206,8 +211,9 @@ def _check_shapes(
         )
 
 
-def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
-    """Cast to the dtype asked for, or the fast one on the CPU, and read the weights.
+def finish(model: nn.Module, dtype: str | None, source: Path, ranks: Ranks | None = None) -> None:
+    """Cast to the dtype asked for, or the fast one on the CPU, leave what is this rank's, and
+    read the weights.
 
     Raises AHNError naming `source` and the first tensor that holds NaN or infinity.
     """
@@ -216,7 +222,13 @@ def finish(model: nn.Module, dtype: str | None, source: Path) -> None:
     chosen = DTYPES[dtype] if dtype else default_dtype()
     if chosen is not None:
         cast(model, chosen)
+    if ranks is not None:
+        note_whole(model)
+        built(source, ranks.cut, model)
     parameters: Any = tree_flatten(model.parameters())
+    if ranks is not None:
+        for _, x in parameters:  # whole, and then its part: one at a time
+            mx.eval(x)
     mx.eval(model.parameters())
     if name := not_finite(parameters):
         raise AHNError(f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again")

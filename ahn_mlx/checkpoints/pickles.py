@@ -30,7 +30,7 @@ def load(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as z:
             entries = z.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+    except Exception:  # of many kinds
         raise AHNError(f"{file}: not a checkpoint of torch 1.6 or later; save it again") from None
     if any(e.compress_type or e.file_size > size for e in entries):
         raise AHNError(f"{file}: has compressed entries, which torch does not write")
@@ -52,6 +52,10 @@ def load(file: Path) -> dict[str, Any]:
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()
     ):
         raise AHNError(f"{file}: not a dictionary of named tensors; save the model's state_dict")
+    for name, x in tensors.items():
+        # Views of a few bytes that claim to be terabytes; and what is not one number after another.
+        if x.layout != torch.strided or x.device.type != "cpu" or x.nbytes > size:
+            raise AHNError(f"{file}: tensor {show(name)} is larger than the file, or sparse")
     return tensors
 
 

@@ -17,6 +17,9 @@ TOKENIZER_FILES = (
     *("vocab.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+# Left unsaid, transformers asks whether to run a directory's own code, and takes a piped text for
+# the answer.
+NO_CODE = {"trust_remote_code": False}
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -43,14 +46,14 @@ def _of_directory(path: Path) -> TokenizerWrapper:
     names = (*TOKENIZER_FILES, "config.json")
     with foreign(lambda why: f"{path}: no usable tokenizer ({why}); copy the base's files"):
         if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):
-            return mlx_lm_load(path)
+            return mlx_lm_load(path, NO_CODE)
         # Files that transformers would not read.
         with TemporaryDirectory() as directory:
             copy_files(TOKENIZER_FILES, [path], Path(directory))
             if (path / "config.json").is_file():
                 kind = {"model_type": read_json(path / "config.json").get("model_type")}
                 (Path(directory) / "config.json").write_text(json.dumps(kind))
-            return mlx_lm_load(Path(directory))
+            return mlx_lm_load(Path(directory), NO_CODE)
 
 
 def _has_text_ends(path: Path) -> bool:

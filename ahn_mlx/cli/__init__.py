@@ -16,6 +16,7 @@ try:
     from click.shell_completion import CompletionItem
 
     from ..errors import AHNError
+    from ..platform import launched_rank
     from .command import Group
 except KeyboardInterrupt:
     sys.exit(130)
@@ -118,6 +119,14 @@ def main() -> None:
     except OSError as e:
         named = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
         code = _fail(_gone_directory() or named)
+    except RuntimeError as e:
+        from .ranks import is_lost
+
+        if not is_lost(e):
+            raise
+        from ..model.ranks import LOST
+
+        code = _fail(LOST)
     sys.exit(code or 0)
 
 
@@ -151,7 +160,11 @@ def _tolerate() -> None:
 
 
 def _fail(message: str) -> int:
-    from .terminal import say
+    line = f"error: {' '.join(message.split())}"
+    if launched_rank():
+        from .ranks import fail as say
+    else:
+        from .terminal import say
 
-    say(f"error: {' '.join(message.split())}")
+    say(line)
     return 2

@@ -9,7 +9,6 @@ import click
 
 from ..errors import AHNError, show
 from ..reading.text import readable, typed_line
-from .command import Command
 from .digest import load_as_read
 from .options import (
     check_numbers,
@@ -23,13 +22,14 @@ from .options import (
     sampling_of,
     sampling_options,
 )
+from .ranks import Together, pipeline_option, share
 from .terminal import Left, say, waiting, warn_slow
 from .words import memory_and_question
 
 EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1, shell_complete=complete_file)
 @click.option("--memory", "file", type=click.Path(path_type=Path), help="The same as FILE.")
 @click.option("-p", "--prompt", help="The same as QUESTION.")
@@ -44,6 +44,7 @@ EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
     when=lambda options: options["as_json"],
     why="with --json, which answers one question",
 )
+@pipeline_option
 @needs_memory
 def ask(
     words: tuple[str, ...], file: Path | None, name: str | None, interactive: bool, **options: Any
@@ -60,7 +61,7 @@ def ask(
     ahn-mlx ask book.ahn "Who is the captain?" --json
     """
     check_numbers(options)
-    file, question = _words(words, file, options["prompt"])
+    memory, question = share(lambda: _words(words, file, options["prompt"]))
     if question is None and not interactive:
         question = _piped()
         interactive = question is None and not options["as_json"]
@@ -70,7 +71,7 @@ def ask(
         raise AHNError(f"no question; give one: {EXAMPLE}")
     from .talk import Talk, print_answer
 
-    session = load_session(file, name, options["ahn"])
+    session = load_session(Path(memory), name, options["ahn"])
     code = 0
     if question is not None:
         try:
@@ -80,13 +81,11 @@ def ask(
                 say("stopped before the answer began")
             sys.exit(130)
     if interactive:
-        code = Talk(session, sampling_of(options), file, keeps=False).run()
+        code = Talk(session, sampling_of(options), Path(memory), keeps=False).run()
     sys.exit(code)
 
 
-def _words(
-    words: tuple[str, ...], file: Path | None, prompt: str | None
-) -> tuple[Path, str | None]:
+def _words(words: tuple[str, ...], file: Path | None, prompt: str | None) -> tuple[str, str | None]:
     """The file and the question, given as words or by their options."""
     found, question = memory_and_question(words)
     if question is not None and prompt is not None:
@@ -98,7 +97,7 @@ def _words(
     if memory is None:
         asked = shlex.quote(question) if question else '"Who is the captain?"'
         raise AHNError(f"which memory? Give a file of ahn-mlx digest: ahn-mlx ask FILE {asked}")
-    return memory, question
+    return str(memory), question
 
 
 def _piped() -> str | None:
@@ -113,7 +112,7 @@ def load_session(file: Path, name: str | None, ahn: Path | None) -> Any:
         from ..reading import memoryfile
         from ..reading.session import Session
 
-        facts = memoryfile.read_facts(file)
+        facts = share(lambda: memoryfile.read_facts(file))
         warn_slow()
         model, tokenizer = load_as_read(facts, name, ahn)
         return Session.load(file, model, tokenizer)

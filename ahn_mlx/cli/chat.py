@@ -8,7 +8,7 @@ import click
 
 from ..errors import AHNError
 from .ask import load_session
-from .command import Command, Word
+from .command import Word
 from .options import (
     check_numbers,
     is_given,
@@ -20,10 +20,11 @@ from .options import (
     sampling_options,
     window_bits_options,
 )
+from .ranks import Together, pipeline_option
 from .terminal import say, warn_slow
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("memory", cls=Word, metavar="FILE")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
@@ -37,6 +38,7 @@ from .terminal import say, warn_slow
 @click.option(
     "--memory", type=click.Path(path_type=Path), help="Begin with a digested text or saved chat."
 )
+@pipeline_option
 @needs_memory
 def chat(**options: Any) -> None:
     """Talk without end: the memory of the conversation does not grow.

@@ -11,7 +11,7 @@ from ..errors import AHNError
 from ..hub.published import MODELS
 from ..model.config import AHNConfig
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
-from .command import Command, Word
+from .command import Word
 from .estimate import print_table
 from .options import (
     check_numbers,
@@ -24,6 +24,7 @@ from .options import (
     quiet_option,
     text_option,
 )
+from .ranks import Together, is_first, share
 from .terminal import progress_bar, say
 from .words import read_typed
 
@@ -42,7 +43,7 @@ SENTENCES = {
 ERRORS = "±: standard error over tokens; noise: less than two of them away from 0"
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("text", cls=Word, needed=True, metavar="TEXT")
 @no_effect(
     *("segments", "seq_len"),
@@ -78,10 +79,10 @@ def compare(**options: Any) -> None:
         if options[name] is not None and options[name] < 1:
             raise AHNError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
     out = None
-    if options["plot"]:
+    if options["plot"] and is_first():
         reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
         out = picture(options["plot"], tuple(filter(None, reads)), options["force"])
-    text = read_typed([options["text"]], has_prompt=False)
+    text = share(lambda: read_typed([options["text"]], has_prompt=False))
     L, count = options["seq_len"], options["segments"]
     size = len(text.encode("utf-8", "surrogatepass"))
     if options["tokens"] is None and size < L * count:  # no token is shorter than a byte

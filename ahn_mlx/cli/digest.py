@@ -13,7 +13,7 @@ import click
 from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
 from ..outputs.files import OutFile, parts_of, real_path
-from .command import Command, Word
+from .command import Word
 from .options import (
     check_numbers,
     force_option,
@@ -27,11 +27,12 @@ from .options import (
     template_options,
     window_bits_options,
 )
+from .ranks import Together, is_first, pipeline_option, share
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
 from .words import is_there, looks_like_file, memory_name, read_typed
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("prompt_file", cls=Word, nargs=-1, metavar="FILE...")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),
@@ -54,6 +55,7 @@ from .words import is_there, looks_like_file, memory_name, read_typed
 @template_options
 @click.option("--checkpoint-every", default=16384, show_default=True, help="Tokens between saves.")
 @quiet_option
+@pipeline_option
 @needs_memory
 def digest(**options: Any) -> None:
     """Read a document once; ask about it any number of times with ahn-mlx ask.
@@ -68,16 +70,9 @@ def digest(**options: Any) -> None:
     """
     check_numbers(options)
     files = list(options["prompt_file"])
-    _refuse_question(files)
-    out = options["out"] = options["out"] or memory_name(files)
+    out = options["out"] = options["out"] or Path(share(lambda: _name_for(files)))
     partial = out.parent / f"{out.name}.partial"  # "." has no name
-    _check_out(out, partial, options)
-    text = read_typed(files, has_prompt=False)
-    if not text.strip():
-        raise AHNError("the text is empty; give a text to read")
-    for file in (out, partial):
-        for left in parts_of(real_path(file)):
-            left.unlink(missing_ok=True)
+    text = share(lambda: _text_for(out, partial, files, options))
     warn_slow()
     session = _begun(out, options)
     name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
@@ -87,13 +82,32 @@ def digest(**options: Any) -> None:
     finished = session.fork()
     finished.note_text(name, done["done"])
     try:
-        _check_out(out, partial, options)
+        share(lambda: _check_out(out, partial, options))
         finished.save(out)
     except AHNError as e:
         session.save(partial, **done)
         raise AHNError(f"{e}; what was read is kept in {partial}") from None
-    partial.unlink(missing_ok=True)
-    say(f"{out}: {session.tokens:,} tokens in {in_bytes(out.stat().st_size)}")
+    if is_first():
+        partial.unlink(missing_ok=True)
+        say(f"{out}: {session.tokens:,} tokens in {in_bytes(out.stat().st_size)}")
+
+
+def _name_for(files: list[str]) -> str:
+    _refuse_question(files)
+    return str(memory_name(files))
+
+
+def _text_for(out: Path, partial: Path, files: list[str], options: dict[str, Any]) -> str:
+    """The text, if what it leaves can be written. Removes what killed runs have left there."""
+    _refuse_question(files)
+    _check_out(out, partial, options)
+    text = read_typed(files, has_prompt=False)
+    if not text.strip():
+        raise AHNError("the text is empty; give a text to read")
+    for file in (out, partial):
+        for left in parts_of(real_path(file)):
+            left.unlink(missing_ok=True)
+    return text
 
 
 def _begun(out: Path, options: dict[str, Any]) -> Any:
@@ -103,7 +117,7 @@ def _begun(out: Path, options: dict[str, Any]) -> Any:
     from ..reading.template import TemplateError
 
     if options["append"]:
-        facts = memoryfile.read_facts(out)
+        facts = share(lambda: memoryfile.read_facts(out))
         name = options["name"] if is_given("name") else None
         model, tokenizer = load_as_read(facts, name, options["ahn"])
         return Session.load(out, model, tokenizer)
@@ -223,10 +237,10 @@ def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]
     from ..reading import memoryfile
     from ..reading.session import Session
 
-    if not partial.is_file():
+    if not share(partial.is_file):
         return None, {}
     try:
-        facts = memoryfile.read_facts(partial)
+        facts = share(lambda: memoryfile.read_facts(partial))
         if facts.get("job") != job:
             say(f"note: {partial} is of another text or setting; starting anew")
             return None, {}

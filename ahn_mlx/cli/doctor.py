@@ -11,8 +11,9 @@ from .options import json_option
 @click.command(cls=Command)
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has and lacks: device, MLX, BLAS and its speed, compiler, and
-    of every Metal kernel whether it compiles, its error and its time.
+    """Say what this machine has and lacks: device, also NVIDIA's, MLX, how float32 is
+    multiplied, BLAS and its speed, compiler, and of every Metal kernel whether it compiles, its
+    error and its time.
 
     \b
     ahn-mlx doctor

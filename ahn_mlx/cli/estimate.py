@@ -21,6 +21,7 @@ CHIP = click.Choice(list(CHIPS), case_sensitive=False)
 CHIP_HELP = f"Give bounds for it: {', '.join(CHIPS)}."
 KINDS = ("full", "window", "ahn")
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 256, 512)  # GB
+SERVERS = (16, 32, 64, 128, 512)  # GB, of Macs that serve
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub, of which config.json is enough
 CURVE = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144, 1_048_576)
 # As contexts are named: 128k is 131,072. A page of a novel has some 300 words.
@@ -28,7 +29,7 @@ UNITS = {"": 1, "k": 1024, "m": 1024**2, "p": 400}
 LONGEST = 10**12
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # of older ones there is no other
     """A number of tokens: 200000, 128k, 1.5M, or 500p for pages."""
 
     name = "tokens"
@@ -50,7 +51,7 @@ class Tokens(click.ParamType):
 @click.argument("name", cls=Word, metavar="MODEL")
 @no_effect(
     *("name", "context", "window", "sinks", "memory", "kv_bits", "weight_bits", "compare"),
-    *("chip", "as_json", "plot", "force"),
+    *("chip", "as_json", "plot", "force", "ranks", "pipeline"),
     when=lambda options: options["paper"],
     why="with --paper, whose table is fixed",
 )
@@ -66,6 +67,7 @@ class Tokens(click.ParamType):
     why="without ahn in --compare",
 )
 @no_effect("force", when=lambda options: not options["plot"], why="without --out")
+@no_effect("pipeline", when=lambda options: options["ranks"] == 1, why="without --ranks")
 @model_option
 @click.option(
     "--context",
@@ -92,6 +94,10 @@ class Tokens(click.ParamType):
     help="Of all weights; 0: 16 bits.",
 )
 @click.option("--compare", default="full,window,ahn", show_default=True, help="Of these three.")
+@click.option(
+    "--ranks", type=click.IntRange(1), default=1, help="Count one of so many that run it together."
+)
+@click.option("--pipeline", is_flag=True, help="Ranks have layers, not heads.")
 @click.option("--chip", type=CHIP, metavar="NAME", help=f"{CHIP_HELP} Default: this Mac's.")
 @click.option("--paper", is_flag=True, help="The paper's table, with its conventions.")
 @json_option
@@ -106,6 +112,7 @@ def estimate(**options: Any) -> None:
     ahn-mlx estimate ahn-gdn-3b
     ahn-mlx estimate ahn-gdn-3b --context 500p
     ahn-mlx estimate ahn-gdn-7b --context 1M --window 16384 --chip m4-pro
+    ahn-mlx estimate ahn-gdn-14b --ranks 2
     ahn-mlx estimate --paper
     """
     check_numbers(options)
@@ -197,7 +204,25 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
         - cost.idle_bytes(shape, _bits(options))
         + sum(cache.values())
         + cache["state"],
+        "rows": {
+            gb: cost.rows_that_fit(sum(cache.values()), weights, int(USABLE * gb * 1e9))
+            for gb in SERVERS
+        },
+        **({"rank": _count_rank(shape, kind, tokens, options)} if options["ranks"] > 1 else {}),
     }
+
+
+def _count_rank(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Of the rank that has most."""
+    from ..measure.ranks import part, sent
+
+    ranks, pipeline = options["ranks"], options["pipeline"]
+    one = {**options, "ranks": 1}
+    parts = [part(shape, ranks, rank, pipeline) for rank in range(ranks)]
+    counts = [_count(each, kind, tokens, one) for each in parts]
+    most = max(counts, key=lambda c: c["weight_bytes"] + sum(c["cache_bytes"].values()))
+    held = {key: most[key] for key in ("weight_bytes", "cache_bytes")}
+    return {**held, "sent_bytes": sent(shape, kind, ranks, pipeline)._asdict()}
 
 
 def _bits(options: dict[str, Any]) -> float:
@@ -236,10 +261,24 @@ def _print(
     table += [rows(f"  {name}", 1e9, part("cache_bytes", name)) for name in parts]
     table += [rows("decode, GB/token", 1e9, {k: c["decode_bytes"] for k, c in found.items()})]
     table += [["fits Macs from, GB", *(_fits(c) for c in found.values())]]
+    if options["ranks"] > 1:
+        each = {kind: c["rank"] for kind, c in found.items()}
+        table += [[f"each of {options['ranks']} ranks", *("" for _ in found)]]
+        table += [rows("  weights, GB", 1e9, {k: c["weight_bytes"] for k, c in each.items()})]
+        held = {k: sum(c["cache_bytes"].values()) for k, c in each.items()}
+        table += [rows("  cache, GB", 1e9, held)]
+        state = {k: c["cache_bytes"].get("state", 0) for k, c in each.items()}
+        table += [rows("    state", 1e9, state)]
+        table += [["  fits Macs from, GB", *(_fits(c) for c in each.values())]]
+        for title, which in (("  gives, kB/token", "payload"), ("  sends in a ring", "ring")):
+            table += [rows(title, 1e3, {k: c["sent_bytes"][which] for k, c in each.items()})]
     speeds, notes = _speeds(options["name"], found, options["chip"] or this_chip())
     print_table(["", *found], table + speeds)
     for note in notes:
         click.echo(note)
+    click.echo("\nBy GB of a Mac: answers at a time, as ahn-mlx serve counts its --rows.")
+    fit = [[str(gb), *(f"{c['rows'][gb]:,}" for c in found.values())] for gb in SERVERS]
+    print_table(["GB", *found], fit)
     click.echo("\nBy context: GB of cache, and GFLOP (GF) for one more token.")
     contexts = [
         [f"{n:,}"]

@@ -11,7 +11,6 @@ import click
 
 from ..errors import AHNError, near_file, show
 from ..reading.sampling import Sampling
-from .command import Command
 from .options import (
     check_numbers,
     complete_file,
@@ -28,14 +27,15 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .terminal import Answer, is_piped_in, progress_bar, say, warn_slow
+from .ranks import Together, pipeline_option, share
+from .terminal import Answer, is_piped_in, progress_bar, say, stop_between_steps, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
 # transformers warns about absent frameworks and long inputs, which are normal here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.argument("words", nargs=-1, metavar="[FILE]... [QUESTION]", shell_complete=complete_file)
 @no_effect("verbose", when=lambda options: is_given("quiet"), why="with --quiet")
 @loading_options
@@ -48,6 +48,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 @click.option("--verbose", is_flag=True, help="Also print the model's settings to stderr.")
 @json_option
 @quiet_option
+@pipeline_option
 @needs_memory
 def generate(words: tuple[str, ...], **options: Any) -> None:
     """Read documents of any length in constant memory, then answer.
@@ -65,11 +66,7 @@ def generate(words: tuple[str, ...], **options: Any) -> None:
     ahn-mlx generate -f notes.txt -p "What is missing?" --stop "." --json
     """
     check_numbers(options)
-    files, question = _typed(words, options)
-    from_pipe = options["prompt"] == "-"  # then there is no document in it
-    document = read_typed(files, question is not None) if files or not from_pipe else ""
-    if not (document.strip() or question):
-        raise AHNError("the prompt is empty; give a document or a question")
+    document, question = share(lambda: _read(words, options))
     # MLX and transformers take a second to import: after the checks.
     from ..reading.generate import Run, make_prompt
     from ..reading.template import TemplateError
@@ -77,12 +74,14 @@ def generate(words: tuple[str, ...], **options: Any) -> None:
     warn_slow()
     model, tokenizer = load_model(options)
     try:
-        prompt = make_prompt(
-            tokenizer,
-            document,
-            question or "",
-            options["system"],
-            chat_template=not options["no_chat_template"],
+        prompt = share(
+            lambda: make_prompt(
+                tokenizer,
+                document,
+                question or "",
+                options["system"],
+                chat_template=not options["no_chat_template"],
+            )
         )
     except TemplateError as e:
         raise AHNError(f"{e}; use --ignore-chat-template") from None
@@ -104,6 +103,16 @@ def generate(words: tuple[str, ...], **options: Any) -> None:
     facts = {"model": options["name"], "text": "".join(pieces), **run.facts()}
     print(json.dumps(facts), flush=True)
     sys.exit(code)
+
+
+def _read(words: tuple[str, ...], options: dict[str, Any]) -> tuple[str, str | None]:
+    """The text of the documents, and the question."""
+    files, question = _typed(words, options)
+    from_pipe = options["prompt"] == "-"  # then there is no document in it
+    document = read_typed(files, question is not None) if files or not from_pipe else ""
+    if not (document.strip() or question):
+        raise AHNError("the prompt is empty; give a document or a question")
+    return document, question
 
 
 def _typed(words: tuple[str, ...], options: dict[str, Any]) -> tuple[list[str], str | None]:
@@ -143,16 +152,19 @@ def _stream(run: Any, take: Callable[[str], None] | None = None) -> int:
         bar.update(read - bar.n)
         if read == len(run.prompt):
             bar.close()
+        check()
 
     run.progress = progress
-    try:
-        for text in run:
-            (take or answer.write)(text)
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        bar.close()
-        answer.end()
+    with stop_between_steps() as check:
+        try:
+            for text in run:
+                (take or answer.write)(text)
+                check()
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            bar.close()
+            answer.end()
     if not take:
         say(run.summary())
     return code

@@ -11,9 +11,10 @@ from click.shell_completion import CompletionItem
 
 from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
-from ..platform import default_dtype, enough_memory
+from ..platform import default_dtype, enough_memory, launched_rank
 from ..reading.sampling import Sampling, complaint
 from .command import QUIET, spelling
+from .ranks import Together, here
 from .terminal import say, waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -254,7 +255,13 @@ def _option(name: str) -> str:
 
 
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer of the loading options."""
+    """Model and tokenizer of the loading options. Raises AHNError also where several processes
+    were started for a command that is one."""
+    running = click.get_current_context(silent=True)
+    alone = running is not None and not isinstance(running.command, Together)
+    if alone and launched_rank() is not None:
+        assert running is not None
+        raise AHNError(f"{running.command_path} is one process; start it without mlx.launch")
     with waiting(f"loading {options['name']}"):
         from ..hub import zoo
 
@@ -265,6 +272,7 @@ def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
             dtype=options["dtype"],
             q_bits=None if options["q_bits"] is None else int(options["q_bits"]),
             ahn=options["ahn"],
+            ranks=here(),
         )
     bits = next((m.bits for m in model.modules() if hasattr(m, "bits")), None)
     if bits and default_dtype() is not None:

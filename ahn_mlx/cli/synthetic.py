@@ -12,7 +12,6 @@ import click
 from ..errors import AHNError
 from ..outputs.pictures import OutFile, new_figure, picture, save_picture
 from ..reading.text import read_documents
-from .command import Command
 from .estimate import print_table
 from .options import (
     check_numbers,
@@ -25,6 +24,7 @@ from .options import (
     quiet_option,
     text_option,
 )
+from .ranks import Together, is_first, share
 from .suites import agree
 from .terminal import progress_bar, warn_slow
 
@@ -59,19 +59,20 @@ def _begin(options: dict[str, Any], lows: dict[str, int]) -> tuple[OutFile | Non
         if options[name] < low:
             raise AHNError(f"--{name} must be at least {low}, not {options[name]}")
     out = None
-    if options["plot"]:
+    if options["plot"] and is_first():
         reads = (Path(options["text"] or TEXT), Path(options["name"]))
         out = picture(options["plot"], reads, options["force"])
     from ..evaluate.generators import sentences_of
 
-    found = sentences_of(read_documents([options["text"] or str(TEXT)], has_prompt=False))
+    text = share(lambda: read_documents([options["text"] or str(TEXT)], has_prompt=False))
+    found = sentences_of(text)
     if not found:
         raise AHNError(f"{options['text']}: has no sentences of 20 to 400 characters")
     warn_slow()
     return out, found
 
 
-@click.command(cls=Command)
+@click.command(cls=Together)
 @click.option("--documents", default=14, show_default=True, help="Read by each mixer.")
 @click.option("--needles", default=8, show_default=True, help="Facts in each.")
 @click.option("--tokens", default=915, show_default=True, help="Of each document.")
@@ -219,7 +220,7 @@ def _made(name: str, tasks: tuple[str, ...], about: str, *more: str) -> click.Co
     decorated = click.option(
         "--length", default=2048, show_default=True, help="Tokens of prompt and answer."
     )(decorated)
-    made: click.Command = click.command(name, cls=Command)(decorated)
+    made: click.Command = click.command(name, cls=Together)(decorated)
     return made
 
 

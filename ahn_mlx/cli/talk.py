@@ -15,6 +15,7 @@ from ..reading.text import typed_line, typed_path, typed_paths
 from . import settings
 from .options import needs_memory
 from .prompt import Prompt
+from .ranks import share
 from .terminal import Answer, Left, progress_bar, say, stop_between_steps, waiting
 from .words import read_typed
 
@@ -107,15 +108,15 @@ class Talk:
     def _is_file(self, line: str) -> bool:
         """Whether a line is no message but files that were dropped there; then offer to read
         them."""
-        if not (paths := _dropped(line)):
+        what, reads = share(lambda: _offered(line))
+        if not what:
             return False
-        what = f"{paths[0]} is a {'folder' if paths[0].is_dir() else 'file'}"
         if not self.keeps:
             raise AHNError(f"{what}; {self._elsewhere()}")
         if not self.edited:
-            raise AHNError(f"{what}; {_reading(paths)}")
+            raise AHNError(f"{what}; {reads}")
         say(f"{what}; Enter goes on as below, Ctrl-C does not")
-        self.default = _reading(paths)
+        self.default = reads
         return True
 
     def _pasted(self, text: str) -> str:
@@ -164,7 +165,8 @@ class Talk:
 
     def _read(self, argument: str) -> None:
         files = typed_paths(argument)
-        text = read_typed(files, has_prompt=False, memory="/load {file} goes on with it")
+        mend = "/load {file} goes on with it"
+        text = share(lambda: read_typed(files, has_prompt=False, memory=mend))
         after = self.session.fork()  # Ctrl-C leaves the conversation as it was
         with stop_between_steps() as check:
             ids = after.encode(text)
@@ -191,7 +193,7 @@ class Talk:
             return memoryfile.is_memory(file) and bool(memoryfile.read_facts(file).get("talked"))
 
         file = Path(typed_path(argument))
-        OutFile(file, "a saved conversation", is_chat).check()
+        share(lambda: OutFile(file, "a saved conversation", is_chat).check())
         with waiting(f"saving {file}"):
             self.session.save(file, talked=True)
         self.unsaved = 0
@@ -318,6 +320,13 @@ def _dropped(text: str) -> list[Path]:
         return []
     paths = [Path(path) for path in typed_paths(text)]
     return paths if all(path.is_absolute() and path.exists() for path in paths) else []
+
+
+def _offered(line: str) -> tuple[str, str]:
+    """What files that a line is are, and the line that reads them; empty if it is none."""
+    if not (paths := _dropped(line)):
+        return "", ""
+    return f"{paths[0]} is a {'folder' if paths[0].is_dir() else 'file'}", _reading(paths)
 
 
 def _reading(paths: list[Path]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..platform import BLAS, BLAS_COMMANDS, default_dtype
+from .ranks import here
 
 # What moves a cursor, rings or changes colours: C0 but line feed and tab, DEL, C1.
 _CONTROLS = {n: None for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
@@ -253,7 +254,9 @@ def stop_between_steps() -> Iterator[Any]:
             raise Left
 
     def check() -> None:
-        if pressed:
+        ranks = here()
+        # Of several processes none stops inside of what the others go on with.
+        if pressed if ranks is None else ranks.any(bool(pressed)):
             raise Left if signal.SIGHUP in pressed else KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}

@@ -1,5 +1,6 @@
 """ahn-mlx train: a memory for a model, from texts."""
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from .terminal import progress_bar, say, stop_between_steps
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
 
+MOST = 1 << 31  # of any whole number: steps, sequences, tokens
+
+
 @click.command(cls=Command)
 @click.argument("data", cls=Word, needed=True, nargs=-1, metavar="DATA...")
 @no_effect(
@@ -27,10 +31,11 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 )
 @no_effect(
     *("lr", "warmup", "weight_decay", "loss", "accumulate", "grad_checkpoint", "save_every"),
-    "random_window",
+    *("random_window", "batch_size"),
     when=lambda options: options["steps"] == 0,
     why="with --steps 0, which trains no step",
 )
+@no_effect("steps", when=lambda options: options["minutes"], why="with --minutes; give one")
 @click.option(
     "--model",
     "base",
@@ -61,7 +66,16 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
     type=click.Path(path_type=Path),
     help="Directory of the checkpoint.",
 )
-@click.option("--window", default=1024, show_default=True, help="Tokens kept losslessly.")
+@click.option(
+    "--window",
+    "windows",
+    multiple=True,
+    default=("1024",),
+    show_default=True,
+    metavar="TOKENS[+SINKS][@SEQUENCE]",
+    help="Tokens kept losslessly; also with sinks and a length of its own, as 1024+64@4096."
+    " Repeatable: each step draws one.",
+)
 @click.option("--sinks", default=64, show_default=True, help="First tokens kept for ever.")
 @click.option(
     "--sink-positions",
@@ -70,7 +84,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
     show_default=True,
     help="How far away sinks are seen.",
 )
-@click.option("--random-window", is_flag=True, help="Draw both anew each step, as the paper does.")
+@click.option("--random-window", is_flag=True, help="Draw both as the paper does.")
 @click.option("--seq-len", default=4096, show_default=True, help="Tokens of a sequence.")
 @click.option(
     "--layerwise",
@@ -85,18 +99,20 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
     help="Start from this trained memory, without a layer-wise fit.",
 )
 @click.option("--steps", default=500, show_default=True, help="Of end-to-end training; 0: none.")
+@click.option("--minutes", type=float, help="Of end-to-end training, instead of --steps.")
 @click.option("--lr", default=1e-4, show_default=True, help="Learning rate of the gates.")
 @click.option("--warmup", default=10, show_default=True, help="Steps to reach it.")
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--loss", type=click.Choice(["kl", "ce", "distill"]), default="kl", show_default=True)
-@click.option("--accumulate", default=1, show_default=True, help="Sequences per step.")
+@click.option("--batch-size", default=1, show_default=True, help="Sequences at once.")
+@click.option("--accumulate", default=1, show_default=True, help="Batches per step.")
 @click.option("--grad-checkpoint", is_flag=True, help="Less memory, a third more time.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.")
 @click.option("--save-every", default=20, show_default=True, help="Steps between saves.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on where --out stopped, with its settings.")
 @quiet_option
-@enough_memory("take a smaller --seq-len, --grad-checkpoint or a smaller model")
+@enough_memory("take a smaller --batch-size or --seq-len, --grad-checkpoint or a smaller model")
 def train(**options: Any) -> None:
     """Train a memory: the model learns to see through it what its window has lost.
 
@@ -109,6 +125,8 @@ def train(**options: Any) -> None:
     ahn-mlx train books/*.txt -o my-memory --resume --steps 1000
     ahn-mlx train texts.jsonl --model Qwen/Qwen2.5-3B-Instruct --kind deltanet \\
       --seq-len 8192 --grad-checkpoint -o ahn-dn-3b-mine
+    ahn-mlx train books/*.txt -o all --seq-len 2048 --batch-size 8 --minutes 30 \\
+      --window 256+32 --window 256+32 --window 1024+64@4096
     ahn-mlx train more.txt --ahn my-memory -o better    # further, on other texts
     mlx.launch -n 2 ahn-mlx train ...    # several machines or processes
     """
@@ -116,9 +134,14 @@ def train(**options: Any) -> None:
     from ..hub import bases
     from ..train import loop, output
     from ..train.data import Sequences
+    from ..train.settings import Settings
 
+    typed = options.pop("windows")
     if options["resume"]:
         _as_before(options)
+    if is_given("windows") or not options["resume"]:
+        _take_windows(options, typed)
+    options["minutes"] = options["minutes"] or 0.0
     _check(options)
     output.check_out(out, options)
     if options["ahn"]:
@@ -130,8 +153,8 @@ def train(**options: Any) -> None:
     if options["ahn"]:
         bases.put_memory(base, options["ahn"])
         options["layerwise"] = 0
-    names = loop.Settings.__dataclass_fields__
-    settings = loop.Settings(**{k: v for k, v in options.items() if k in names})
+    names = Settings.__dataclass_fields__
+    settings = Settings(**{k: v for k, v in options.items() if k in names})
     data = Sequences(options["data"], base.tokenizer, settings.seq_len, settings.seed)
     trainer = loop.Trainer(base.model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
@@ -146,7 +169,7 @@ def train(**options: Any) -> None:
         run.to_the_end()
     except KeyboardInterrupt:
         run.save(measured=False)
-        say(f"stopped after {trainer.step} of {settings.steps} steps; --resume goes on")
+        say(f"stopped after {trainer.schedule.said()}; --resume goes on")
         sys.exit(130)
     if trainer.world.rank() == 0:
         _say_what_next(out, run.validation.summary())
@@ -156,41 +179,48 @@ class _Run:
     """Steps of a trainer, and what is written of them, by one of several machines."""
 
     def __init__(self, trainer: Any, base: Any, options: dict[str, Any], drawable: bool):
-        from ..train import loop
+        from ..train.metrics import METRICS, Metrics
         from ..train.validation import VALIDATION, Validation
 
         self.trainer, self.base, self.options, self.drawable = trainer, base, options, drawable
         self.main, out = trainer.world.rank() == 0, options["out"]
         if self.main:
-            self.metrics = loop.Metrics(out / loop.METRICS, trainer.step)
+            self.metrics = Metrics(out / METRICS, trainer.step)
+            texts = trainer.texts[trainer.settings.seq_len]
             self.validation = Validation(
-                out / VALIDATION, base.model, trainer.data, trainer.settings, trainer.step
+                out / VALIDATION, base.model, texts, trainer.settings, trainer.step
             )
 
     def to_the_end(self) -> None:
         """Raises KeyboardInterrupt between two steps."""
-        from ..train import loop
+        from ..train.settings import batch_of, draw_window
 
         trainer, settings = self.trainer, self.trainer.settings
+        timed = settings.minutes > 0
+        whole = round(60 * settings.minutes) if timed else settings.steps
+        unit = "seconds" if timed else "steps"
         with (
             stop_between_steps() as check,
-            progress_bar(settings.steps, "training", "steps", trainer.step) as bar,
+            progress_bar(whole, "training", unit, self._done(timed)) as bar,
         ):
             if trainer.step == 0:
                 self.save()
-            while trainer.step < settings.steps:
-                step = trainer.step
-                loss, speed = trainer.train_step(), 0.0
-                tokens = settings.seq_len * settings.accumulate * trainer.world.size()
-                window, sinks = loop.draw_window(settings, step)
+            while not trainer.schedule.done:
+                drawn = draw_window(settings, trainer.step)
+                step, loss, speed = trainer.step, trainer.train_step(), 0.0
+                tokens = batch_of(settings, drawn) * drawn.seq_len * settings.accumulate
                 if self.main:
-                    speed = self.metrics.write(step, loss, tokens, window, sinks)
+                    speed = self.metrics.write(step, loss, tokens * trainer.world.size(), drawn)
                 bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
-                bar.update()
+                bar.update(self._done(timed) - bar.n)
                 if trainer.step % self.options["save_every"] == 0:
                     self.save()
                 check()
             self.save()
+
+    def _done(self, timed: bool) -> int:
+        """Of the seconds, or the steps."""
+        return int(self.trainer.schedule.agreed) if timed else int(self.trainer.step)
 
     def save(self, measured: bool = True) -> None:
         """measured: also on what was held out, which takes as long as a step."""
@@ -214,11 +244,28 @@ def _as_before(options: dict[str, Any]) -> None:
 
     out = options["out"]
     before, _ = loop.read_settings(out)
+    if is_given("steps"):
+        before["minutes"] = 0.0
     if not options["ahn"]:
         _take_memory(options, out)
     if not is_given("base"):
         before["base"] = base_of(out)
     options |= {k: v for k, v in before.items() if not is_given(k)}
+
+
+def _take_windows(options: dict[str, Any], typed: tuple[str, ...]) -> None:
+    """The first is that of the memory; all are what a step draws from. Raises AHNError for another
+    spelling, and for what each of them says itself."""
+    from ..train.settings import Window
+
+    own = [Window.spelled(text, -1, -1) for text in typed]
+    for name in ("sinks", "seq_len"):
+        if is_given(name) and all(getattr(window, name) >= 0 for window in own):
+            option = f"--{name.replace('_', '-')}"
+            raise AHNError(f"{option} has no effect where each --window says its own; leave it out")
+    found = [Window.spelled(text, options["sinks"], options["seq_len"]) for text in typed]
+    options |= found[0]._asdict()
+    options["windows"] = " ".join(map(str, found)) if len(found) > 1 else ""
 
 
 def _take_memory(options: dict[str, Any], directory: Path) -> None:
@@ -254,20 +301,37 @@ def _say_what_next(out: Path, measured: str) -> None:
 
 
 def _check(options: dict[str, Any]) -> None:
+    from ..train.settings import Window
+
     lows = {"window": 1, "sinks": 0, "seq_len": 2, "layerwise": 0, "steps": 0, "warmup": 0}
-    lows |= {"accumulate": 1, "save_every": 1, "seed": 0}
+    lows |= {"accumulate": 1, "batch_size": 1, "save_every": 1, "seed": 0}
     for name, low in lows.items():
         if options[name] < low:
             raise AHNError(
                 f"--{name.replace('_', '-')} must be at least {low}, not {options[name]}"
             )
-    if not options["lr"] > 0:
-        raise AHNError(f"--lr must be above 0, not {options['lr']}")
-    capacity = options["window"] + options["sinks"]
-    if not options["random_window"] and options["seq_len"] <= capacity + 1:
-        raise AHNError(
-            f"--seq-len {options['seq_len']}: nothing leaves a window of {capacity} tokens;"
-            " take longer sequences or a smaller --window"
-        )
+        if options[name] > MOST:  # a saved state's too
+            raise AHNError(f"--{name.replace('_', '-')} must be at most {MOST:,}")
+    if not 0 < options["lr"] < math.inf:
+        raise AHNError(f"--lr must be above 0 and finite, not {options['lr']}")
+    if not 0 <= options["weight_decay"] < math.inf:
+        found = options["weight_decay"]
+        raise AHNError(f"--weight-decay must be at least 0 and finite, not {found}")
+    if is_given("minutes") and not 0 < options["minutes"] < math.inf:
+        raise AHNError(f"--minutes must be above 0, not {options['minutes']:g}")
+    first = Window(options["window"], options["sinks"], options["seq_len"])
+    several = [Window.spelled(text, *first[1:]) for text in options["windows"].split()]
+    if several and options["random_window"]:
+        raise AHNError("--random-window draws windows of its own; give one --window")
+    if several and options["steps"] == 0 and not options["minutes"]:
+        raise AHNError("with --steps 0, which trains no step, one --window has an effect; give one")
+    for window, sinks, length in several or [first]:
+        if not options["random_window"] and length <= window + sinks + 1:
+            raise AHNError(
+                f"--seq-len {length}: nothing leaves a window of {window + sinks} tokens;"
+                " take longer sequences or a smaller --window"
+            )
+        if window < 1:
+            raise AHNError(f"--window must be at least 1, not {window}")
     if options["random_window"] and options["seq_len"] < 64:
         raise AHNError(f"--random-window needs --seq-len of at least 64, not {options['seq_len']}")

@@ -39,7 +39,9 @@ def paper_tables() -> dict[str, Any]:
     return found
 
 
-def paper_row(suite: str, mixer: str, model: Mapping[str, Any] | None, length: str) -> dict:
+def paper_row(
+    suite: str, mixer: str, model: Mapping[str, Any] | None, length: str
+) -> dict[str, Any]:
     """The paper's scores by task and "average", or {} if it has no such model. model: facts of
     it, `size` and `memory`."""
     if not model or not model.get("size") or (suite == "lveval" and length != "128k"):

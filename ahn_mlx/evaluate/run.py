@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..checkpoints.identity import model_identity
 from ..errors import AHNError, show
 from ..hub.datasets import dataset_file, dataset_revision
 from ..reading.generate import prefill_step
-from ..reading.memoryfile import base_facts, model_identity
+from ..reading.memoryfile import base_facts
 from .mixers import mixing
 from .normalize import needs
 from .predictions import RESULT, Predictions

@@ -19,6 +19,7 @@ from ..checkpoints.baseconfig import read_config
 from ..errors import AHNError
 from ..model.augment import augment
 from ..model.config import AHNConfig
+from ..model.ranks import Ranks
 from ..platform import default_dtype
 from . import download as hub
 from .bases import load_base, put_memory, smollm2_base, whole_name
@@ -51,6 +52,7 @@ def load(
     dtype: str | None = None,
     q_bits: int | None = None,
     ahn: str | Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """Load a model by name, by repository, or from a converted directory, with its tokenizer.
 
@@ -58,7 +60,8 @@ def load(
     that of its base, and what memory that has by itself is not used.
     window, sinks: override the model's. dtype: "float32", "bfloat16" or "float16"; by
     default float32 on the CPU and the checkpoint's own (bfloat16 for names) on a GPU.
-    q_bits: of the base of a published name, 0, 4 (the default) or 8. What is not on this
+    q_bits: of the base of a published name, 0, 4 (the default) or 8. ranks: the processes that
+    run one model, from model.ranks.join(); each keeps its part. What is not on this
     machine yet is downloaded and converted. The model remembers all of this as `origin`.
     Raises AHNError when there is no such model or it is damaged.
 
@@ -66,26 +69,32 @@ def load(
     """
     name = str(name_or_path)
     build, path = ZOO.get(name), Path(name_or_path)
+    settings: Any = {"window": window, "sinks": sinks, "dtype": dtype, "ranks": ranks}
     if q_bits is not None and not has_bits_to_choose(name):
         raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
     where = None if ahn is None else os.path.abspath(ahn)
     if where is not None:
-        model, tokenizer = _with_memory(name, Path(where), window, sinks, dtype)
+        model, tokenizer = _with_memory(name, Path(where), window, sinks, dtype, ranks)
         name = whole_name(name)
     elif build is not None:
-        model, tokenizer = build(window, sinks, dtype)
+        model, tokenizer = build(window, sinks, dtype, ranks)
     elif path.is_dir():
         name = os.path.abspath(path)
-        model, tokenizer = directories.load(path, window=window, sinks=sinks, dtype=dtype)
+        model, tokenizer = directories.load(path, **settings)
     else:
         path = hub.resolve(name, q_bits)
-        model, tokenizer = directories.load(path, window=window, sinks=sinks, dtype=dtype)
+        model, tokenizer = directories.load(path, **settings)
     model.origin = Origin(name, dtype, q_bits, where)
     return model, tokenizer
 
 
 def _with_memory(
-    name: str, directory: Path, window: int | None, sinks: int | None, dtype: str | None
+    name: str,
+    directory: Path,
+    window: int | None,
+    sinks: int | None,
+    dtype: str | None,
+    ranks: Ranks | None,
 ) -> Loaded:
     config = directories.built(directory, AHNConfig.from_dict, read_config(directory))
     config = replace(
@@ -95,10 +104,9 @@ def _with_memory(
     )
     base = load_base(name)
     directories.built(base.path, partial(augment, base.model), config)
-    directories.finish(base.model, _stored(dtype) if name in ZOO else dtype, base.path)
     put_memory(base, directory)
     base.model.eval()
-    mx.eval(base.model.parameters())
+    directories.finish(base.model, _stored(dtype) if name in ZOO else dtype, base.path, ranks)
     return base.model, base.tokenizer
 
 
@@ -107,7 +115,9 @@ def _stored(dtype: str | None) -> str:
     return dtype or ("bfloat16" if default_dtype() is None else "float32")
 
 
-def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None) -> Loaded:
+def _smollm2(
+    name: str, window: int | None, sinks: int | None, dtype: str | None, ranks: Ranks | None
+) -> Loaded:
     config = MODELS[name].settings
     config = replace(
         config,
@@ -120,7 +130,8 @@ def _smollm2(name: str, window: int | None, sinks: int | None, dtype: str | None
     weights = WEIGHTS / f"{name}.safetensors"
     _load_memory(decoder, stored, weights)
     decoder.eval()
-    directories.finish(decoder, _stored(dtype), weights if weights.is_file() else smollm2_gguf())
+    source = weights if weights.is_file() else smollm2_gguf()
+    directories.finish(decoder, _stored(dtype), source, ranks)
     return decoder, tokenizer
 
 
@@ -155,7 +166,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in parameters}
 
 
-# Name -> (window, sinks, dtype) -> model and tokenizer.
-ZOO: dict[str, Callable[[int | None, int | None, str | None], Loaded]] = {
+# Name -> (window, sinks, dtype, ranks) -> model and tokenizer.
+ZOO: dict[str, Callable[[int | None, int | None, str | None, Ranks | None], Loaded]] = {
     name: partial(_smollm2, name) for name, entry in MODELS.items() if not entry.repo
 }

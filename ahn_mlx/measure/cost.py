@@ -27,6 +27,7 @@ KINDS = ("full", "window", "ahn")
 PASSES = {"gated_deltanet": 3, "deltanet": 3, "mamba2": 2}
 GATES = {"gated_deltanet": 2, "deltanet": 1, "mamba2": 1}  # per token and head
 STEP = 256  # slots by which caches grow
+SPARE = 1 << 30  # bytes of a server for what a chunk computes with, and all that is no row
 
 
 class Beside(NamedTuple):
@@ -45,15 +46,16 @@ class Beside(NamedTuple):
 class Shape:
     """Sizes of a model. Weights: number of elements, of all layers together.
 
-    layers: those whose attention sees all tokens, or has a memory instead. projections: q, k, v
-    and o. mlp: all else of the layers that each token takes. experts: of which a token takes
-    `taken`. gates: what the memory computes for each token. readout: what it computes where it is
-    read. vectors: norms and biases. tied: the head is the embedding. beside: caches of layers of
-    other kinds.
+    layers: those whose attention sees all tokens, or has a memory instead. hidden: width of what
+    goes from layer to layer. projections: q, k, v and o. mlp: all else of the layers that each
+    token takes. experts: of which a token takes `taken`. gates: what the memory computes for each
+    token. readout: what it computes where it is read. vectors: norms and biases. tied: the head is
+    the embedding. beside: caches of layers of other kinds.
     """
 
     ahn: AHNConfig
     layers: int
+    hidden: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -97,6 +99,7 @@ def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
     return Shape(
         ahn=ahn,
         layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_dim=config["hidden_size"] // config["num_attention_heads"],
@@ -138,6 +141,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     return Shape(
         ahn=model.ahn,
         layers=len([*memory_layers(model)]) + len(model.ahn.fa_layer_ids),
+        hidden=model.args.hidden_size,
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
         head_dim=attention.head_dim,
@@ -306,6 +310,12 @@ def working_bytes(shape: Shape, hidden: int, wide: int, step: int, number: int =
     tile = 256 * shape.heads * held * number
     window = 2 * shape.kv_heads * held * shape.head_dim * number
     return step * (6 * hidden + 3 * wide) * number + window + tile
+
+
+def rows_that_fit(row: int, weights: int, machine: int) -> int:
+    """How many rows a server has room for in so many bytes: those that answer, as many that
+    wait, and one that reads a document. row: bytes of one."""
+    return max(0, ((machine - weights - SPARE) // row - 1) // 2)
 
 
 def _check(kind: str, tokens: int, before: int) -> None:

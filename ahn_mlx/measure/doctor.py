@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -17,7 +18,7 @@ from ..memory.forms import SCANS, STEPS
 from ..ops import kernels
 from ..ops.kernels import Sizes
 from ..ops.window import DECODE, PREFILL
-from ..platform import BLAS, BLAS_COMMANDS, default_dtype, pip_install
+from ..platform import BLAS, BLAS_COMMANDS, default_dtype, on_cpu, pip_install
 from ..reading.documents import PACKAGES
 
 KERNELS = (DECODE, PREFILL, *STEPS.values(), *SCANS.values())
@@ -25,6 +26,7 @@ KERNELS = (DECODE, PREFILL, *STEPS.values(), *SCANS.values())
 TIMED = Sizes(128, mx.bfloat16, heads=16, kv_heads=2, window=2048, sinks=64, chunk=512)
 SIZE = 768  # of the matrices multiplied to measure the BLAS
 SLOW = 15.0  # GFLOP/s; the reference BLAS stays below, OpenBLAS far above on one core
+NVIDIA = Path("/proc/driver/nvidia/version")  # where a driver for NVIDIA's GPUs runs
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; takes about a second, and some more where kernels can run."""
-    return [check() for check in CHECKS] + examine_kernels()
+    found = [finding for check in CHECKS if (finding := check()) is not None]
+    return found + examine_kernels()
 
 
 def examine_kernels() -> list[Finding]:
     """Compile, check and time every Metal kernel of ours, whatever was found before."""
     if not mx.metal.is_available():
-        return [Finding("kernels", "no Metal device; MLX's own operations serve")]
+        why = "written for Metal, not CUDA" if mx.cuda.is_available() else "no Metal device"
+        return [Finding("kernels", f"{why}; MLX's own operations serve")]
     if not kernels.available():
         return [Finding("kernels", "switched off by AHN_METAL=0 or a CPU as default device")]
     t = TIMED
@@ -104,8 +108,31 @@ def _system() -> Finding:
 def _device() -> Finding:
     device = mx.default_device()
     kind = "GPU" if device.type == mx.gpu else "CPU"
-    has_metal = "Metal" if mx.metal.is_available() else "no Metal"
-    return Finding("device", ", ".join(filter(None, (kind, kernels.device_name(), has_metal))))
+    through = "Metal" if mx.metal.is_available() else "no Metal"
+    through = "CUDA" if mx.cuda.is_available() else through
+    return Finding("device", ", ".join(filter(None, (kind, kernels.device_name(), through))))
+
+
+def _tf32() -> Finding | None:
+    """Whether a GPU may round float32 on its way into a product."""
+    if on_cpu():
+        return None
+    if os.environ.get("MLX_ENABLE_TF32") == "0":
+        return Finding("TF32", "off: products of float32 keep all bits")
+    text = "allowed: a GPU that has it multiplies float32 with 10 bits behind the point"
+    return Finding("TF32", f"{text}; MLX_ENABLE_TF32=0 keeps all")
+
+
+def _nvidia() -> Finding | None:
+    """A GPU of NVIDIA that lies idle."""
+    if mx.cuda.is_available() or not NVIDIA.is_file():
+        return None
+    for package in ("mlx-cuda-13", "mlx-cuda-12"):
+        if _is_there(package):
+            # Both packages have one library, and what is installed last stays.
+            command = pip_install("--force-reinstall", "--no-deps", package)
+            return Finding("NVIDIA", f"idle: mlx-cpu was installed over {package}", command)
+    return Finding("NVIDIA", f"idle; {pip_install('ahn-mlx[cuda]')}", optional=True)
 
 
 def _versions() -> Finding:
@@ -177,9 +204,11 @@ EXTRAS = {
 }
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
+CHECKS: tuple[Callable[[], Finding | None], ...] = (
     _system,
     _device,
+    _nvidia,
+    _tf32,
     _versions,
     _dtype,
     _blas,

@@ -53,7 +53,10 @@ def step(
     z: [B, L, H], output gate before silu; rates: those of memory.derive(); loudness:
     [B, H, L, 1] of the router, or None. Returns heads, and the state.
     """
-    kernel = q.shape[2] == 1 and chosen(STEPS[memory.kind], Sizes.of(q, evicted[0]))
+    # A kernel knows the heads of one process.
+    divided = getattr(memory, "group", None) is not None
+    single = q.shape[2] == 1 and not divided
+    kernel = single and chosen(STEPS[memory.kind], Sizes.of(q, evicted[0]))
     if kernel:
         return _step_kernel(memory, q, evicted, state, local, z, rates, loudness)
     heads = merge(local, q.dtype) if isinstance(local, Shares) else local

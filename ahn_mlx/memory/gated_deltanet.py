@@ -67,7 +67,8 @@ class GatedDeltaNet(nn.Module):
         gradients: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Write T evicted tokens, read after each; shapes as in ops.gated_delta_rule."""
-        return ops.gated_delta_rule(q, k, v, gates[..., 1], gates[..., 0], state, gradients)
+        beta, g = (x.squeeze(-1) for x in mx.split(gates, 2, axis=-1))
+        return ops.gated_delta_rule(q, k, v, g, beta, state, gradients)
 
     def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
         """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""

@@ -78,8 +78,8 @@ def project(h: mx.array, derived: Derived, heads: int) -> tuple[mx.array, mx.arr
     """h [B, L, C] -> [B, L, H, G] and [B, L, H], gates and output gate as yet linear."""
     weight = derived.weight.T
     y = h @ weight if derived.bias is None else mx.addmm(derived.bias, h, weight)
-    n = y.shape[-1] - heads
-    return y[..., :n].reshape(*h.shape[:2], heads, -1), y[..., n:]
+    inner, z = mx.split(y, [y.shape[-1] - heads], axis=-1)
+    return inner.reshape(*h.shape[:2], heads, -1), z
 
 
 def silu(z: mx.array) -> mx.array:

@@ -24,6 +24,7 @@ class Mamba2(nn.Module):
 
     kind = "mamba2"
     gate_count = 1  # step size
+    group: mx.distributed.Group | None = None  # of the ranks that have the other heads
 
     def __init__(self, hidden: int, heads: int, head_dim: int):
         super().__init__()
@@ -63,7 +64,14 @@ class Mamba2(nn.Module):
 
     def gated(self, o: mx.array, z: mx.array, dtype: mx.Dtype) -> mx.array:
         """o [B, T, H, D] float32, z [B, T, H] -> [B, H, T, D] for o_proj, in this dtype."""
-        y = mx.fast.rms_norm((o * silu(z)).flatten(-2), None, 1e-5)
+        y = (o * silu(z)).flatten(-2)
+        if self.group is None:
+            y = mx.fast.rms_norm(y, None, 1e-5)
+        else:
+            squares = y.square().sum(axis=-1, keepdims=True)
+            width = y.shape[-1] * self.group.size()
+            total = mx.distributed.all_sum(squares, group=self.group)
+            y = y * mx.rsqrt(total / width + 1e-5)
         y = y.reshape(o.shape) * self.norm.weight.reshape(o.shape[2:]).astype(mx.float32)
         return y.astype(dtype).swapaxes(1, 2)
 

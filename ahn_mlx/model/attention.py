@@ -104,7 +104,8 @@ class AHNAttention(nn.Module):
                 q = self.turn(self.ahn.q_proj(raw), offset)
             q, rates = q[:, :, -T:], derived.rates
             o, cache.memory = scan(self.ahn, q, update, cache.memory, rates, self.training)
-            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype))
+            # In training the memory is float32, whatever the base is.
+            m = self.ahn.o_proj(self.ahn.gated(o, z[:, -T:], x.dtype)).astype(x.dtype)
             if self.config.router:
                 last = update.end - cache.capacity
                 # In training the paper counts sinks as part of the window.
@@ -159,18 +160,20 @@ class AHNAttention(nn.Module):
         k, asks = self.fit.turn_keys(self, k, where.at), q
         if self.config.query_projection:
             asks = self.turn(self.ahn.q_proj(raw), where.at)
-        heads = []
-        for n, row in enumerate(cache.caches):
-            own = slice(n, n + 1)
+        heads, n = [], 0
+        for part in cache.parts:
+            own = slice(n, n + len(part.offsets))
             mine = (q[own], None if q_sink is None else q_sink[own], asks[own], z[own])
-            settings = (row.window, row.sinks, row.bits, row.group_size)
-            new, place = (k[own], v[own], gates[own]), tuple(cache.each[n])
+            new, settings = (k[own], v[own], gates[own]), (part.window, part.sinks)
+            rows, place = part.turn()
             said, after = self._compiled_row(
-                mine, new, place, tuple(cache.rows(n)), tuple(derived), *settings
+                *(mine, new, tuple(place), tuple(rows), tuple(derived)),
+                *(*settings, part.bits, part.group_size),
             )
-            row.turned(Rows(*after))
+            part.turned(Rows(*after))
             heads.append(said)
-        if rest := x.shape[0] - len(heads):
+            n = own.stop
+        if rest := x.shape[0] - n:
             heads.append(mx.zeros((rest, *heads[0].shape[1:]), dtype=heads[0].dtype))
         return self.merge(mx.concatenate(heads), x)
 
@@ -186,7 +189,7 @@ class AHNAttention(nn.Module):
         bits: int | None,
         group_size: int,
     ) -> tuple[mx.array, tuple[Any, ...]]:
-        """What is a conversation's own in a step: its window and its memory [1, H, 1, D]."""
+        """What is a conversation's own in a step: its window and its memory [n, H, 1, D]."""
         (q, q_sink, asks, z), where, before = mine, Place(*place), Rows(*rows)
         written = pack(*new, bits, group_size)
         left, buffers = before.leaving, write_slots(before.buffers, written, where.slots)
@@ -314,4 +317,5 @@ def _add_tail(x: mx.array, tail: mx.array) -> mx.array:
     rest = x.shape[2] - tail.shape[2]
     if rest == 0:
         return x + tail
-    return mx.concatenate([x[:, :, :rest], x[:, :, rest:] + tail], axis=2)
+    head, last = mx.split(x, [rest], axis=2)  # whose gradient is one array, not two of zeros
+    return mx.concatenate([head, last + tail], axis=2)

@@ -58,6 +58,7 @@ class AHNModel:
     """What an augmented model has beyond the mlx-lm model it was made from."""
 
     ahn: AHNConfig
+    ranks: Any = None  # of ranks.Ranks, where several processes run it
 
     def make_cache(self) -> list[Any]:
         """One cache per layer: AHNCache; FullCache where full attention is kept; mlx-lm's own where
@@ -294,7 +295,8 @@ def shape_of_attention(model: nn.Module) -> Fit:
 
 def dtype_of(model: nn.Module) -> mx.Dtype:
     """Of what flows through the base, whose matrices may be quantized."""
-    parameters: Any = tree_flatten(model.layers[0].parameters())
+    layers = (tree_flatten(layer.parameters()) for layer in model.layers)
+    parameters: Any = next(found for found in layers if found)  # of one that is here
     base = [x for name, x in parameters if not name.startswith(MEMORY)]
     # Of a norm, if there is one: scales of packed weights may have another.
     base.sort(key=lambda x: x.ndim != 1)

@@ -240,14 +240,15 @@ class BatchAHNCache(_BaseCache):
         return self.window + self.sinks
 
     @classmethod
-    def of(cls, caches: list[AHNCache]) -> "BatchAHNCache":
-        """A batch of copies. Raises AHNError unless all have the same window and bits."""
+    def of(cls, caches: list[AHNCache], slots: int = 0) -> "BatchAHNCache":
+        """A batch of copies, with so many slots at least. Raises AHNError unless all have the
+        same window and bits."""
         first = caches[0]
         batch = cls(first.window, first.sinks, first.bits, first.group_size, [])
         for cache in caches:
             batch._check_like(cache)
         batch.offsets = [cache.offset for cache in caches]
-        batch._join([(1, cache.buffers, cache.memory) for cache in caches])
+        batch._join([(1, cache.buffers, cache.memory) for cache in caches], slots=slots)
         return batch
 
     def start(self, token: tuple[mx.array, ...]) -> None:
@@ -293,12 +294,14 @@ class BatchAHNCache(_BaseCache):
         self,
         parts: list[tuple[int, tuple[mx.array, ...] | None, mx.array | None]],
         like: tuple[mx.array, ...] | None = None,
+        slots: int = 0,
     ) -> None:
         """Hold parts of several rows each: their number, buffers and memory, None for zeros."""
         like = like or next((held for _, held, _ in parts if held is not None), None)
         if like is None:
             return  # no row has read anything
-        self.rows, slots = None, self._wanted(max(self.offsets))
+        self.rows = None
+        slots = max(slots, self._wanted(max(self.offsets)))
         columns = [
             tuple(x[:1, :, :0] for x in like) if held is None else held for _, held, _ in parts
         ]
@@ -398,8 +401,9 @@ class BatchAHNCache(_BaseCache):
             (len(b.offsets), *((b.rows.buffers, b.rows.memory) if b.rows else (None, None)))
             for b in (self, other)
         ]
+        slots = max((held[0].shape[2] for _, held, _ in parts if held is not None), default=0)
         self.offsets = [*self.offsets, *other.offsets]
-        self._join(parts)
+        self._join(parts, slots=slots)
 
 
 def _resized(x: mx.array, rows: int, slots: int) -> mx.array:

@@ -7,7 +7,7 @@ the PyTorch release (`_ahn_implementation`, `sliding_window`, ...).
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 
 # Names in the PyTorch release -> ours.
 PUBLISHED_NAMES = {
@@ -16,6 +16,7 @@ PUBLISHED_NAMES = {
     "Mamba2": "mamba2",
 }
 SINK_POSITIONS = ("absolute", "clamped")
+LARGEST = 1 << 30  # of a window: MLX counts positions in int32
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class AHNConfig:
     def __post_init__(self) -> None:
         _one_of("memory", self.memory, tuple(PUBLISHED_NAMES.values()))
         _one_of("sink_positions", self.sink_positions, SINK_POSITIONS)
-        _at_least("window", self.window, 1)
-        _at_least("sinks", self.sinks, 0)
+        _whole("window", self.window, 1)
+        _whole("sinks", self.sinks, 0)
         object.__setattr__(self, "fa_layer_ids", _layer_ids(self.fa_layer_ids))
         for name in ("router", "query_projection"):
             if not isinstance(getattr(self, name), bool):
-                raise AHNError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise AHNError(f"{name} must be true or false, not {show(getattr(self, name))}")
         if self.query_projection and self.memory != "gated_deltanet":
             # The other two memories ignore the flag, as in the PyTorch release.
             object.__setattr__(self, "query_projection", False)
@@ -72,10 +73,10 @@ class AHNConfig:
         if "ahn" in config:
             ours = config["ahn"]
             if not isinstance(ours, dict):
-                raise AHNError(f"'ahn' in config.json must be an object, not {ours!r}")
+                raise AHNError(f"'ahn' in config.json must be an object, not {show(ours)}")
             unknown = sorted(set(ours) - set(cls.__dataclass_fields__))
             if unknown:
-                raise AHNError(f"unknown setting {unknown[0]!r} under 'ahn' in config.json")
+                raise AHNError(f"unknown setting {show(unknown[0])} under 'ahn' in config.json")
             return cls(**ours)
         published = config.get("_ahn_implementation")
         if published is None:
@@ -98,21 +99,27 @@ class AHNConfig:
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise AHNError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        raise AHNError(f"{name} must be one of {', '.join(allowed)}, not {show(value)}")
 
 
-def _at_least(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise AHNError(f"{name} must be a whole number of at least {low}, not {value!r}")
+def _whole(name: str, value: Any, low: int) -> None:
+    # type() and not isinstance(): true is an int in Python
+    if type(value) is not int or value < low:
+        raise AHNError(f"{name} must be a whole number of at least {low}, not {show(value)}")
+    if value > LARGEST:
+        raise AHNError(f"{name} must be at most {LARGEST:,}, not {show(value)}")
 
 
 def _layer_ids(value: Any) -> tuple[int, ...]:
     """Accept (1, 2), [1, 2] and the release's "1,2"."""
+    items = value.split(",") if isinstance(value, str) else value
+    said = show(value)
+    if not isinstance(items, list | tuple) or not all(type(x) in (int, str) for x in items):
+        raise AHNError(f"fa_layer_ids must be layer numbers such as 0,5, not {said}")
     try:
-        items = value.split(",") if isinstance(value, str) else list(value)
         ids = tuple(sorted({int(x) for x in items if str(x).strip()}))
-    except (TypeError, ValueError):
-        raise AHNError(f"fa_layer_ids must be layer numbers such as 0,5, not {value!r}") from None
+    except ValueError:
+        raise AHNError(f"fa_layer_ids must be layer numbers such as 0,5, not {said}") from None
     if ids and ids[0] < 0:
-        raise AHNError(f"fa_layer_ids must not be negative, not {value!r}")
+        raise AHNError(f"fa_layer_ids must not be negative, not {said}")
     return ids

@@ -1,8 +1,8 @@
-"""Conversations that decode together, each with arrays of its own.
+"""Conversations that decode together: those with slots of one kind are rows of one array.
 
-What all tokens share, the linear maps, is one product of a fixed number of rows; windows and
-memories are stepped one by one. So what a row computes depends on nothing but itself, bit for
-bit, and joining or leaving copies nothing. A BatchAHNCache is for hosts that want one array.
+What a row computes does not depend on the others, bit for bit: products with weights have a fixed
+number of rows, every other product is a row's own, and how many slots it attends over follows
+from nothing but the tokens it has read.
 """
 
 from collections.abc import Sequence
@@ -10,91 +10,151 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..ops.ring import Place, place_of, read_slots
-from .cache import GROWTH, AHNCache, grown_to
-from .slots import Rows, head_size
+from ..ops.ring import Place, place_of
+from .cache import GROWTH, AHNCache, BatchAHNCache
+
+Caches = list[AHNCache]
+Kind = tuple[int, int | None, int]  # of slots: how many, their bits, in groups of
 
 
 class RowsCache:
-    """One layer of n conversations, of the same window, during one step of one token each.
+    """One layer of all conversations, during one step of one token each.
 
-    caches: those of the layer. place: of n tokens and of padding to the rows that are computed.
-    each: the place of each by itself.
+    parts: their rows, in order. place: of all, and of padding to the rows that are computed.
     """
 
-    def __init__(self, caches: list[AHNCache], place: Place, each: list[Place]):
-        self.caches, self.place, self.each = caches, place, each
-        self.sinks = caches[0].sinks
-
-    def rows(self, n: int) -> Rows:
-        """What a conversation finds."""
-        cache = self.caches[n]
-        if cache._next is None:
-            assert cache.buffers is not None
-            cache._next = read_slots(cache.buffers, self.each[n].slots)
-        assert cache.buffers is not None
-        return Rows(cache.buffers, cache._next, cache.memory)
+    def __init__(self, parts: list[BatchAHNCache], place: Place):
+        self.parts, self.place = parts, place
+        self.sinks = parts[0].sinks
 
     def make_mask(self, *args: Any, **options: Any) -> None:
         """None: AHN layers decide visibility themselves."""
 
 
-def together(rows: Sequence[Sequence[AHNCache]], width: int) -> list[RowsCache]:
-    """The layers of these conversations, for model(ids [width, 1], cache=...).
+class Together:
+    """While a conversation is here its caches hold nothing; what they held are rows."""
 
-    rows: caches of each, that were prepared. width: rows that are computed, at least as many.
-    """
-    first = rows[0][0]
-    window, sinks = first.window, first.sinks
-    at = [caches[0].offset for caches in rows]
-    each = [
-        place_of((n,), None, 1, _slots(caches[0]), window, sinks)
-        for n, caches in zip(at, rows, strict=True)
-    ]
-    padded = (*at, *[0] * (width - len(at)))
-    place = place_of(padded, None, 1, 1, window, sinks)
-    return [RowsCache(list(layer), place, each) for layer in zip(*rows, strict=True)]
+    def __init__(self) -> None:
+        self._groups: dict[Kind, _Group] = {}
+
+    def layers(self, rows: Sequence[Caches], width: int) -> tuple[list[int], list[RowsCache]]:
+        """The layers of these conversations, for model(ids [width, 1], cache=...), and which of
+        them each row is. Who is not here comes in; who is here and not among them is dropped.
+
+        rows: caches of each, that have read something. width: rows that are computed, at least
+        as many.
+        """
+        new: dict[Kind, list[tuple[Caches, Caches]]] = {}
+        for group in self._groups.values():
+            group.keep(rows)
+            for caches, held in group.grown():
+                new.setdefault(_kind(held[0]), []).append((caches, held))
+        here = [caches for group in self._groups.values() for caches in group.members]
+        here += [caches for moved in new.values() for caches, _ in moved]
+        for caches in rows:
+            if not _among(here, caches):
+                new.setdefault(_kind(caches[0]), []).append((caches, caches))
+        for kind, joining in new.items():
+            self._groups.setdefault(kind, _Group(kind[0])).join(joining)
+        self._groups = {kind: group for kind, group in self._groups.items() if group.members}
+        groups = self._groups.values()
+        order = [_index(rows, caches) for group in groups for caches in group.members]
+        first = next(iter(groups)).layers[0]
+        at = [t for group in groups for t in group.layers[0].offsets]
+        padded = (*at, *[0] * (width - len(at)))
+        place = place_of(padded, None, 1, 1, first.window, first.sinks)
+        parts = zip(*(group.layers for group in groups), strict=True)
+        return order, [RowsCache(list(layer), place) for layer in parts]
+
+    def held(self) -> list[Any]:
+        """Everything that a step has made."""
+        return [layer.state for group in self._groups.values() for layer in group.layers]
+
+    def leave(self, caches: Caches) -> None:
+        """Give a conversation back what its caches held, if it is here, as they are when nothing
+        but its own tokens made them."""
+        for group in self._groups.values():
+            if _among(group.members, caches):
+                row = _index(group.members, caches)
+                for cache, copy in zip(caches, group.copied(row), strict=True):
+                    cache.offset = copy.offset
+                    cache.buffers, cache.memory = copy.buffers, copy.memory
+                group.members[row] = []  # nobody's, until the next step drops it
+
+    def clear(self) -> None:
+        """Nobody is here any more."""
+        self._groups = {}
 
 
-def prepare(caches: Sequence[AHNCache]) -> None:
-    """Room for the next token. Slots double up to the window, so that few shapes are compiled."""
-    for cache in caches:
-        assert cache.buffers is not None
-        have = _slots(cache)
-        if have > cache.offset or have == cache.capacity:
-            wanted = _doubled(cache) if cache.memory is None else have
-        else:
-            wanted = min(cache.capacity, 2 * have)
-        if wanted > have:
-            more = [(0, 0), (0, 0), (0, wanted - have), (0, 0)]
-            cache.buffers = tuple(mx.pad(x, more) for x in cache.buffers)
-            cache._next = None
-        if cache.memory is None:
-            gates = cache.buffers[-1]
-            D = head_size(cache.buffers, cache.bits)
-            cache.memory = mx.zeros((gates.shape[0], gates.shape[1], D, D))
+class _Group:
+    """Conversations with slots of one kind; layers are made when the first ones come."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.members: list[Caches] = []
+        self.layers: list[BatchAHNCache] = []
+
+    def keep(self, rows: Sequence[Caches]) -> None:
+        """Drop who is not among these."""
+        stay = [i for i, caches in enumerate(self.members) if _among(rows, caches)]
+        if len(stay) == len(self.members):
+            return
+        self.members = [self.members[i] for i in stay]
+        for layer in self.layers if stay else []:
+            layer.filter(stay)
+            mx.eval(layer.state)
+
+    def grown(self) -> list[tuple[Caches, Caches]]:
+        """Take out those that need more slots, and what they hold."""
+        if not self.members:
+            return []
+        first = self.layers[0]
+        out = [
+            (caches, self.copied(i))
+            for i, caches in enumerate(self.members)
+            if _wanted(first.offsets[i], first.capacity) > self.slots
+        ]
+        gone = [caches for caches, _ in out]
+        self.keep([caches for caches in self.members if not _among(gone, caches)])
+        return out
+
+    def join(self, joining: list[tuple[Caches, Caches]]) -> None:
+        """Take these in, layer by layer, so that no more than one is there twice."""
+        layers = self.layers if self.members else []
+        self.layers = []
+        for i in range(len(joining[0][1])):
+            layer = BatchAHNCache.of([held[i] for _, held in joining], self.slots)
+            if layers:
+                layers[i].extend(layer)
+                layer = layers[i]
+            mx.eval(layer.state)
+            self.layers.append(layer)
+            for _, held in joining:
+                held[i].buffers = held[i].memory = held[i]._next = None
+        self.members += [caches for caches, _ in joining]
+
+    def copied(self, row: int) -> Caches:
+        """What a row holds."""
+        return [layer.extract(row) for layer in self.layers]
 
 
-def give_back(caches: Sequence[AHNCache]) -> None:
-    """As they are when nothing but their own tokens made them: no slots too many, and no
-    memory before something has left."""
-    for cache in caches:
-        slots = grown_to(cache.offset, cache.capacity)
-        assert cache.buffers is not None
-        if slots < _slots(cache):
-            cache.buffers = tuple(mx.contiguous(x[:, :, :slots]) for x in cache.buffers)
-        if cache.offset <= cache.capacity:
-            cache.memory = None
-        cache._next = None
+def _kind(cache: AHNCache) -> Kind:
+    return _wanted(cache.offset, cache.capacity), cache.bits, cache.group_size
 
 
-def _slots(cache: AHNCache) -> int:
-    assert cache.buffers is not None
-    return cache.buffers[0].shape[2]
-
-
-def _doubled(cache: AHNCache) -> int:
+def _wanted(offset: int, capacity: int) -> int:
+    """Slots for so many tokens, the next one and what leaves after it: few sizes, so that few
+    shapes are compiled."""
     slots = GROWTH
-    while slots <= cache.offset:
+    while slots < offset + 2:
         slots *= 2
-    return min(cache.capacity, slots)
+    return min(capacity, slots)
+
+
+def _index(rows: Sequence[Caches], caches: Caches) -> int:
+    """Where these very caches are: all that are here are equal lists."""
+    return next(i for i, row in enumerate(rows) if row is caches)
+
+
+def _among(rows: Sequence[Caches], caches: Caches) -> bool:
+    return any(row is caches for row in rows)

@@ -8,16 +8,21 @@ Per head and token, with state M [key, value] (paper, section 3):
     o  = M^T qn
 
 The sequential form reads like that and is the test reference; the step form is
-one token; the chunked form is the WY representation, many tokens by matrix products.
+one token; the chunked form is the WY representation, many tokens by matrix products, the
+states between chunks one after the other. The form at once has the same products, all chunks of
+each in one launch: it holds every state, for gradients on a GPU.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..platform import on_cpu
+from . import linear
 from .chunks import (
     causal,
     chunk_size,
@@ -77,9 +82,10 @@ def _choose(
         state = mx.zeros((B, H, D, D), dtype=mx.float32)
     if q.shape[1] == 1:
         return step(q, k, v, g, beta, state)
+    if on_cpu():
+        return chunked(q, k, v, g, beta, state)
     # The gradient of MLX's own is that of a loop over tokens.
-    form = chunked if gradients or on_cpu() else mlx_fast
-    return form(q, k, v, g, beta, state)
+    return (at_once if gradients else mlx_fast)(q, k, v, g, beta, state)
 
 
 def normalize(x: mx.array, scale: float = 1.0) -> mx.array:
@@ -147,25 +153,40 @@ def step(
     return o.reshape(B, 1, H, D), M.reshape(B, H, D, D)
 
 
-def chunked(
+class Chunks(NamedTuple):
+    """What of N chunks of C tokens does not depend on the state, [B, Hkv, G, N, ...]; G or Hkv
+    may be 1. values [C, D]: what each token adds to an empty state; forgets [C, D]: times the
+    state, what it adds beside. keys [D, C] of what is added, as they are at the end of the chunk.
+    queries [C, D] of the state, weights [C, C] of what is added. carry [1, 1]: what is left of
+    the state, or None for all.
+    """
+
+    values: mx.array
+    forgets: mx.array
+    keys: mx.array
+    queries: mx.array
+    weights: mx.array
+    carry: mx.array | None
+
+
+def _chunks(
     q: mx.array,
     k: mx.array,
     v: mx.array,
     g: mx.array | None,
     beta: mx.array,
-    state: mx.array,
-    chunk: int | None = None,
-) -> Result:
-    """WY form, in chunks of at most so many tokens. With decay ratios
+    C: int,
+    inverse: Callable[[mx.array], Any],
+) -> Chunks:
+    """WY form, in chunks of C tokens. With decay ratios
     L (i, j) = exp(g_{j+1} + ... + g_i) in a chunk:
 
     A = tril(beta_i (kn_i . kn_j) L_ij, -1);  X = (I + A)^-1
     U = X (beta v) - X (beta exp(g_1 + ... + g_i) kn) M      what each token adds
     o = exp(g_1 + ... + g_i) qn M + tril((qn kn^T) L) U
     """
-    B, T, H, D = q.shape
-    Hkv = k.shape[2]
-    G, C = H // Hkv, chunk_size(T, chunk)
+    D = q.shape[-1]
+    G = q.shape[2] // k.shape[2]
     kn = to_chunks(normalize(k), 1, C)  # [B, Hkv, 1, N, C, D]
     qn = to_chunks(normalize(q, D**-0.5), G, C)
     v = to_chunks(v, 1, C)
@@ -187,12 +208,25 @@ def chunked(
         write_keys, read_keys = write_keys * since_start, qn * since_start
         carry = since_start[..., -1:, :]
         left = kn * ratio[..., -1, :, None]  # what is left of each key at the end
-    X = unit_lower_inverse(overlap)
-    values, forgets = X @ (beta * v), X @ write_keys
-    leftT = left.swapaxes(-1, -2)
-    M = state.astype(mx.float32).reshape(B, Hkv, G, D, D)
-    carries = [None] * values.shape[3] if carry is None else each(carry)
-    parts = zip(*map(each, (values, forgets, leftT, read_keys, read)), carries, strict=True)
+    X = inverse(overlap)
+    return Chunks(X @ (beta * v), X @ write_keys, left.swapaxes(-1, -2), read_keys, read, carry)
+
+
+def chunked(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array,
+    chunk: int | None = None,
+) -> Result:
+    """In chunks of at most so many tokens; by operations that can be exported."""
+    B, T, H, D = q.shape
+    c = _chunks(q, k, v, g, beta, chunk_size(T, chunk), halved_inverse)
+    M = state.astype(mx.float32).reshape(B, k.shape[2], -1, D, D)
+    carries = [None] * c.values.shape[3] if c.carry is None else each(c.carry)
+    parts = zip(*map(each, c[:-1]), carries, strict=True)
     outputs = []
     for value, forget, key, query, weights, carried in parts:
         U = mx.addmm(value, forget, M)
@@ -201,25 +235,90 @@ def chunked(
     return from_chunks(mx.stack(outputs, axis=3), T), M.reshape(B, H, D, D)
 
 
-def unit_lower_inverse(A: mx.array) -> mx.array:
-    """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two.
+def at_once(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array | None,
+    beta: mx.array,
+    state: mx.array,
+    chunk: int | None = None,
+) -> Result:
+    """As chunked. A chunk makes (carry I + keys forgets) M + keys values of a state."""
+    B, T, H, D = q.shape
+    c = _chunks(q, k, v, g, beta, chunk_size(T, chunk), unit_lower_inverse)
+    M = state.astype(mx.float32).reshape(B, k.shape[2], -1, D, D)
+    eye = identity(D) if c.carry is None else c.carry * identity(D)
+    befores, M = linear.states(mx.addmm(eye, c.keys, c.forgets), c.keys @ c.values, M)
+    U = mx.addmm(c.values, c.forgets, befores)
+    o = mx.addmm(c.queries @ befores, c.weights, U)
+    return from_chunks(o, T), M.reshape(B, H, D, D)
 
-    Halves are inverted together and joined. Eight rows use the finite Neumann
+
+@mx.custom_function
+def unit_lower_inverse(A: mx.array) -> mx.array:
+    """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two. What lies above
+    has no gradient that means anything.
+
+    Blocks are inverted together and joined in pairs. Eight rows use the finite Neumann
     product; more would cancel when keys repeat (its terms grow as binomials).
     """
+    return halved_inverse(A) if on_cpu() else joined_inverse(A)
+
+
+@unit_lower_inverse.vjp
+def _(A: mx.array, cotangent: mx.array, inverse: mx.array) -> mx.array:
+    turned = inverse.swapaxes(-1, -2)
+    return -(turned @ cotangent @ turned)
+
+
+def halved_inverse(A: mx.array) -> mx.array:
+    """As few products as there can be."""
     C = A.shape[-1]
     if C <= 8:
-        eye = identity(C)
-        inverse, power = eye - A, A
-        for _ in range(max(0, int(math.log2(C)) - 1)):
-            power = power @ power
-            inverse = inverse @ (eye + power)
-        return inverse
+        return _neumann(A)
     h = C // 2
-    low, high = unit_lower_inverse(mx.stack([A[..., :h, :h], A[..., h:, h:]]))
+    low, high = halved_inverse(mx.stack([A[..., :h, :h], A[..., h:, h:]]))
     joint = -(high @ (A[..., h:, :h] @ low))
     top = mx.concatenate([low, mx.zeros_like(low)], axis=-1)
     return mx.concatenate([top, mx.concatenate([joint, high], axis=-1)], axis=-2)
+
+
+def joined_inverse(A: mx.array) -> mx.array:
+    """As few launches: products of whole matrices, with what is not in the blocks masked."""
+    C = A.shape[-1]
+    size = min(8, C)
+    inverse = _neumann(mx.where(_blocks(C, size), A, 0.0), size)
+    while size < C:
+        beside = mx.where(_beside(C, size), A, 0.0)
+        inverse = mx.addmm(inverse, inverse @ beside, inverse, alpha=-1.0)
+        size *= 2
+    return inverse
+
+
+def _neumann(A: mx.array, size: int = 8) -> mx.array:
+    """(I + A)^-1 of diagonal blocks of this size, or of fewer rows."""
+    eye = identity(A.shape[-1])
+    inverse, power = eye - A, A
+    for _ in range(max(0, int(math.log2(min(size, A.shape[-1]))) - 1)):
+        power = power @ power
+        inverse = inverse @ (eye + power)
+    return inverse
+
+
+@cache
+def _blocks(C: int, size: int) -> mx.array:
+    """Bool [C, C]: row and column are of one block."""
+    of = np.arange(C) // size
+    return mx.array(of[:, None] == of)
+
+
+@cache
+def _beside(C: int, size: int) -> mx.array:
+    """Bool [C, C]: they are of one block of twice the size, but not of this."""
+    beside = _blocks(C, 2 * size) & ~_blocks(C, size)
+    mx.eval(beside)
+    return beside
 
 
 @cache

@@ -166,7 +166,7 @@ def place(at: Any, count: Any, L: int, held: int, window: int, sinks: int, np: A
     )
 
 
-@lru_cache(maxsize=4)  # every layer of a model asks for the same
+@lru_cache(maxsize=32)  # every layer of a model asks for the same few
 def place_of(
     at: tuple[int, ...], count: tuple[int, ...] | None, L: int, held: int, window: int, sinks: int
 ) -> Place:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..platform import on_cpu, tiles
 from . import window_kernels
+from .band import banded
 from .chunks import pieces
 from .exp import exp
 from .kernels import Check, Sizes, chosen
@@ -254,6 +255,13 @@ def window_attention(
     sizes = Sizes.of(q, k, update.window, update.sinks, clamped)
     if not gradients and logits is None and chosen(PREFILL, sizes):
         return window_kernels.prefill(q, update, scale, q_sink)
+    if not on_cpu() and logits is None and update.ring is None:
+        keys, values = update.chunk[:2]
+        if update.end <= update.window:
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask="causal")
+        if gradients:
+            parts = {"window": update.window, "sinks": update.sinks, "tile": tiles().query}
+            return banded(q, keys, values, scale=scale, q_sink=q_sink, **parts)
     return _window_attention_ops(q, update, scale, q_sink, logits)
 
 

@@ -26,6 +26,11 @@ def make_caches(model: nn.Module, kv_bits: int | None = None, group_size: int = 
             f"a {model.args.model_type} model has caches ({odd[0]}) that cannot be saved with a"
             " text; generate and compare run it"
         )
+    if model.ranks is not None and model.own_layers:
+        raise AHNError(
+            f"a {model.args.model_type} model has caches of mlx-lm's own, which several processes"
+            " cannot divide; run it in one"
+        )
     return caches if kv_bits is None else quantized(caches, kv_bits, group_size)
 
 

@@ -4,7 +4,6 @@ what it unpacks to is bounded. The libraries are the extra `documents`, imported
 
 import posixpath
 import re
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from ..errors import AHNError, foreign, show
+from ..errors import AHNError, foreign, note, show
 from ..platform import pip_install
 from .encoding import decode_page
 from .kinds import Kind
@@ -24,6 +23,8 @@ PACKAGES = ("pypdfium2", "mammoth", "html-to-markdown")  # of the extra
 # in a hundred chapters; Word keeps a document in one part, some 10 kB a page.
 UNPACKED = 200 * 10**6
 LARGEST = 30 * 10**6
+# Markup shrinks to a tenth; what is larger than SMALL and shrinks to a DENSEst part is a bomb.
+SMALL, DENSEST = 10**6, 100
 
 # PDFium takes ligatures apart, and puts U+0002 for a hyphen that divides a word at a line's
 # end; other controls come from fonts that do not say what their glyphs are.
@@ -100,9 +101,9 @@ def _pdf(stream: BinaryIO, name: str) -> Iterator[Part]:
         pages = "its only page has no" if total == 1 else f"none of its {total:,} pages has"
         raise AHNError(f"{name}: {pages} text, only pictures; ocrmypdf adds what they say")
     if unread:
-        _note(f"{name}: {unread:,} of {total:,} pages are damaged and were left out")
+        note(f"{name}: {unread:,} of {total:,} pages are damaged and were left out")
     if without > unread:
-        _note(f"{name}: {without - unread:,} of {total:,} pages have no text")
+        note(f"{name}: {without - unread:,} of {total:,} pages have no text")
 
 
 def _html(stream: BinaryIO, name: str) -> Iterator[Part]:
@@ -126,7 +127,7 @@ def _text_of_page(page: str, name: str) -> str:
         )
         found = html_to_markdown.convert(page, options)
     for warning in found.warnings:  # parts that are nested too deeply
-        _note(f"{name}: something was left out ({show(warning.message)})")
+        note(f"{name}: something was left out ({show(warning.message)})")
     text = (found.content or "").strip()
     return f"{text}\n\n" if text else ""
 
@@ -151,6 +152,7 @@ class _Archive:
         self.name = name
         self.left = UNPACKED
         with self._sound():
+            self.size = stream.seek(0, 2)
             self.archive = zipfile.ZipFile(stream)
             self.names = set(self.archive.namelist())
 
@@ -167,6 +169,10 @@ class _Archive:
                 much = LARGEST if info.file_size > LARGEST else UNPACKED
                 more = f"unpacks to more than {much / 1e6:,.0f} MB of text"
                 raise AHNError(f"{self.name}: {more}; split it, or give it as plain text")
+            # A directory may claim more than there is.
+            packed = min(info.compress_size, self.size)
+            if info.file_size > SMALL and info.file_size > DENSEST * packed:
+                raise AHNError(f"{self.name}: is a zip bomb, {show(part)} unpacks without end")
             if info.flag_bits & 1:
                 raise AHNError(f"{self.name}: has a password; save it without one")
             return self.archive.read(info)
@@ -215,7 +221,7 @@ def _epub(stream: BinaryIO, name: str) -> Iterator[Part]:
         page = decode_page(archive.read(chapter), f"{name}: {show(chapter)}")
         yield Part(_text_of_page(_as_html(page), name), len(chapters))
     if missing:
-        _note(f"{name}: {missing:,} of {len(chapters) + missing:,} chapters are missing")
+        note(f"{name}: {missing:,} of {len(chapters) + missing:,} chapters are missing")
 
 
 def _spine(archive: _Archive) -> tuple[list[str], int]:
@@ -258,7 +264,3 @@ def _refuse_drm(archive: _Archive, chapters: list[str]) -> None:
             locked |= {uri, unquote(uri)} & set(chapters)
     if locked:
         raise AHNError(f"{archive.name}: is an EPUB with DRM; only its reader opens it")
-
-
-def _note(line: str) -> None:
-    print("note: " + re.sub(r"\s+", " ", line), file=sys.stderr)

@@ -20,6 +20,9 @@ MARKS = {
 _CHARSET = re.compile(rb"""<(?:meta\b[^>]{0,300}?\bcharset|\?xml\b[^>]{0,80}?\bencoding)
     \s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE | re.VERBOSE)  # fmt: skip
 
+# Python's codecs that no page is written in: they fail, take for ever, or make bytes of text.
+_NO_PAGE = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "utf-7")
+
 
 def decode(data: bytes, name: str) -> str:
     """Text from bytes: UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is dropped.
@@ -62,6 +65,8 @@ def decode_page(data: bytes, name: str) -> str:
     label = said[1].decode("ascii", "replace")
     try:
         encoding = codecs.lookup(label)
+        if encoding.name.replace("_", "-") in _NO_PAGE:
+            raise LookupError
         # What calls itself Latin-1 is Windows-1252 on the web; who writes UTF-16 in bytes of
         # ASCII is wrong.
         if encoding.name in ("iso8859-1", "ascii"):

@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import AHNError
 from ..model.augment import dtype_of, shape_of_attention
 from ..model.cache import AHNCache
+from ..model.pipeline import own_layers
 from ..platform import default_dtype
 from .caches import each, quantized
 from .penalty import note, nothing_seen
@@ -90,23 +91,29 @@ class Run:
         start = time.perf_counter()
         cutter, vocabulary = Cutter(self.sampling.stop), self.model.args.vocab_size
         self._times = [start, start, start]  # start, prompt read, last token
-        for response in stream_generate(
-            self.model,
-            self.tokenizer,
-            self.prompt,
-            prompt_cache=self.cache,
-            prefill_step_size=self.step or prefill_step(),
-            prompt_progress_callback=self._count,
-            **self.sampling.begin(vocabulary, note(nothing_seen(vocabulary), self.prompt)),
-        ):
-            self.generated = response.generation_tokens
-            self.said.append(response.token)
-            self.finish_reason = response.finish_reason or ""
-            self._times[2] = time.perf_counter()
-            yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
-            if cutter.found:
-                self.finish_reason = "stop"
-                return
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                self.prompt,
+                prompt_cache=self.cache,
+                prefill_step_size=self.step or prefill_step(),
+                prompt_progress_callback=self._count,
+                **self.sampling.begin(
+                    vocabulary, note(nothing_seen(vocabulary), self.prompt), self.model.ranks
+                ),
+            ):
+                self.generated = response.generation_tokens
+                self.said.append(response.token)
+                self.finish_reason = response.finish_reason or ""
+                self._times[2] = time.perf_counter()
+                yield cutter.add(response.text) + (cutter.rest() if self.finish_reason else "")
+                if cutter.found:
+                    self.finish_reason = "stop"
+                    return
+        finally:
+            if self.model.ranks is not None:
+                self.model.ranks.settle()
 
     def _count(self, read: int, total: int) -> None:
         self.read = read
@@ -123,7 +130,7 @@ class Run:
         fit = shape_of_attention(self.model)
         tokens = self.read + self.generated
         width = fit.n_kv_heads * fit.head_dim * dtype_of(self.model).size
-        caches = each(self.cache)
+        caches = each(self.cache[i] for i in own_layers(self.model))
         own = [c for c in caches if not isinstance(c, AHNCache | KVCache)]
         return 2 * (len(caches) - len(own)) * width * tokens + sum(c.nbytes for c in own)
 

@@ -19,6 +19,7 @@ from ..checkpoints.safetensors import DTYPES, FLOATS, WRITTEN, not_finite
 from ..errors import show
 from ..model.cache import AHNCache, grown_to, unpack
 from ..model.config import PUBLISHED_NAMES
+from ..model.pipeline import entire
 from ..model.trace import BLOCK
 from ..ops.ring import stay
 from . import own
@@ -113,8 +114,8 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "tokenizer": _text(64),
     "tokens": _whole(0, MAX_TOKENS),
-    "window": _whole(1, 1 << 62),
-    "sinks": _whole(0, 1 << 62),
+    "window": _whole(1, MAX_TOKENS),
+    "sinks": _whole(0, MAX_TOKENS),
     "step": _whole(1, MAX_STEP),
     "turn": TURNS.__contains__,
     "chat": lambda value: isinstance(value, bool),
@@ -187,6 +188,7 @@ class Kept(NamedTuple):
 
 def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
     """Of each layer, as this model makes it. Raises ValueError if bits or layers do not fit."""
+    model = entire(model)
     kv_bits, group_size = _quantized(facts)
     caches = make_caches(model, kv_bits, group_size)
     kinds = [_kind_of_cache(cache) for cache in each(caches)]
@@ -196,7 +198,7 @@ def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
         model(mx.zeros((1, 1), dtype=mx.uint32), cache=caches)  # never evaluated
     except ValueError as e:
         raise ValueError(f"keys and values of {kv_bits} bits do not fit this model ({e})") from None
-    kept = []
+    kept, ranks = [], 1 if model.ranks is None else model.ranks.size
     for cache, layer in zip(each(caches), facts["layers"], strict=True):
         buffers, kind = held(cache), kind_of(layer)
         if own.kind_of(cache) is not None:
@@ -205,9 +207,13 @@ def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
                 raise ValueError(f"a layer says {show(layer)}, which is not this model's")
             kept.append(Kept(ANY, ANY, own.of_one_token(cache)))
             continue
-        wanted = tuple(Wanted((WRITTEN[x.dtype],), tuple(map(exactly, x.shape))) for x in buffers)
+        wanted = tuple(
+            Wanted((WRITTEN[x.dtype],), tuple(map(exactly, (B, ranks * heads, *rest))))
+            for x in buffers
+            for B, heads, *rest in (x.shape,)
+        )
         # Gates are of the heads that the memory has.
-        H = exactly(buffers[-1].shape[1]) if kind == "window" else ANY
+        H = exactly(ranks * buffers[-1].shape[1]) if kind == "window" else ANY
         plain = unpack(buffers, kv_bits, group_size) if kind == "window" else buffers
         kept.append(Kept(H, exactly(plain[0].shape[-1]), wanted))
     return kept
@@ -330,6 +336,8 @@ def check_values(
     if vocabulary is not None and (tail >= vocabulary).any():
         raise ValueError(f"its tail has token {tail.max()}, of {vocabulary} that there are")
     if vocabulary is not None and SEEN in arrays:
+        if not 0 <= 8 * arrays[SEEN].size - vocabulary < 8:
+            raise ValueError(f"it has seen other tokens than the {vocabulary} that there are")
         _check_seen(np.unpackbits(np.asarray(arrays[SEEN]), bitorder="little"), tail, vocabulary)
     written = facts["tokens"] - len(tail) - facts["window"] - facts["sinks"]
     before = _check_traces(arrays, facts, "", written)
@@ -344,8 +352,8 @@ def check_values(
 def _check_seen(
     bits: "np.ndarray[Any, Any]", tail: "np.ndarray[Any, Any]", vocabulary: int
 ) -> None:
-    """As many bits as there are tokens, and then zeros; the tail was seen."""
-    if not 0 <= len(bits) - vocabulary < 8 or bits[vocabulary:].any():
+    """After a bit for each token there are zeros; the tail was seen."""
+    if bits[vocabulary:].any():
         raise ValueError(f"it has seen other tokens than the {vocabulary} that there are")
     if not bits[tail.astype(int)].all():
         raise ValueError("it has not seen the tokens of its tail")

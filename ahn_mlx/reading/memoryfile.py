@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import load_safetensors
+from ..checkpoints.identity import hash_of, model_identity
 from ..checkpoints.safetensors import (
     WRITTEN,
     Layout,
@@ -30,6 +30,7 @@ from ..checkpoints.safetensors import (
 from ..errors import AHNError, near_file, show
 from ..model.augment import FullCache, dtype_of
 from ..model.cache import AHNCache
+from ..model.ranks import share
 from ..model.trace import Trace
 from ..outputs.files import OutFile
 from . import layout, own
@@ -47,23 +48,6 @@ class OtherModel(AHNError):
     """A memory that may be sound, but is not of the model that was to go on with it."""
 
 
-def model_identity(model: nn.Module) -> dict[str, str]:
-    """Hashes of the settings, of names, shapes and dtypes of all weights, and of the values
-    of the small ones, which differ between trainings."""
-    parameters: Any = sorted(tree_flatten(model.parameters()))
-    layout = [(name, x.shape, str(x.dtype)) for name, x in parameters]
-    values = hashlib.sha256()
-    for _, x in parameters:
-        if x.size <= 1 << 14:
-            values.update(bits(x).data)
-    ahn = {**vars(model.ahn), "window": 0, "sinks": 0}
-    return {
-        "settings": _hash([vars(model.args), ahn]),
-        "weights' shapes": _hash(layout),
-        "weights": values.hexdigest(),
-    }
-
-
 def base_facts(model: nn.Module) -> dict[str, Any]:
     """Dtype of the norms, and bits of quantized weights, if there are."""
     dtype = str(dtype_of(model)).removeprefix("mlx.core.")
@@ -76,7 +60,7 @@ def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
     probe = tokenizer.encode(
         "Call me Ishmael. \n\n  42 \u2013 \u00e9t\u00e9", add_special_tokens=False
     )
-    return _hash([sorted(tokenizer.get_vocab().items()), probe])
+    return hash_of([sorted(tokenizer.get_vocab().items()), probe])
 
 
 def save(
@@ -94,6 +78,15 @@ def save(
     arrays, layers = _contents(each(caches), tail)
     arrays |= {} if seen is None else {layout.SEEN: pack(seen)}
     known = {**facts, "version": layout.version_of(layers), "layers": layers}
+    if model.ranks is not None:
+        arrays = model.ranks.gathered(arrays, model)
+        model.ranks.check()  # before they take the place of what is saved
+    share(model.ranks, lambda: _write(file, model, arrays, known))
+
+
+def _write(
+    file: Path, model: nn.Module, arrays: dict[str, mx.array], known: dict[str, Any]
+) -> None:
     found = {name: (WRITTEN[x.dtype], x.shape) for name, x in arrays.items()}
     with _named(file, "not written", "the session is damaged, load or make another"):
         layout.check_facts(known)
@@ -184,13 +177,22 @@ def load(
     """Caches, their tail, which tokens there were and facts; the file is never modified. Of a
     file of version 1 the tail has no layers: its ids are not read yet.
 
-    Raises AHNError if it is damaged, of another model, or from a later version.
+    Raises AHNError if it is damaged, of another model, or from a later version. Of several
+    processes rank 0 reads it, and each gets its part.
     """
-    facts, found, metadata = _read(file)
-    _check_fits(file, facts, model, tokenizer)
-    with _named(file):
-        layout.check_arrays(found, facts, layout.of_model(model, facts))
-    arrays = _arrays(file, facts, metadata, model.args.vocab_size)
+    arrays: dict[str, mx.array] = {}
+
+    def read() -> dict[str, Any]:
+        facts, found, metadata = _read(file)
+        _check_fits(file, facts, model, tokenizer)
+        with _named(file):
+            layout.check_arrays(found, facts, layout.of_model(model, facts))
+        arrays.update(_arrays(file, facts, metadata, model.args.vocab_size))
+        return facts
+
+    facts = share(model.ranks, read)
+    if model.ranks is not None:
+        arrays = model.ranks.divided(arrays, model)
     caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
     ids: Any = arrays[layout.tail_of(facts)].tolist() if layout.tail_of(facts) in arrays else []
     tail = Tail(tuple(ids))
@@ -313,7 +315,3 @@ def _checksum(text: str, arrays: Mapping[str, mx.array]) -> str:
         found.update(f"{name} {x.dtype} {x.shape}".encode())
         found.update(bits(x).data)
     return found.hexdigest()
-
-
-def _hash(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AHNError, show
 
 if TYPE_CHECKING:
+    from ..model.ranks import Ranks
     from .penalty import Seen, WholeTextPenalty
 
 
@@ -120,11 +121,14 @@ class Sampling:
 
         return WholeTextPenalty(self.repetition_penalty, seen)
 
-    def begin(self, vocabulary: int, seen: "Seen | None") -> dict[str, Any]:
+    def begin(
+        self, vocabulary: int, seen: "Seen | None", ranks: "Ranks | None" = None
+    ) -> dict[str, Any]:
         """Seed MLX if that was asked for; what mlx-lm's stream_generate takes of these.
 
         vocabulary: tokens that there are. seen: which of them were read before the answer, if
-        that is known. Raises AHNError if it is not and is needed.
+        that is known. ranks: that take what the first one draws. Raises AHNError if it is not
+        known and is needed.
         """
         import mlx.core as mx
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -138,14 +142,15 @@ class Sampling:
         )
         if (penalty_of_all := self.penalty(seen)) is not None:
             processors = [penalty_of_all]
+        sampler = make_sampler(
+            temp=self.temp,
+            top_p=self.top_p,
+            top_k=self.top_k if self.top_k < vocabulary else 0,
+            min_p=self.min_p,
+        )
         return {
             "max_tokens": self.max_tokens,
-            "sampler": make_sampler(
-                temp=self.temp,
-                top_p=self.top_p,
-                top_k=self.top_k if self.top_k < vocabulary else 0,
-                min_p=self.min_p,
-            ),
+            "sampler": sampler if ranks is None else lambda x: ranks.first(sampler(x)),
             "logits_processors": processors,
         }
 

@@ -21,10 +21,12 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..checkpoints.identity import model_identity
 from ..errors import AHNError
 from ..hub.zoo import ZOO
 from ..model.augment import memory_cache, memory_layers
 from ..model.cache import AHNCache
+from ..model.ranks import share
 from ..model.trace import Trace
 from . import memoryfile
 from .caches import each, fork, joined, make_caches
@@ -172,7 +174,8 @@ class Session:
         if self.template:
             text = text if self.turn == "read" else self.template.begin(text)
             text, space = self.template.end(text)
-        ids = [*self._begin(), *self.encoder(*opening, text)]
+        # A template may print the time, and clocks differ.
+        ids = share(self.model.ranks, lambda: [*self._begin(), *self.encoder(*opening, text)])
         # Not before a text that cannot be read is refused.
         self.preview = self.preview or preview
         self.space, self.turn = space[:MAX_SPACE], "read"
@@ -236,7 +239,8 @@ class Session:
         settings = Sampling(**sampling)
         if not hasattr(_thread, "end"):
             _thread.end = _End()
-        ids, caches = self._question(question), fork(self.caches)
+        ids = share(self.model.ranks, lambda: self._question(question))
+        caches = fork(self.caches)
         if not ids:  # the text goes on from its last tokens
             ids = list(self.tail.ids)
             caches = self._before_tail(caches) if ids else caches
@@ -254,7 +258,7 @@ class Session:
                 prompt_cache=caches,
                 prefill_step_size=self.step,
                 prompt_progress_callback=progress,
-                **settings.begin(self.model.args.vocab_size, seen),
+                **settings.begin(self.model.args.vocab_size, seen, self.model.ranks),
             ):
                 finish = response.finish_reason or ""
                 said.append(response.token)
@@ -265,6 +269,8 @@ class Session:
             pass
         finally:
             self._answering = False
+            if self.model.ranks is not None:
+                self.model.ranks.settle()
         self.finish_reason = "stop" if cutter.found else finish
         if said:
             # What is left to compute belongs to this thread; the next question may not.
@@ -312,7 +318,7 @@ class Session:
         """
         self._check()
         window, sinks = self.model.ahn.window, self.model.ahn.sinks
-        identity = {**self.origin, **memoryfile.model_identity(self.model)}
+        identity = {**self.origin, **model_identity(self.model)}
         known = {
             "model": identity,
             "tokenizer": memoryfile.tokenizer_identity(self.tokenizer),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
-from ..errors import AHNError, near_file, show
+from ..errors import AHNError, near_file, note, show
 from .documents import parts
 from .encoding import decode, newlines
 from .kinds import kind_of
@@ -82,7 +82,7 @@ def read_each(files: Sequence[str], read: Callable[[Path], T]) -> Iterator[tuple
     if left_out and not count:
         raise left_out[0]
     for error in left_out:
-        print(one_line(f"note: left out {error}"), file=sys.stderr)
+        note(f"left out {error}")
 
 
 def find(files: Sequence[str]) -> list[Path]:
@@ -125,17 +125,16 @@ def _stands_for(name: str) -> tuple[str, list[Path]]:
     if name == "-":
         return "", [STDIN]
     path = Path(typed_path(name))
-    try:
-        is_folder, is_there = path.is_dir(), os.path.lexists(path)
-    except ValueError:  # a NUL in it, which is said when it is read
+    if "\0" in name:  # said when it is read
         return "", [path]
-    if is_folder:
+    # os.path says no where the system says nothing, as of a link into what is closed.
+    if os.path.isdir(path):
         what = "is a folder without a text or document"
         return str(path), _readable_of(str(path), path, _in_folder(path), what)
-    if is_there or not glob.has_magic(name):
+    if os.path.lexists(path) or not glob.has_magic(name):
         return "", [path]
     matches = [Path(match) for match in glob.glob(os.path.expanduser(name), recursive=True)]
-    if files := [match for match in matches if match.is_file()]:
+    if files := [match for match in matches if os.path.isfile(match)]:
         what = "only files that nothing here reads have such a name"
         return name, _readable_of(name, Path(), files, what)
     raise AHNError(f"{name}: no file has such a name")
@@ -147,7 +146,7 @@ def _in_folder(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = Path(place, name)
-            if not name.startswith(".") and file.is_file():
+            if not name.startswith(".") and os.path.isfile(file):
                 yield file
 
 
@@ -161,7 +160,7 @@ def _readable_of(name: str, base: Path, files: Iterable[Path], nothing: str) -> 
     if len(left_out) == len(judged):
         raise AHNError(f"{name}: {nothing}" + (f" ({said})" if said else ""))
     if left_out:
-        print(one_line(f"note: {name}: left out {said}"), file=sys.stderr)
+        note(f"{name}: left out {said}")
     return [file for file, why in judged if not why]
 
 
@@ -334,7 +333,7 @@ def _path(word: str) -> str:
     host, _, path = word[7:].partition("/")
     if word.lower().startswith("file://") and host in ("", "localhost"):
         word = "/" + unquote(path)
-    return word if os.path.exists(word) else os.path.expanduser(word)
+    return word if "\0" in word or os.path.exists(word) else os.path.expanduser(word)
 
 
 def one_line(text: str) -> str:

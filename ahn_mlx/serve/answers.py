@@ -12,9 +12,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
-from ..model.cache import AHNCache
-from ..model.together import give_back
-from ..reading.caches import each
+from ..model.together import Caches
 from ..reading.sampling import Cutter
 from ..reading.session import Session
 from ..reading.tail import Tail
@@ -36,6 +34,9 @@ class Host(Protocol):
 
     def answer(self, answers: "Sequence[Answer]") -> None:
         """Take these into the next step."""
+
+    def leave(self, caches: Caches) -> None:
+        """Have the caches again that answered."""
 
     def take(self, answers: "Sequence[Answer]", logits: mx.array) -> None:
         """Choose and deliver a token of each; logits [n, V]."""
@@ -233,7 +234,7 @@ class Answer:
             if text:
                 self.request.tell(Piece(self.index, text, None))
         stop = self._cut.found
-        give_back([c for c in each(self.caches) if isinstance(c, AHNCache)])
+        self.engine.leave(self.caches)
         self.session.turn = "answered" if ended else "cut"
         self.engine.metrics.count("answers_total", reason=reason)
         self.ended = True

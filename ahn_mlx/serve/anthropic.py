@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from .chat import Message, Prompt
 from .openai import MAX_TOKENS, TEXT, tools_of, vocabulary, wish_of
-from .parameters import APIError, Field, Table, check, parse
+from .parameters import APIError, Field, Table, check, parse, plain_json
 from .service import Answered, Running, Said, Service, gathered, new_id, said
 from .stream import SSE
 
@@ -184,9 +184,10 @@ async def count_tokens(service: Service, http: HTTPRequest, body: dict[str, Any]
 def _use(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     try:
-        given = json.loads(function["arguments"])
-    except ValueError:
+        given = plain_json(function["arguments"])
+    except (ValueError, RecursionError):
         given = {}
+    given = given if isinstance(given, dict) else {}
     return {"type": "tool_use", "id": call["id"], "name": function["name"], "input": given}
 
 

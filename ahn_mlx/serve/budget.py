@@ -7,14 +7,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import AHNError
+from ..measure.cost import rows_that_fit
 from ..model.augment import shape_of_attention
 from ..model.cache import AHNCache
 from ..reading.caches import each, most_bytes
 from ..reading.session import Session
 from .engine import Engine
-
-# What a chunk computes with, and all that is no row.
-SPARE = 1 << 30
 
 
 def row_bytes(engine: Engine, fresh: Session) -> int:
@@ -51,16 +49,6 @@ def machine_bytes() -> int:
     if "max_recommended_working_set_size" in info:
         return int(info["max_recommended_working_set_size"])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
-
-
-def promised(rows: int, row: int) -> int:
-    """Bytes of rows that answer, as many that wait, and one that reads a document."""
-    return (2 * rows + 1) * row
-
-
-def rows_that_fit(row: int, weights: int, machine: int) -> int:
-    """How many rows there is room for."""
-    return max(0, ((machine - weights - SPARE) // row - 1) // 2)
 
 
 def check_rows(rows: int, row: int, weights: int, machine: int) -> int:

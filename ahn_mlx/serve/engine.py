@@ -19,8 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.augment import dtype_of
-from ..model.cache import AHNCache
-from ..model.together import prepare, together
+from ..model.together import Caches, Together
 from ..reading.session import Session
 from .answers import Answer, Reading, Request
 from .metrics import Metrics
@@ -67,6 +66,7 @@ class Engine:
         self._prompts: deque[Reading] = deque()
         self._documents: deque[Reader] = deque()
         self._answers: list[Answer] = []
+        self._together = Together()
         self._answers_alone = 0.0  # until then: they have as much time as documents
         self._deadline: float | None = None  # when what still runs is cut
         self._stopping = self._ended = False
@@ -267,12 +267,14 @@ class Engine:
     def _decode(self) -> None:
         """One token of each row."""
         if not self._answers:
+            self._together.clear()
             self._last_step = 0.0
             return
         try:
             logits = self._step([a.caches for a in self._answers], [a.next for a in self._answers])
         except BaseException as e:
             self._guarded(mx.clear_cache)
+            self._together.clear()
             self._fail(self._answers, e)
             self._answers = []
             return
@@ -284,19 +286,19 @@ class Engine:
             self.metrics.time("token_seconds", now - self._last_step)
         self._last_step = now
 
-    def _step(self, rows: list[list[AHNCache]], tokens: list[int]) -> mx.array:
+    def _step(self, rows: list[Caches], tokens: list[int]) -> mx.array:
         """Logits [n, V] of the tokens after these."""
         if self._alone:
             return self._step_alone(rows, tokens)
         width = self._width or len(rows)
-        for caches in rows:
-            prepare(caches)
-        ids = mx.array([[token] for token in [*tokens, *[0] * (width - len(tokens))]])
-        logits: mx.array = self.model(ids, cache=together(rows, width))[: len(rows), -1]
-        mx.eval(logits, [[c.buffers, c.memory, c._next] for caches in rows for c in caches])
+        order, layers = self._together.layers(rows, width)
+        ids = mx.array([[tokens[i]] for i in order] + [[0]] * (width - len(order)))
+        logits: mx.array = self.model(ids, cache=layers)[:, -1]
+        logits = logits[mx.argsort(mx.array(order))]
+        mx.eval(logits, self._together.held())
         return logits
 
-    def _step_alone(self, rows: list[list[Any]], tokens: list[int]) -> mx.array:
+    def _step_alone(self, rows: list[Caches], tokens: list[int]) -> mx.array:
         """As _step, where layers have caches that only mlx-lm knows: one row after the other."""
         said = [
             self.model(mx.array([[token]]), cache=caches)[0, -1:]
@@ -305,6 +307,11 @@ class Engine:
         logits = mx.concatenate(said)
         mx.eval(logits, [[c.state for c in caches] for caches in rows])
         return logits
+
+    def leave(self, caches: Caches) -> None:
+        """A conversation has its caches again."""
+        if not self._alone:
+            self._together.leave(caches)
 
     def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
         """Choose and deliver a token of each. logits: [n, V]."""

@@ -5,6 +5,7 @@ long it may take to arrive.
 import asyncio
 import hmac
 import json
+import re
 import resource
 import socket
 from contextlib import suppress
@@ -107,6 +108,8 @@ class Guard:
         if not upload and kind.lower() != "application/json" and not bodyless:
             raise APIError("Content-Type must be application/json", status=415)
         limit = MAX_UPLOAD if upload else MAX_JSON
+        if not re.fullmatch("[0-9]{1,20}", length):
+            raise APIError("Content-Length must be a number of bytes", status=400)
         if int(length) > limit:
             raise APIError(f"the body is larger than {limit:,} bytes", status=413)
 

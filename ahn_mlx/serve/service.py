@@ -1,7 +1,6 @@
 """What all APIs share: a model by its name, a request on its rows, and what comes of it."""
 
 import asyncio
-import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from .chat import Chat, Conversation, Message, Prompt
 from .engine import Engine
 from .memories import Library
 from .metrics import Metrics
-from .parameters import APIError
+from .parameters import APIError, plain_json
 from .parts import Part, Parts
 from .sampling import Wish
 from .shelf import Kept, Shelf
@@ -179,7 +178,7 @@ def normal_call(call: dict[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
     if isinstance(function.get("arguments"), str):
         with suppress(ValueError, RecursionError):
-            function["arguments"] = json.loads(function["arguments"])
+            function["arguments"] = plain_json(function["arguments"])
     return {"type": "function", "id": call.get("id", ""), "function": function}
 
 

@@ -1,13 +1,12 @@
 """A picture of a training: its loss, and what it was worth on the sequences held out."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AHNError
+from ..errors import AHNError, note
 from ..outputs.files import OutFile
 from ..outputs.pictures import new_figure, save_picture
-from .loop import METRICS, read_metrics
+from .metrics import METRICS, read_metrics
 from .validation import VALIDATION, read_validation
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def write_curves(out: Path, loss: str) -> None:
         draw(figure, losses, held, loss, out.resolve().name)
         save_picture(figure, OutFile(out / CURVES, "of a training", lambda file: True), 120)
     except AHNError as e:
-        print(f"note: {e}", file=sys.stderr)
+        note(str(e))
 
 
 def draw(figure: "Figure", losses: Lines, held: Lines, loss: str, name: str) -> None:

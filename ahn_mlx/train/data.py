@@ -1,7 +1,9 @@
 """Texts as sequences of equal length, in an order that a seed fixes."""
 
 import sys
+from array import array
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -25,30 +27,51 @@ class Sequences:
     """
 
     def __init__(self, patterns: tuple[str, ...], tokenizer: Any, length: int, seed: int):
-        tokens: list[int] = []
+        tokens = array("i")
         encoder = Encoder(tokenizer)
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bar = tqdm(
             texts(patterns), desc="tokenizing", unit=" texts", disable=not sys.stderr.isatty()
         )
         for text in bar:
-            tokens += encoder("", text) + ends
+            tokens.extend(encoder("", text) + ends)
+        self._all, self._begin = np.array(tokens, dtype=np.int32), encoder.begin
         self.length, self.seed = length, seed
-        body = length - len(encoder.begin)  # each begins as a text does when it is read
-        self.count = len(tokens) // body
-        if self.count == 0:
-            raise AHNError(
-                f"--data has {len(tokens):,} tokens, fewer than one sequence of {length:,};"
-                " give more text or a smaller --seq-len"
-            )
-        rows = np.array(tokens[: self.count * body], dtype=np.int32).reshape(-1, body)
-        begins = np.tile(np.array(encoder.begin, dtype=np.int32), (self.count, 1))
-        whole = np.concatenate([begins, rows], axis=1)
-        held = min(HELD, self.count // ONE_IN)
+        whole = self._cut(length)
+        count = len(whole)
+        held = min(HELD, count // ONE_IN)
         # Not the last ones: the end of a book is often a licence.
-        places = [(n + 1) * self.count // (held + 1) for n in range(held)]
-        self.held_out, self.tokens = whole[places], np.delete(whole, places, axis=0)
-        self.count -= held
+        self._places = [(n + 1) * count // (held + 1) for n in range(held)]
+        self.held_out, self.tokens = whole[self._places], np.delete(whole, self._places, axis=0)
+        self.count = count - held
+
+    def of(self, length: int) -> "Sequences":
+        """The same texts in sequences of another length, without what overlaps held_out.
+
+        Raises AHNError if none is left.
+        """
+        if length == self.length:
+            return self
+        other = copy(self)
+        other.length, whole = length, other._cut(length)
+        own, body = self.length - len(self._begin), length - len(self._begin)
+        first = np.arange(len(whole)) * body
+        held = [(first < (p + 1) * own) & (first + body > p * own) for p in self._places]
+        other.tokens = whole[~np.any(held, axis=0)] if held else whole
+        other.count = len(other.tokens)
+        if other.count == 0:
+            raise _too_short(length, " beside what is held out")
+        return other
+
+    def _cut(self, length: int) -> np.ndarray:
+        """[n, length]: each begins as a text does when it is read."""
+        body = length - len(self._begin)
+        count = len(self._all) // body
+        if count == 0:
+            raise _too_short(length, f", it has {len(self._all):,} tokens")
+        rows = self._all[: count * body].reshape(-1, body)
+        begins = np.tile(np.array(self._begin, dtype=np.int32), (count, 1))
+        return np.concatenate([begins, rows], axis=1)
 
     def __getitem__(self, n: int) -> mx.array:
         """The n-th sequence to train on, [1, length]; each epoch has its own order."""
@@ -61,3 +84,9 @@ def texts(patterns: tuple[str, ...]) -> Iterator[str]:
     """The texts of these files. Raises AHNError naming the file, and the line."""
     for _, found in read_each(patterns, lambda file: list(read_texts(file))):
         yield from found
+
+
+def _too_short(length: int, where: str) -> AHNError:
+    return AHNError(
+        f"--data has no sequence of {length:,} tokens{where}; give more text or a smaller --seq-len"
+    )

@@ -1,16 +1,16 @@
 """The training loop: teacher, student, loss, optimizer, and what is saved of them.
 
-A run is a function of its settings: sequence and window of a step follow from seed and
-step number, so parameters, optimizer and step are all there is to resume.
+A run is a function of its settings: sequences and window of a step follow from seed and
+step number, so parameters, optimizer, step and time are all there is to resume.
 """
 
 import json
 import math
-import random
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import MISSING, asdict, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ from ..checkpoints.directory import load_safetensors
 from ..checkpoints.safetensors import mended, not_finite, read_header_and_metadata
 from ..errors import AHNError, show
 from ..model.augment import memory_layers
+from ..model.ranks import join
 from ..outputs.files import replacing
+from ..platform import on_cpu
 from . import layerwise, losses
 from .data import Sequences
-from .streams import Parameters, install, study, teach, trainable
+from .schedule import Schedule
+from .settings import Settings, Window, batch_of, choices, draw_window
+from .streams import Parameters, Stream, install, study, teach, trainable
 
-STATE, METRICS = "training.safetensors", "metrics.jsonl"
+STATE = "training.safetensors"
 
 # Learning rates as multiples of --lr. A head's gain scales its whole output matrix, which is
 # trained in units of its first size: from head to head that differs by a factor of 256.
@@ -38,55 +42,24 @@ RATES = {"gain": 400.0, "o_proj.weight": 200.0, "q_proj.weight": 10.0}
 FRESH = 1e-3
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of. loss: one of losses.NAMES. lr: of the gates' projections.
-    random_window: draw window and sinks anew each step, as the paper does. steps: alone may
-    grow or shrink when a run goes on: the learning rates of what is left are those of a run that
-    had so many from its start."""
-
-    window: int
-    sinks: int
-    seq_len: int
-    steps: int
-    lr: float
-    loss: str
-    layerwise: int
-    accumulate: int
-    warmup: int
-    weight_decay: float
-    random_window: bool
-    grad_checkpoint: bool
-    seed: int
-
-
-def draw_window(settings: Settings, step: int) -> tuple[int, int]:
-    """Window and sinks of a step.
-
-    Drawn as in the PyTorch release: W + S one of 32, 64 ... 8192 between L/8 and L, sinks
-    one of 0, 32 ... 4096 up to half of it.
-    """
-    if not settings.random_window:
-        return settings.window, settings.sinks
-    pick = random.Random(f"{settings.seed} {step}")
-    L = settings.seq_len
-    total = pick.choice([1 << n for n in range(5, 14) if L / 8 < 1 << n < L])
-    sinks = pick.choice([s for s in (0, 32, 64, 128, 512, 2048, 4096) if s <= total / 2])
-    return total - sinks, sinks
-
-
 class Trainer:
     """model: an AHN model, whose memories are changed in place. saved: the directory of a run
     to go on with; otherwise the layer-wise stage comes first, if there is one.
 
-    explained: what that stage returned.
+    explained: what that stage returned. Raises AHNError if the texts are too short for a window.
     """
 
     def __init__(
-        self, model: nn.Module, data: Sequences, settings: Settings, saved: Path | None = None
+        self,
+        model: nn.Module,
+        data: Sequences,
+        settings: Settings,
+        saved: Path | None = None,
+        now: Callable[[], float] = time.monotonic,
     ):
-        self.model, self.data, self.settings = model, data, settings
-        self.step = 0
+        self.model, self.settings = model, settings
+        self.texts = {w.seq_len: data.of(w.seq_len) for w in choices(settings)}
+        self.schedule = Schedule(settings, now)
         self.explained: float | None = None
         if settings.layerwise and saved is None:
             self.explained = layerwise.fit(
@@ -104,45 +77,61 @@ class Trainer:
             matrix = gain.removesuffix("gain") + "o_proj.weight"
             self.sizes[matrix] = _sizes(self.parameters[matrix])
             self.parameters[matrix] = self.parameters[matrix] / self.sizes[matrix]
-        rates = [*RATES.values(), 1.0]
         self.optimizer = optim.MultiOptimizer(
-            [self._adamw(r) for r in rates],
+            [self._adamw(factor) for factor in (*RATES.values(), 1.0)],
             [partial(_ends_with, suffix) for suffix in RATES],
         )
+        join()  # which says so if the others cannot be reached
         self.world = mx.distributed.init()
         if saved is not None:
             self._resume(saved)
+        # Sequences of each length that the steps so far have seen.
+        self.seen: Counter[int] = Counter()
+        if len(self.texts) == 1:
+            self.seen[settings.seq_len] = self.step * self._each(choices(settings)[0])
+        else:
+            for step in range(self.step):
+                self._sees(draw_window(settings, step))
         install(model, fold(self.parameters, self.sizes))
         mx.eval(model.parameters())
 
-    def _adamw(self, rate: float) -> optim.AdamW:
-        # Uncorrected, the first hundred steps are three to six times as long.
-        return optim.AdamW(
-            self._schedule(rate), weight_decay=self.settings.weight_decay, bias_correction=True
-        )
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return self.schedule.step
 
-    def _schedule(self, rate: float) -> Callable[[mx.array], mx.array]:
-        s = self.settings
-        peak, warmup = rate * s.lr, min(s.warmup, s.steps)
-        cosine = optim.cosine_decay(peak, max(1, s.steps - warmup), end=0.1 * peak)
-        if not warmup:
-            return cosine
-        rise = optim.linear_schedule(peak / (warmup + 1), peak, warmup)
-        return optim.join_schedules([rise, cosine], [warmup])
+    def _adamw(self, factor: float) -> optim.AdamW:
+        # Uncorrected, the first hundred steps are three to six times as long.
+        rate: Any = self.schedule.of(factor)
+        return optim.AdamW(rate, weight_decay=self.settings.weight_decay, bias_correction=True)
+
+    def _sees(self, drawn: Window) -> int:
+        """Count the sequences of a step, and return how many there were before."""
+        before = self.seen[drawn.seq_len]
+        self.seen[drawn.seq_len] += self._each(drawn)
+        return before
+
+    def _each(self, drawn: Window) -> int:
+        """Sequences of such a step, on all machines."""
+        return batch_of(self.settings, drawn) * self.settings.accumulate * self.world.size()
 
     def train_step(self) -> float:
-        """One update from `accumulate` sequences per machine. Returns the mean loss.
+        """One update from `accumulate` batches per machine. Returns the mean loss.
 
         Raises AHNError when the loss is not finite, with parameters as before, and when
         another machine is lost.
         """
         s, machines = self.settings, self.world.size()
-        window, sinks = draw_window(s, self.step)
+        self.schedule.begin()
+        drawn = draw_window(s, self.step)
+        texts, size = self.texts[drawn.seq_len], batch_of(s, drawn)
+        # On those of the layer-wise stage, the memory looks better than it is.
+        first = s.layerwise + self._sees(drawn)
         total, gradients = mx.zeros(()), None
         for a in range(s.accumulate):
-            n = (self.step * s.accumulate + a) * machines + self.world.rank()
-            # On those of the layer-wise stage, the memory looks better than it is.
-            loss, new = self._gradients(self.data[s.layerwise + n], window, sinks)
+            n = first + (a * machines + self.world.rank()) * size
+            tokens = mx.concatenate([texts[n + i] for i in range(size)])
+            loss, new = self._gradients(tokens, drawn.window, drawn.sinks)
             total = total + loss
             gradients = new if gradients is None else {k: gradients[k] + new[k] for k in new}
             mx.eval(total, gradients)
@@ -157,43 +146,71 @@ class Trainer:
                 " --resume goes on from the last save"
             ) from None
         install(self.model, fold(self.parameters, self.sizes))  # what is saved of it is of now
-        self.step += 1
+        self.schedule.step += 1
         return value
 
     def _update(self, total: mx.array, gradients: Parameters) -> float:
         """Raises AHNError when the mean loss, which is returned, is not finite."""
         s, machines = self.settings, self.world.size()
+        if s.accumulate > 1:
+            gradients = {k: g / s.accumulate for k, g in gradients.items()}
         # Sorted: machines must agree on the order, and MLX's optimizers do not keep it.
-        mean = nn.average_gradients(
-            _tree({k: g / s.accumulate for k, g in sorted(gradients.items())})
-        )
-        value = float(mx.distributed.all_sum(total).item()) / (machines * s.accumulate)  # type: ignore[arg-type]
+        mean = nn.average_gradients(_tree(dict(sorted(gradients.items()))))
+        seconds = self.schedule.seconds if self.world.rank() == 0 else 0.0
+        sums: Any = mx.distributed.all_sum(mx.stack([total, mx.array(seconds)])).tolist()
+        value = sums[0] / (machines * s.accumulate)
         if not math.isfinite(value):
             raise AHNError(f"the loss is {value} at step {self.step}; try a smaller --lr")
-        updated: Any = tree_flatten(self.optimizer.apply_gradients(mean, _tree(self.parameters)))
-        self.parameters = dict(updated)
+        self.schedule.agreed = sums[1]
+        if s.minutes:
+            for factor, part in zip((*RATES.values(), 1.0), self.optimizer.optimizers, strict=True):
+                part.learning_rate = self.schedule.by_clock(factor)
+        self.parameters = self.updated(mean)
         mx.eval(self.parameters, self.optimizer.state)
         return value
 
+    def updated(self, gradients: Any) -> Parameters:
+        """The parameters after a step along these gradients, a tree."""
+        flat: Any = tree_flatten(self._apply(gradients, _tree(self.parameters)))
+        return dict(flat)
+
+    @cached_property
+    def _apply(self) -> Callable[[Any, Any], Any]:
+        """What the optimizer does, in one launch for each parameter on a GPU instead of twenty."""
+        if on_cpu():
+            return self.optimizer.apply_gradients
+        self.optimizer.init(_tree(self.parameters))
+        states = [each.state for each in self.optimizer.optimizers]
+        apply: Any = mx.compile(self.optimizer.apply_gradients, inputs=states, outputs=states)
+        return apply
+
     def _gradients(self, tokens: mx.array, window: int, sinks: int) -> tuple[mx.array, Parameters]:
-        s, model = self.settings, self.model
-        keep = s.loss == "distill"
-        teacher = teach(model, tokens, keep)
+        teacher = teach(self.model, tokens, self.settings.loss == "distill")
         mx.eval(teacher)
+        found = self.gradients_of(teacher, tokens, window, sinks)
+        # Nothing of the trace may stay in the model.
+        install(self.model, fold(self.parameters, self.sizes))
+        return found
+
+    def gradients_of(
+        self, teacher: Stream, tokens: mx.array, window: int, sinks: int
+    ) -> tuple[mx.array, Parameters]:
+        """The mean loss of tokens [B, L], and its gradient. Leaves a trace in the model."""
+        s, model = self.settings, self.model
 
         def objective(parameters: Parameters) -> mx.array:
             install(model, fold(parameters, self.sizes))
+            keep = s.loss == "distill"
             student = study(model, tokens, window, sinks, keep, s.grad_checkpoint)
             return losses.LOSSES[s.loss](model, teacher, student, tokens, window + sinks)
 
-        value, gradients = mx.value_and_grad(objective)(self.parameters)
-        # Nothing of the trace may stay in the model.
-        install(model, fold(self.parameters, self.sizes))
-        return value, gradients
+        found: tuple[mx.array, Parameters] = mx.value_and_grad(objective)(self.parameters)
+        return found
 
     def save(self, directory: Path) -> None:
         """Parameters, optimizer and step, under their final name only when complete."""
         facts = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
+        facts["seconds"] = str(self.schedule.agreed)
         with replacing(directory / STATE) as part, part.open("wb") as file:
             mx.save_safetensors(file, self._state(), facts)
 
@@ -210,7 +227,7 @@ class Trainer:
         """Go on from a saved state. Raises AHNError if it is of a run with other settings, or
         anything that this run could not have saved."""
         file = directory / STATE
-        theirs, step = read_settings(directory)
+        theirs, step, seconds = _read_facts(directory)
         _check_same(file, theirs, step, self.settings)
         if step:  # before the first step it has nothing of the parameters
             self.optimizer.init(_tree(self.parameters))
@@ -227,7 +244,7 @@ class Trainer:
             )
         self.parameters, self.sizes = _under("parameters.", state), _under("sizes.", state)
         self.optimizer.state = _tree(_under("optimizer.", state))
-        self.step = step
+        self.schedule.resume(step, seconds)
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
@@ -235,34 +252,56 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], int]:
 
     Raises AHNError if there is none, or what no run can have had.
     """
+    return _read_facts(directory)[:2]
+
+
+# What runs of older versions did not say.
+_SINCE = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
+
+
+def _read_facts(directory: Path) -> tuple[dict[str, Any], int, float]:
+    """As read_settings, and how many seconds its steps took."""
     file = directory / STATE
     if not file.is_file():
         raise AHNError(f"{file}: no such file; train without --resume")
     with mended("train without --resume, into another --out"):
         _, facts = read_header_and_metadata(file)
     try:
-        found, step = json.loads(facts["settings"]), int(facts["step"])
+        found, step = {**_SINCE, **json.loads(facts["settings"])}, int(facts["step"])
+        seconds = float(facts.get("seconds", 0))
         theirs = {field.name: found[field.name] for field in fields(Settings)}
         for field in fields(Settings):
             if type(theirs[field.name]) is not field.type:
                 raise ValueError(f"its {field.name} is {theirs[field.name]!r}")
         if theirs["loss"] not in losses.NAMES:
             raise ValueError(f"its loss is {theirs['loss']!r}")
+        choices(Settings(**theirs))
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise AHNError(f"{file}: not a training state ({show(str(e))})") from None
-    if not 0 <= step <= theirs["steps"]:
+    if step < 0 or (step > theirs["steps"] and not theirs["minutes"]):
         raise AHNError(f"{file}: damaged, it is of step {step} of {theirs['steps']}")
-    return theirs, step
+    if not 0 <= seconds < math.inf:
+        raise AHNError(f"{file}: damaged, it has taken {seconds} seconds")
+    return theirs, step, seconds
 
 
 def _check_same(file: Path, theirs: dict[str, Any], step: int, settings: Settings) -> None:
     """Raise AHNError unless a run of these settings can go on from that step."""
-    for name, ours in asdict(settings).items():
-        if theirs[name] != ours and name != "steps":
+    before, now = (_comparable(each) for each in (Settings(**theirs), settings))
+    for name, ours in now.items():
+        if before[name] != ours:
             option = name.replace("_", "-")
-            raise AHNError(f"{file}: trained with --{option} {show(theirs[name])}, not {ours}")
-    if step > settings.steps:
+            raise AHNError(f"{file}: trained with --{option} {show(before[name])}, not {ours}")
+    if step > settings.steps and not settings.minutes:
         raise AHNError(f"{file}: has made {step} steps; give --steps {step} or more")
+
+
+def _comparable(settings: Settings) -> dict[str, Any]:
+    """What has to stay the same, by the names of options."""
+    found = {k: v for k, v in asdict(settings).items() if k not in ("steps", "minutes", "windows")}
+    if settings.windows:
+        found["window"] = " ".join(map(str, choices(settings)))
+    return found
 
 
 def _wrong(state: Parameters, fresh: Parameters, step: int) -> str:
@@ -309,55 +348,3 @@ def _sizes(matrix: mx.array) -> mx.array:
     size = matrix.square().mean(axis=(1, 2), keepdims=True).sqrt()
     size = mx.where(size > 0, size, FRESH)
     return mx.power(2.0, mx.round(mx.log2(size)))
-
-
-class Metrics:
-    """A line of JSON per step. Of an earlier run, the steps before `step` are kept."""
-
-    def __init__(self, file: Path, step: int):
-        self.file = file
-        if step:
-            lines = [line for line in read_metrics(file) if line["step"] < step]
-            with replacing(file) as part:
-                part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.last = time.perf_counter()
-
-    def write(self, step: int, loss: float, tokens: int, window: int, sinks: int) -> float:
-        """Returns tokens per second of this step."""
-        now = time.perf_counter()
-        speed, self.last = tokens / (now - self.last), now
-        line = {"step": step, "loss": loss, "window": window, "sinks": sinks}
-        try:
-            with self.file.open("a") as out:
-                out.write(json.dumps({**line, "tokens_per_second": round(speed, 1)}) + "\n")
-        except OSError as e:
-            raise AHNError(f"{self.file}: cannot be written ({e.strerror}); --resume") from None
-        return speed
-
-
-def read_metrics(file: Path, number: str = "loss") -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last one that was cut short is left out.
-
-    Raises AHNError for any other line that does not say a step and this number.
-    """
-    lines = []
-    found = file.read_bytes().split(b"\n") if file.is_file() else []
-    for n, line in enumerate(found, 1):
-        try:
-            lines.append(_metric(json.loads(line), number))
-        except (ValueError, RecursionError):
-            if n < len(found):
-                raise AHNError(
-                    f"{file}: line {n} says no step and {number}; mend it, or move the file away"
-                ) from None
-    return lines
-
-
-def _metric(line: Any, number: str) -> Any:
-    """The line, if it says a step and this number."""
-    step, value = (line.get("step"), line.get(number)) if isinstance(line, dict) else (None, None)
-    if type(step) is not int or not 0 <= step < 1 << 53:
-        raise ValueError
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise ValueError
-    return line

@@ -13,12 +13,20 @@ import numpy as np
 
 from ..model.augment import head
 from ..ops.exp import exp
+from ..platform import gpu_bytes
 from .streams import Stream
 
 # Rows of logits at a time: 128 of 151,936 float32 numbers are 78 MB, and KL needs 25 of these.
-ROWS = 128
+# More of them are fewer launches, for which a GPU has some of its memory.
+ROWS, ARRAYS, OF_MEMORY = 128, 25, 1 / 8
 
 NAMES = ("kl", "ce", "distill")
+
+
+def rows_at_once(words: int) -> int:
+    """Of logits of so many words, a power of two times ROWS."""
+    fit = OF_MEMORY * gpu_bytes() / (ARRAYS * 4 * words * ROWS)
+    return ROWS << max(0, int(fit).bit_length() - 1)
 
 
 def counted(labels: mx.array, capacity: int) -> mx.array:
@@ -39,7 +47,7 @@ def kl(model: nn.Module, teacher: Stream, student: Stream, labels: mx.array, W: 
         return divergence(head(model, taught), head(model, hidden)).sum()
 
     taught = mx.stop_gradient(teacher.hidden.flatten(0, 1)[rows])
-    return _over_rows(loss, student.hidden.flatten(0, 1)[rows], taught) / max(1, rows.size)
+    return _over_rows(model, loss, student.hidden.flatten(0, 1)[rows], taught) / max(1, rows.size)
 
 
 def divergence(p: mx.array, q: mx.array) -> mx.array:
@@ -65,7 +73,7 @@ def ce(model: nn.Module, teacher: Stream, student: Stream, labels: mx.array, W: 
         return nn.losses.cross_entropy(logits, targets, reduction="sum")
 
     hidden, targets = student.hidden.flatten(0, 1)[rows], labels.flatten()[rows]
-    return _over_rows(loss, hidden[:-1], targets[1:]) / max(1, rows.size - 1)
+    return _over_rows(model, loss, hidden[:-1], targets[1:]) / max(1, rows.size - 1)
 
 
 def distill(
@@ -83,21 +91,40 @@ def distill(
     return mx.stack(layers).mean()
 
 
-LOSSES = dict(zip(NAMES, (kl, ce, distill), strict=True))
+def ce_apart(
+    model: nn.Module, teacher: Stream, student: Stream, labels: mx.array, W: int
+) -> mx.array:
+    """Mean of ce of each sequence on its own: no pair straddles two of a batch."""
+    B = labels.shape[0]
+    total = mx.zeros(())
+    for hidden, own in zip(mx.split(student.hidden, B), mx.split(labels, B), strict=True):
+        # One after the other, as the blocks of rows are.
+        (hidden,) = mx.depends([hidden], [total]) if B > 1 else (hidden,)
+        total = total + ce(model, teacher, Stream(hidden, []), own, W)
+    return total / B
 
 
-def _over_rows(loss: Callable[..., mx.array], hidden: mx.array, other: mx.array) -> mx.array:
+# By name, of sequences of equal length: a batch has the mean of its sequences.
+LOSSES = dict(zip(NAMES, (kl, ce_apart, distill), strict=True))
+
+
+def _over_rows(
+    model: nn.Module, loss: Callable[..., mx.array], hidden: mx.array, other: mx.array
+) -> mx.array:
     """Sum of loss(hidden, other) over blocks of rows, its gradient taken going forward:
     then no block's logits have to be kept or made again."""
+    if hidden.shape[0] == 0:
+        return mx.zeros(())
+    size = rows_at_once(head(model, hidden[:1]).shape[-1])
 
     @mx.custom_function
     def total(hidden: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
         value = mx.zeros(())
         gradients: list[mx.array] = []
-        for n in range(0, hidden.shape[0], ROWS):
+        for n in range(0, hidden.shape[0], size):
             # Without an order MLX computes blocks side by side, and holds them all at once.
             after = [value, *gradients[-1:]]
-            rows = mx.depends([hidden[n : n + ROWS], other[n : n + ROWS]], after)
+            rows = mx.depends([hidden[n : n + size], other[n : n + size]], after)
             block, gradient = mx.value_and_grad(loss)(*rows)
             value = value + block
             gradients.append(gradient)
@@ -107,7 +134,5 @@ def _over_rows(loss: Callable[..., mx.array], hidden: mx.array, other: mx.array)
     def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
         return cotangents[0] * outputs[1], mx.zeros_like(primals[1])
 
-    if hidden.shape[0] == 0:
-        return mx.zeros(())
     sums: Any = total(hidden, other)
     return sums[0]

@@ -26,9 +26,11 @@ from ..outputs.files import (
     replacing,
     same_file,
 )
+from ..platform import on_cpu
 from .curves import CURVES
-from .loop import METRICS, STATE
-from .streams import Parameters, trainable
+from .loop import STATE
+from .metrics import METRICS
+from .streams import Parameters, install, trainable
 from .validation import VALIDATION
 
 FILES = (
@@ -77,8 +79,16 @@ def load_base(options: dict[str, Any]) -> Base:
         query_projection=_queries_fit(base.model) if projects is None else projects,
     )
     built(base.path, partial(augment, base.model), config)
-    finish(base.model, options["dtype"], base.path)
+    finish(base.model, options["dtype"] or _fast_dtype(base.model), base.path)
+    # The memory is float32, whatever the base is.
+    install(base.model, {n: x.astype(mx.float32) for n, x in trainable(base.model).items()})
     return base
+
+
+def _fast_dtype(model: nn.Module) -> str | None:
+    """Of a base that is trained on here: bfloat16 on a GPU, where its weights are not packed."""
+    packed = any(hasattr(module, "bits") for module in model.modules())
+    return None if on_cpu() or packed else "bfloat16"
 
 
 def _queries_fit(model: nn.Module) -> bool:

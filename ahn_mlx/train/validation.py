@@ -11,8 +11,9 @@ from ..errors import AHNError
 from ..model.augment import head
 from ..outputs.files import replacing
 from .data import Sequences
-from .loop import Settings, read_metrics
-from .losses import ROWS, divergence
+from .losses import divergence, rows_at_once
+from .metrics import read_metrics
+from .settings import Settings
 from .streams import silenced, study, teach
 
 VALIDATION = "validation.jsonl"
@@ -71,8 +72,9 @@ class Validation:
         total, count, W = 0.0, 0, self.window + self.sinks
         for tokens, full in zip(self.tokens, self.full, strict=True):
             hidden = study(self.model, tokens, self.window, self.sinks, inference=True).hidden
-            for a in range(W, tokens.shape[1], ROWS):
-                logits = [head(self.model, x[0, a : a + ROWS]) for x in (full, hidden)]
+            rows = rows_at_once(head(self.model, hidden[0, :1]).shape[-1])
+            for a in range(W, tokens.shape[1], rows):
+                logits = [head(self.model, x[0, a : a + rows]) for x in (full, hidden)]
                 total += float(divergence(*logits).sum().item())  # type: ignore[arg-type]
             count += tokens.shape[1] - W
         return total / count

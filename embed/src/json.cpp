@@ -166,6 +166,9 @@ void quote(std::string& out, const std::string& text) {
     if (c == '"' || c == '\\') {
       out += '\\';
       out += static_cast<char>(c);
+    } else if (size_t i = std::string_view("\b\f\n\r\t").find(c); i != std::string_view::npos) {
+      out += '\\';
+      out += "bfnrt"[i];
     } else if (c < 0x20) {
       char escape[8];
       std::snprintf(escape, sizeof escape, "\\u%04x", c);

@@ -16,6 +16,7 @@ class Json {
 
   // Throws std::invalid_argument, saying what is wrong, for what is no JSON.
   static Json parse(std::string_view text);
+  // As Python's json.dumps writes it with sort_keys and without ensure_ascii.
   std::string dump() const;
 
   // One that is not whole, or too large: kept as it is written, since none is ever asked for.

@@ -6,10 +6,11 @@
 
 #include "error.h"
 #include "safetensors.h"
+#include "sha256.h"
 
 namespace ahn {
 
-static constexpr int64_t VERSION = 1;
+static constexpr int64_t VERSION = 2;
 static const char* const NEEDED[] = {"model.mlxfn", "weights.safetensors", "tokenizer.bin"};
 
 static Parts parts(const Json& list) {
@@ -98,9 +99,20 @@ static Manifest read(const Json& facts) {
   return m;
 }
 
+// Its checksum is of all the rest. The first version had none.
+static void check_content(const Json& facts) {
+  if (!facts.has("sha256") && facts["version"].as_whole() == 1) return;
+  Json rest = facts;
+  rest.as_object().erase("sha256");
+  if (!is_sum(facts["sha256"].as_text(), sha256(rest.dump()))) {
+    throw std::invalid_argument("its checksum does not fit what it says");
+  }
+}
+
 Manifest Manifest::parse(const std::string& path, std::string_view text) {
   try {
     Json facts = Json::parse(text);
+    check_content(facts);
     int64_t version = facts["version"].as_whole();
     if (version != VERSION) {
       throw Error(AHN_DAMAGED, path + ": is of version " + std::to_string(version) +

@@ -79,9 +79,7 @@ TensorFile::TensorFile(const std::string& path, const std::string& what, const s
     }
     std::string header(length, '\0');
     if (!read_at(file_, 8, header.data(), length)) broken("its header cannot be read");
-    Sha256 hash;
-    hash.update(header.data(), header.size());
-    hash_ = hash.hex();
+    hash_ = sha256(header);
     start_ = 8 + length;
     try {
       parse(header);

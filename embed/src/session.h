@@ -11,20 +11,13 @@
 #include <vector>
 
 #include "ahn.h"
+#include "answer.h"
 #include "memoryfile.h"
 #include "model.h"
 
 namespace ahn {
 
 using Progress = std::function<bool(size_t, size_t)>;
-using Piece = std::function<bool(std::string_view)>;
-
-struct Sampling {
-  size_t max_tokens = 256;
-  float temperature = 0, top_p = 1;
-  uint64_t seed = 0;
-  std::vector<std::string> stops;
-};
 
 class Session {
  public:

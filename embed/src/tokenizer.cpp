@@ -76,11 +76,16 @@ Tokenizer::Tokenizer(std::vector<uint8_t> file) : file_(std::move(file)) {
     if (added[i] >= size_ || bytes(added[i]).empty()) damaged("a token is not there");
     added_.push_back({bytes(added[i]), static_cast<int32_t>(added[i]), added[i + 1] != 0});
   }
-  classes_.resize(0x110000);
   for (int i = 0; i < 4; i++) {
     Span ranges = numbers(6 + i, 2);
+    // They rise, so that no file of many ranges fills the table again and again.
+    for (size_t j = 0; j < ranges.size; j++) {
+      if (ranges[j] > 0x10FFFF || (j > 0 && ranges[j] < ranges[j - 1] + (j % 2 == 0))) {
+        damaged("a range is wrong");
+      }
+    }
+    if (ranges.size) classes_.resize(std::max<size_t>(classes_.size(), ranges[ranges.size - 1] + 1));
     for (size_t j = 0; j < ranges.size; j += 2) {
-      if (ranges[j] > ranges[j + 1] || ranges[j + 1] >= classes_.size()) damaged("a range is wrong");
       for (uint32_t c = ranges[j]; c <= ranges[j + 1]; c++) classes_[c] |= 1 << i;
     }
   }

@@ -134,10 +134,30 @@ static int memory(const char* directory, size_t tokens) {
   return 0;
 }
 
+// manifest FILE: which bits of it, from its begin, can be flipped without its being refused.
+static int manifest(const char* file) {
+  std::ifstream in(file, std::ios::binary);
+  auto data = all(in);
+  std::string text(data.begin(), data.end());
+  Manifest::parse(file, text);
+  for (size_t bit = 0; bit < 8 * text.size(); bit++) {
+    text[bit / 8] ^= 1 << bit % 8;
+    try {
+      Manifest::parse(file, text);
+      std::cout << bit << ' ';
+    } catch (const Error& e) {
+      if (e.status != AHN_DAMAGED || !std::strstr(e.what(), ": damaged, ")) throw;
+    }
+    text[bit / 8] ^= 1 << bit % 8;
+  }
+  return 0;
+}
+
 int main(int argc, char** argv) try {
   std::string what = argc > 2 ? argv[1] : "";
   if (what == "tokenize") return tokenize(argv[2]);
   if (what == "pieces") return pieces(argv[2], argc - 3, argv + 3);
+  if (what == "manifest") return manifest(argv[2]);
   if (what == "logits") return logits(argv[2]);
   if (what == "decode") return decode(argv[2], std::atoi(argv[3]));
   if (what == "memory") return memory(argv[2], std::strtoul(argv[3], nullptr, 10));

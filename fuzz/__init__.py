@@ -1,0 +1,1 @@
+"""Inputs that nobody would write, for every parser: `python -m fuzz`, docs/fuzzing.md."""

@@ -1,0 +1,139 @@
+"""One target in a process of its own, as libFuzzer wants it: `python -m fuzz.one NAME ...`.
+
+fuzz runs it on new inputs for some seconds; lines runs all inputs that were worth keeping, and
+writes which lines of the parsers they reach.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOM = 8 << 30  # bytes of address space beyond what is used at the start
+ENDLESS = 600  # seconds of one input, after which libFuzzer ends the process
+
+
+class Finds:
+    """Kinds of faults, each with the first input that showed it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, key: str, data: bytes, text: str) -> None:
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in key)[:100]
+        file = self.directory / f"{name}.input"
+        if not file.exists() or len(data) < file.stat().st_size:
+            file.write_bytes(data)
+            (self.directory / f"{name}.txt").write_text(text, errors="replace")
+
+
+def fuzz(name: str, work: Path, seconds: int) -> None:
+    import atheris
+
+    atheris.enabled_hooks.add("str")
+    with atheris.instrument_imports(include=["ahn_mlx"]):
+        from .oracle import Broken, Oracle
+        from .targets import TARGETS
+    target = TARGETS[name]
+    seeds = work / "seeds" / name
+    corpus, stats = work / "corpus" / name, work / "stats" / f"{name}.json"
+    for directory in (seeds, corpus, stats.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    given = target.seeds()
+    for seed in given:
+        (seeds / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
+    words = work / "seeds" / f"{name}.dict"
+    words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words if word))
+    known = json.loads(stats.read_text()) if stats.exists() else {}
+    totals = {k: known.get(k, 0) for k in ("executions", "seconds", "accepted")}
+    finds = Finds(work / "finds" / name)
+    # As on a memory disk, where there is one.
+    root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    oracle = Oracle(target, root)
+    begun = told = time.monotonic()
+    done = 0
+
+    def tell() -> None:
+        spent = time.monotonic() - begun
+        found = {
+            "executions": totals["executions"] + done,
+            "seconds": totals["seconds"] + spent,
+            "accepted": totals["accepted"] + oracle.accepted,
+            "slowest": max(oracle.slowest, known.get("slowest", 0)),
+            "largest": max(oracle.largest, known.get("largest", 0)),
+            "instruments": "atheris",
+        }
+        part = stats.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(stats)
+
+    def one(data: bytes) -> None:
+        nonlocal done, told
+        done += 1
+        try:
+            oracle(data)
+        except Broken as e:
+            finds.add(e.key, data, str(e))
+        if time.monotonic() - told > 2:
+            tell()
+            told = time.monotonic()
+
+    for seed in given:  # what is made once has been made when time is taken
+        one(seed)
+    _limit_memory()
+    options = [f"-max_total_time={seconds}", f"-max_len={target.longest}", f"-dict={words}"]
+    options += [f"-timeout={ENDLESS}", "-rss_limit_mb=0", "-malloc_limit_mb=0"]
+    options += ["-verbosity=0", f"-artifact_prefix={finds.directory}/ended-", "-len_control=20"]
+    options += ["-detect_leaks=0", "-reload=0", f"-report_slow_units={ENDLESS}"]
+    mutate = {"custom_mutator": target.mutate} if target.mutate else {}
+    atheris.Setup([name, *options, str(corpus), str(seeds)], one, **mutate)
+    atheris.Fuzz()
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm", "rb") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+
+
+def _escaped(word: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogatepass")[:64])
+
+
+def lines(name: str, work: Path) -> None:
+    import coverage
+
+    measured = coverage.Coverage(data_file=None, source_pkgs=["ahn_mlx"], config_file=False)
+    measured.start()
+    from .oracle import Broken, Oracle
+    from .targets import TARGETS
+
+    target = TARGETS[name]
+    oracle = Oracle(target, Path(tempfile.mkdtemp()))
+    kept = [p for part in ("seeds", "corpus") for p in sorted((work / part / name).glob("*"))]
+    for file in kept:
+        with suppress(Broken):
+            oracle(file.read_bytes())
+    measured.stop()
+    found: dict[str, Any] = {}
+    package = Path(sys.modules["ahn_mlx"].__file__ or "").parent
+    for file in target.files:
+        _, statements, _, missing, _ = measured.analysis2(str(package / file))
+        found[file] = {"lines": statements, "missing": missing}
+    (work / "stats" / f"{name}.lines.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    how, name, work, *rest = sys.argv[1:]
+    if how == "fuzz":
+        fuzz(name, Path(work), int(rest[0]))
+    else:
+        lines(name, Path(work))

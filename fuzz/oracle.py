@@ -1,0 +1,195 @@
+"""What every target must keep to, whatever it is given: a refusal of one line or success, in
+bounded time and memory, and nothing written but where it was told to."""
+
+import io
+import os
+import resource
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ahn_mlx.errors import AHNError
+
+SECONDS = 5.0  # of the processor, for one input
+SPARE = 200 << 20  # bytes of memory, beside TIMES the input
+TIMES = 4
+LONGEST = 2000  # characters of a message
+EVERY = 200  # inputs between two looks at what memory is in use
+
+# What is checked in a path that is opened, made, renamed, linked or removed.
+_WRITES = {
+    **dict.fromkeys(("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
+    **dict.fromkeys(("os.rename", "os.link", "os.symlink"), (0, 1)),
+}
+_STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn")
+_REACHES = ("socket.connect", "socket.sendto", "socket.gethostbyname", "socket.getaddrinfo")
+
+
+@dataclass(frozen=True)
+class Target:
+    """prepare: writes an input to a directory, as files, and returns what `parse` takes beside
+    that directory and one for its output. refusals: what it may raise. words: of a dictionary.
+    files: whose lines it is to reach. mutate: makes an input of another; None leaves that to
+    libFuzzer."""
+
+    name: str
+    prepare: Callable[[bytes, Path], Any]
+    parse: Callable[[Any, Path, Path], object]
+    seeds: Callable[[], list[bytes]]
+    files: tuple[str, ...]
+    words: tuple[str, ...] = ()
+    mutate: Callable[[bytes, int, int], bytes] | None = None
+    longest: int = 1 << 14
+    refusals: tuple[type[BaseException], ...] = (AHNError,)
+
+
+class Broken(Exception):
+    """A promise that was not kept. key: tells one kind of fault from another."""
+
+    def __init__(self, key: str, text: str):
+        super().__init__(text)
+        self.key = key
+
+
+@dataclass
+class Watch:
+    """What one input does to the machine. place: where it may write while it is watched."""
+
+    place: str
+    on: bool = False
+    thread: int = 0
+    found: list[str] = field(default_factory=list)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        """An audit hook."""
+        if not self.on:
+            return
+        if event in _STARTS or event in _REACHES:
+            self.found.append(f"{event} {args!r:.200}")
+        elif event == "open" and self._writes(args):
+            self._judge(event, args[0])
+        elif event in _WRITES:
+            for n in _WRITES[event]:
+                self._judge(event, args[n])
+
+    def _writes(self, args: tuple[Any, ...]) -> bool:
+        mode, flags = args[1], args[2]
+        if isinstance(mode, str):
+            return any(sign in mode for sign in "wax+")
+        return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+    def _judge(self, event: str, path: Any) -> None:
+        if isinstance(path, int):
+            return
+        real = os.path.realpath(os.fsdecode(path))
+        if not real.startswith(self.place) and real != os.devnull:
+            self.found.append(f"{event} {real!r:.200}")
+
+
+class Oracle:
+    """root: an empty directory, for what a target reads and writes."""
+
+    def __init__(self, target: Target, root: Path):
+        self.target = target
+        self.given, self.out = root / "given", root / "out"
+        self.given.mkdir(parents=True)
+        self.out.mkdir()
+        self.accepted = self.refused = 0
+        self.slowest, self.largest = 0.0, 0
+        # Bytes in use and the most kilobytes that ever were, as they were when last looked at.
+        self.memory = self.peak = self.looked = 0
+        # Temporary files are no output; a library may make them.
+        temporary = root / "tmp"
+        temporary.mkdir()
+        os.environ["TMPDIR"] = str(temporary)
+        import tempfile
+
+        tempfile.tempdir = str(temporary)
+        self.watch = Watch(os.path.realpath(root))
+        sys.addaudithook(self.watch)
+
+    def __call__(self, data: bytes) -> None:
+        """Raises Broken."""
+        try:
+            given = self.target.prepare(data, self.given)
+        except Exception:  # what nobody can write is no input
+            return
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        if self.accepted + self.refused - self.looked > EVERY or used.ru_maxrss > self.peak:
+            self.memory, self.peak = _memory(), used.ru_maxrss
+            self.looked = self.accepted + self.refused
+        said, refused = io.StringIO(), None
+        self.watch.found.clear()
+        try:
+            with redirect_stderr(said), redirect_stdout(said):
+                self.watch.on = True
+                try:
+                    self.target.parse(given, self.given, self.out)
+                finally:
+                    self.watch.on = False
+        except self.target.refusals as e:
+            refused = e
+        except Exception as e:
+            raise Broken(_where(e), "".join(traceback.format_exception(e))) from None
+        except BaseException as e:  # a panic of Rust code
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise
+            raise Broken(_where(e), "".join(traceback.format_exception(e))) from None
+        self._judge(data, refused, said.getvalue(), used)
+
+    def _judge(
+        self,
+        data: bytes,
+        refused: BaseException | None,
+        said: str,
+        before: resource.struct_rusage,
+    ) -> None:
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+        self.accepted += refused is None
+        self.refused += refused is not None
+        self.slowest = max(self.slowest, seconds)
+        if seconds > SECONDS:
+            raise Broken("slow", f"it took {seconds:.1f} s")
+        if now.ru_maxrss > self.peak:
+            grown = now.ru_maxrss * 1024 - self.memory
+            self.largest = max(self.largest, grown)
+            if grown > TIMES * len(data) + SPARE:
+                raise Broken("memory", f"it took {grown >> 20} MB for {len(data)} bytes")
+        if self.watch.found:
+            what = self.watch.found[0]
+            raise Broken(f"write-{what.split()[0]}", "\n".join(self.watch.found))
+        left = sorted(os.listdir(self.out))
+        if left:
+            halves = [name for name in left if name.endswith((".part", ".old"))]
+            shutil.rmtree(self.out)
+            self.out.mkdir()
+            if refused is not None or halves:
+                raise Broken("half-made", f"{refused}: left {left[:5]}")
+        if refused is not None:
+            text = str(refused)
+            if not text or not text.isprintable() or len(text) > LONGEST:
+                raise Broken(
+                    f"message-{_where(refused)}", f"{len(text)} characters: {text!r:.3000}"
+                )
+        for line in said.splitlines():
+            if not line.replace("\t", " ").isprintable() or len(line) > LONGEST:
+                raise Broken(f"note-{line[:20]!r}", f"{line!r:.3000}")
+
+
+def _where(error: BaseException) -> str:
+    """Type, and the last line of ours that it came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "ahn_mlx" in f.filename]
+    at = f"{Path(frames[-1].filename).name}-{frames[-1].lineno}" if frames else "elsewhere"
+    return f"{type(error).__name__}-{at}"
+
+
+def _memory() -> int:
+    """Bytes of memory in use."""
+    with open("/proc/self/statm", "rb") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()

@@ -1,0 +1,19 @@
+"""What is fuzzed, by name: a file for each family of parsers."""
+
+import sys
+from pathlib import Path
+
+# Seeds are what tests are made of.
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
+
+from ..oracle import Target
+from . import checkpoints, documents, evaluation, ggufs, http, memories, templates
+from .names import NAMES
+
+_ALL: list[Target] = [
+    target
+    for family in (checkpoints, ggufs, memories, documents, templates, evaluation, http)
+    for target in family.TARGETS
+]
+TARGETS = {target.name: target for target in _ALL}
+assert set(TARGETS) == set(NAMES), set(TARGETS) ^ set(NAMES)

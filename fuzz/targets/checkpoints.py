@@ -1,0 +1,418 @@
+"""Directories of models: settings, headers, indexes, pickles, cards, and all of them at once."""
+
+import io
+import json
+import math
+import pickle
+import shutil
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from checkpoints import GDN, GOLDEN
+from mlx.utils import tree_flatten
+
+from ahn_mlx.checkpoints import card, directory, load, pickles, safetensors
+from ahn_mlx.checkpoints.baseconfig import check_quantization, check_same_base, read_config
+from ahn_mlx.checkpoints.formats import Reader, describe, describe_config
+from ahn_mlx.model.augment import build, build_base
+from ahn_mlx.model.config import AHNConfig
+
+from ..mutate import of_json
+from ..oracle import Target
+
+ROPE = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "rope_type", "type", "factor", "yarn"),
+    *(
+        "llama3",
+        "longrope",
+        "linear",
+        "dynamic",
+        "default",
+        "mrope",
+        "attention_factor",
+        "truncate",
+    ),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "short_factor"),
+    *("long_factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"),
+)
+CONFIG = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "intermediate_size", "vocab_size", "max_position_embeddings"),
+    *("rms_norm_eps", "tie_word_embeddings", "torch_dtype", "dtype", "eos_token_id", "hidden_act"),
+    *("attention_bias", "layer_types", "sliding_window", "use_sliding_window", "architectures"),
+    *("max_window_layers", "quantization", "quantization_config", "bits", "group_size", "mode"),
+    *("text_config", "ahn_release", "full_attention", "sliding_attention", "qwen2", "qwen3"),
+    *("llama", "mistral", "gemma3_text", "phi3", "gpt2", "mixtral", "affine", "silu", *ROPE),
+)
+SETTINGS = (
+    *("ahn", "memory", "window", "sinks", "sink_positions", "fa_layer_ids", "router"),
+    *("query_projection", "gated_deltanet", "deltanet", "mamba2", "absolute", "clamped"),
+    *("_ahn_implementation", "GatedDeltaNet", "DeltaNet", "Mamba2", "num_attn_sinks"),
+    *("use_ahn_router", "use_q_proj", "sliding_window"),
+)
+HEADER = (
+    *(
+        "__metadata__",
+        "dtype",
+        "shape",
+        "data_offsets",
+        "format",
+        "mlx",
+        "pt",
+        "F32",
+        "F16",
+        "BF16",
+    ),
+    *("U32", "U8", "I64", "BOOL", "F8_E4M3", "C64", "model.embed_tokens.weight", "lm_head.weight"),
+)
+
+
+def text(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def configs() -> list[bytes]:
+    """Of golden models, and of others whose settings are written otherwise."""
+    found = [json.loads(f.read_text()) for f in sorted(GOLDEN.glob("*/*/config.json"))]
+    base = json.loads((GDN / "base/config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    layers = base["num_hidden_layers"]
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    llama = {k: v for k, v in base.items() if not k.startswith("rope")} | {"model_type": "llama"}
+    return [
+        *map(text, found),
+        text({**base, "rope_scaling": yarn}),
+        text({**base, "rope_scaling": {**yarn, "attention_factor": 1.1386, "truncate": True}}),
+        text({**llama, "rope_parameters": nested, "layer_types": ["full_attention"] * layers}),
+        text({**llama, "rope_parameters": {"rope_type": "llama3", "factor": 8, "rope_theta": 5e5}}),
+        text(
+            {**base, "quantization": {"group_size": 64, "bits": 4}, "torch_dtype": "torch.float16"}
+        ),
+        text({**base, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
+        text({**base, "eos_token_id": [1, "2", None], "head_dim": 16, "hidden_act": "gelu"}),
+        text({**base, "model_type": "gemma3_text", "rope_parameters": nested, "sliding_window": 8}),
+        text({**base, "ahn": {"memory": "mamba2", "window": 32, "sinks": 4, "fa_layer_ids": [1]}}),
+    ]
+
+
+def _put(name: str) -> Any:
+    def prepare(data: bytes, place: Path) -> bytes:
+        (place / name).write_bytes(data)
+        return data
+
+    return prepare
+
+
+def _config(data: bytes, place: Path, out: Path) -> None:
+    config = read_config(place)
+    check_quantization(place, config)
+    check_same_base(place, config, place, json.loads((GDN / "base/config.json").read_text()))
+    describe_config(place)
+    load.built(place, AHNConfig.from_dict, config)
+
+
+def _generation(data: bytes, place: Path) -> None:
+    shutil.copyfile(GDN / "base/config.json", place / "config.json")
+    (place / "generation_config.json").write_bytes(data)
+
+
+def _settings(data: bytes, place: Path) -> Any:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = {}
+    return value if isinstance(value, dict) else {"ahn": value}
+
+
+def _ahn(value: Any, place: Path, out: Path) -> None:
+    config = AHNConfig.from_dict(value)
+    AHNConfig.from_dict({"ahn": json.loads(json.dumps(config.to_dict()))})
+
+
+# Files of tensors
+
+
+def packed(data: bytes) -> bytes:
+    """What begins as JSON is a header, which gets its length and as many bytes as it says."""
+    if not data.startswith(b"{"):
+        return data
+    try:
+        entries = json.loads(data).values()
+        ends = [
+            e["data_offsets"][1] for e in entries if isinstance(e, dict) and "data_offsets" in e
+        ]
+        size = min(max([x for x in ends if type(x) is int], default=0), 1 << 18)
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError):
+        size = 8
+    return struct.pack("<Q", len(data)) + data + bytes(max(size, 0))
+
+
+def _tensors(data: bytes, place: Path) -> Path:
+    file = place / "model.safetensors"
+    file.write_bytes(packed(data))
+    return file
+
+
+def _read_tensors(file: Path, place: Path, out: Path) -> None:
+    header, metadata = safetensors.read_header_and_metadata(file)
+    arrays = directory.load_safetensors(file)
+    assert arrays.keys() == header.keys()
+    mx.eval(arrays)
+    safetensors.not_finite(arrays.items())
+    for name, x in arrays.items():
+        assert x.shape == header[name].shape
+        if x.dtype in safetensors.EXPONENT:
+            directory.check_finite(name, x)
+
+
+def headers() -> list[bytes]:
+    raw = (GDN / "ahn_only/model.safetensors").read_bytes()
+    whole = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    whole = {k: v for k, v in whole.items() if isinstance(v, dict) and "dtype" in v}
+    found = [text(_packed_in_order(dict(list(whole.items())[:3])))]
+    kinds = {"F32": 4, "BF16": 2, "U32": 4, "BOOL": 1, "I64": 8, "F8_E4M3": 1}
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for kind, size in kinds.items():
+        header[kind] = {"dtype": kind, "shape": [2, 3], "data_offsets": [end, end + 6 * size]}
+        end += 6 * size
+    small = text(header)
+    lfs = b"version https://git-lfs.github.com/spec/v1\n"
+    return [*found, small, packed(small), text({}), lfs]
+
+
+def _index(data: bytes, place: Path) -> None:
+    if not (place / "config.json").exists():
+        for file in (GDN / "merged_sharded").iterdir():
+            shutil.copyfile(file, place / file.name)
+    (place / directory.INDEX).write_bytes(data)
+
+
+def _read_index(_: None, place: Path, out: Path) -> None:
+    directory.read_tensors(place)
+    load.describe(place)
+
+
+def indexes() -> list[bytes]:
+    whole = json.loads((GDN / "merged_sharded" / directory.INDEX).read_text())
+    names = dict(list(whole["weight_map"].items())[:3])
+    return [text(whole), text({**whole, "weight_map": names}), text({"weight_map": {"a": "../b"}})]
+
+
+def _model(data: bytes, place: Path) -> None:
+    """config, header and index of one directory, in one JSON."""
+    for name in (directory.INDEX, "generation_config.json"):
+        (place / name).unlink(missing_ok=True)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = {}
+    value = value if isinstance(value, dict) else {}
+    for name in ("config.json", directory.INDEX, "generation_config.json"):
+        if name in value:
+            (place / name).write_text(json.dumps(value[name]), errors="replace")
+    header = json.dumps(value.get("header", {})).encode()
+    (place / "model.safetensors").write_bytes(packed(header))
+
+
+def _load_model(_: None, place: Path, out: Path) -> None:
+    config, _ = describe(place)
+    if "ahn" in config or "_ahn_implementation" in config:
+        model, _ = load.load_model(place)
+    else:
+        model, _ = load.load_plain(place)
+        load.finish(model, None, place)
+    model(mx.array([[1, 2, 3]]))
+
+
+def models() -> list[bytes]:
+    """Of a few numbers, with a memory of each kind; a part quantized; one without."""
+    found = []
+    for number, memory in enumerate(("gated_deltanet", "deltanet", "mamba2", None)):
+        family = ("qwen2", "qwen3", "llama", "gemma2")[number]
+        config = {
+            **{"model_type": family, "hidden_size": 64, "num_hidden_layers": 1},
+            **{"intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1},
+            **{"rms_norm_eps": 1e-6, "vocab_size": 8, "rope_theta": 5e5, "head_dim": 32},
+            **{"tie_word_embeddings": True, "max_position_embeddings": 64},
+        }
+        if memory is not None:
+            config["ahn"] = {"memory": memory, "window": 8, "sinks": 2}
+        made = build(config) if memory is not None else build_base(config)
+        shapes = {name: x.shape for name, x in tree_flatten(made.parameters())}  # type: ignore[misc]
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            size = 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        found.append(text({"config.json": config, "header": header}))
+        config = {**config, "quantization": {"group_size": 64, "bits": 4}}
+        parts = {"weight": ("U32", [8, 8]), "scales": ("F32", [8, 1]), "biases": ("F32", [8, 1])}
+        header.pop("model.embed_tokens.weight")
+        for part, (dtype, shape) in parts.items():
+            size = 4 * math.prod(shape)
+            about = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            header[f"model.embed_tokens.{part}"] = about
+            end += size
+        del header["model.norm.weight"]
+        shapes = {"data_offsets": [end, end + 256], "shape": [64], "dtype": "F32"}
+        header["model.norm.weight"] = shapes
+        both = {"config.json": config, "generation_config.json": {"eos_token_id": [1, 2]}}
+        found.append(text({**both, "header": _packed_in_order(header)}))
+    return found
+
+
+def _packed_in_order(header: dict[str, Any]) -> dict[str, Any]:
+    """The header with its tensors one after the other."""
+    found, end = {}, 0
+    for name, about in header.items():
+        size = about["data_offsets"][1] - about["data_offsets"][0]
+        found[name] = {**about, "data_offsets": [end, end + size]}
+        end += size
+    return found
+
+
+# Cards
+
+
+def _card(data: bytes, place: Path, out: Path) -> None:
+    card.read_origins(place)
+    card.base_model(place)
+    card.origin("base", place)
+
+
+def cards() -> list[bytes]:
+    return [
+        b"---\nlicense: mit\nbase_model: [a/b]\nahn_sources:\n- part: base\n  repo: a/b\n---\n# x",
+        b"---\nbase_model: Qwen/Qwen2.5-3B\nlicense_name: other\na: &a [1, 2]\nb: *a\n---\n",
+        b"no front matter",
+    ]
+
+
+# Pickles of torch
+
+
+def _pickle(data: bytes, place: Path) -> Path:
+    """P: a pickle, in an archive as torch writes it. Anything else: the archive itself, or an
+    index beside one."""
+    file = place / "pytorch_model.bin"
+    (place / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+    if data.startswith(b"P"):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as z:
+            z.writestr("archive/data.pkl", data[1:])
+            z.writestr("archive/byteorder", "little")
+            z.writestr("archive/data/0", bytes(64))
+            z.writestr("archive/version", "3\n")
+        file.write_bytes(buffer.getvalue())
+    elif data.startswith(b"{"):
+        (place / "pytorch_model.bin.index.json").write_bytes(data)
+    else:
+        file.write_bytes(data)
+    return file
+
+
+def _read_pickle(file: Path, place: Path, out: Path) -> None:
+    files = pickles.find_files(place)
+    sources = pickles.read_headers(place, files)
+    read = Reader()
+    for source in sources.values():
+        if source.info.dtype in safetensors.FLOATS:
+            read(source)
+
+
+def _pickles() -> list[bytes]:
+    plain = pickle.dumps({"a": 1, "b": [1.5, "x", None]}, protocol=2)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        z.writestr("archive/data.pkl", plain)
+        z.writestr("archive/version", "3\n")
+    found = [b"P" + plain, buffer.getvalue(), text({"weight_map": {"a": "pytorch_model.bin"}})]
+    if "torch" in sys.modules or _has_torch():
+        import torch
+
+        with zipfile.ZipFile(io.BytesIO(_saved(torch, torch.ones(2, 3)))) as z:
+            name = next(n for n in z.namelist() if n.endswith("data.pkl"))
+            found.append(b"P" + z.read(name))
+        found += [_saved(torch, torch.ones(2, 3)), _saved(torch, torch.ones(3).to(torch.bfloat16))]
+        found.append(_saved(torch, torch.eye(3).to_sparse()))
+    return found
+
+
+def _saved(torch: Any, x: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model.norm.weight": x}, buffer)
+    return buffer.getvalue()
+
+
+def _has_torch() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("torch") is not None
+
+
+_JSON = of_json((*CONFIG, *SETTINGS))
+TARGETS = [
+    Target(
+        "config",
+        _put("config.json"),
+        _config,
+        configs,
+        ("checkpoints/baseconfig.py", "checkpoints/directory.py", "model/config.py"),
+        (*CONFIG, *SETTINGS),
+        _JSON,
+    ),
+    Target(
+        "generation",
+        _generation,
+        lambda _, place, out: read_config(place),
+        lambda: [b'{"eos_token_id": [1, 2]}', b'{"eos_token_id": "x"}', b"{}"],
+        ("checkpoints/baseconfig.py", "checkpoints/directory.py"),
+        ("eos_token_id", "bos_token_id", "pad_token_id", "max_length"),
+        of_json(("eos_token_id",)),
+    ),
+    Target(
+        "ahn-settings", _settings, _ahn, configs, ("model/config.py",), SETTINGS, of_json(SETTINGS)
+    ),
+    Target(
+        "safetensors",
+        _tensors,
+        _read_tensors,
+        headers,
+        ("checkpoints/safetensors.py", "checkpoints/directory.py"),
+        HEADER,
+        of_json(HEADER),
+    ),
+    Target(
+        "index",
+        _index,
+        _read_index,
+        indexes,
+        ("checkpoints/directory.py",),
+        ("weight_map", "metadata", "total_size", "model-00001-of-00003.safetensors", "..", "\0"),
+        of_json(("weight_map", "metadata", "model-00001-of-00003.safetensors", "../x", "x")),
+    ),
+    Target(
+        "model",
+        _model,
+        _load_model,
+        models,
+        ("checkpoints/load.py", "checkpoints/formats.py", "checkpoints/baseconfig.py"),
+        (*CONFIG, *SETTINGS, *HEADER),
+        of_json((*CONFIG, *SETTINGS, *HEADER)),
+        longest=1 << 15,
+    ),
+    Target(
+        "card",
+        _put("README.md"),
+        _card,
+        cards,
+        ("checkpoints/card.py",),
+        ("---\n", "license", "base_model", "ahn_sources", "part", "repo", "revision", "&a", "*a"),
+    ),
+    Target("pickles", _pickle, _read_pickle, _pickles, ("checkpoints/pickles.py",)),
+]

@@ -1,0 +1,220 @@
+"""Processes that run one model together, as mlx.launch starts them; and, run as one of them,
+what its part of a model computes beside the whole."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+KINDS = ("gated_deltanet", "deltanet", "mamba2")
+CONFIG = {
+    **{"model_type": "qwen3", "hidden_size": 128, "num_hidden_layers": 2, "head_dim": 32},
+    **{"intermediate_size": 384, "num_attention_heads": 24, "num_key_value_heads": 12},
+    # A vocabulary that no number of processes divides.
+    **{"rms_norm_eps": 1e-6, "vocab_size": 265, "max_position_embeddings": 512},
+    **{"rope_theta": 5e5, "tie_word_embeddings": True},
+}
+
+
+def environments(n: int, directory: Path) -> list[dict[str, str]]:
+    """Of n processes that are to find each other, on ports that are free."""
+    held = [socket.socket() for _ in range(n)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in held]
+    for one in held:
+        one.close()
+    file = directory / "hosts.json"
+    file.write_text(json.dumps(hosts))
+    quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return [
+        {**os.environ, **quiet, "MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)}
+        for rank in range(n)
+    ]
+
+
+Stop = tuple[int, int, str]  # a rank, a signal for it, and the file that it comes after
+
+
+def run(*calls: tuple[Any, ...], timeout: float = 240) -> list[list[Any]]:
+    """Calls one after the other, each as so many processes: [exit code, stdout, stderr] of each.
+
+    A call is a number and arguments of the command line, or goldens for what this file compares;
+    and perhaps a Stop. All are forks of one process that has imported everything: that takes
+    longer than all else.
+    """
+    told = json.dumps([[n, list(map(str, arguments)), *stop] for n, arguments, *stop in calls])
+    done = subprocess.run(
+        [sys.executable, __file__, told], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def fork(directory: Path, n: int, arguments: list[str], stop: Stop | None = None) -> list[Any]:
+    """What became of n processes, which this one waits for."""
+    children = []
+    for rank, environment in enumerate(environments(n, directory)):
+        files = [directory / f"{rank}.{name}" for name in ("out", "err")]
+        child = os.fork()
+        if child == 0:
+            os.environ.update(environment)
+            for number, file in enumerate(files, 1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            become(arguments)
+        children.append((child, files))
+    if stop is not None:
+        rank, signal, file = stop
+        begun = os.path.getmtime(file) if os.path.exists(file) else 0.0
+        while not os.path.exists(file) or os.path.getmtime(file) == begun:
+            time.sleep(0.01)
+        os.kill(children[rank][0], signal)
+    return [
+        [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *(f.read_text() for f in files)]
+        for child, files in children
+    ]
+
+
+def become(arguments: list[str]) -> None:
+    """Be one of them; does not return."""
+    code: Any = 1
+    try:
+        if arguments and not os.path.isdir(arguments[0]):
+            from ahn_mlx.cli import main
+
+            sys.argv = ["ahn-mlx", *arguments]
+            main()
+        else:
+            compare_all(arguments)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+def random_model(kind: str, sinks: str, bits: int | None, **config: Any) -> Any:
+    """The same in every process, with a memory that says something."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_map
+
+    from ahn_mlx.model.augment import build
+
+    ahn = {"memory": kind, "window": 12, "sinks": 3, "sink_positions": sinks, "router": True}
+    model = build({**CONFIG, "ahn": ahn, **config})
+    mx.random.seed(5)
+    weights = tree_map(lambda x: mx.random.normal(x.shape) * 0.3, model.parameters())
+    model.update(weights)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def follow(model: Any, kv_bits: int | None) -> tuple[list[Any], list[int], int]:
+    """Logits of a prompt longer than the window and of a greedy answer, its ids, cache bytes."""
+    import mlx.core as mx
+
+    caches = model.make_cache()
+    if kv_bits:
+        caches = [cache.to_quantized(32, kv_bits) for cache in caches]
+    ids, logits, said = [n * 7 % 256 for n in range(40)], [], []
+    for chunk in (ids[:9], ids[9:31], ids[31:]):
+        logits.append(model(mx.array([chunk]), cache=caches)[0])
+    for _ in range(6):
+        said.append(int(logits[-1][-1].argmax().item()))
+        logits.append(model(mx.array([said[-1:]]), cache=caches)[0])
+    mx.eval(logits)
+    return logits, said, sum(cache.nbytes for cache in caches)
+
+
+def weights_of(model: Any) -> int:
+    from mlx.utils import tree_flatten
+
+    return sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+
+
+def compare(ranks: Any, kind: str, sinks: str, bits: int | None, kv_bits: int | None) -> Any:
+    import mlx.core as mx
+
+    whole, part = (random_model(kind, sinks, bits) for _ in range(2))
+    ranks.cut(part)
+    theirs, ids, cache = follow(whole, kv_bits)
+    ours, said, own = follow(part, kv_bits)
+    off = max(mx.abs(a - b).max().item() for a, b in zip(ours, theirs, strict=True))
+    largest = max(mx.abs(x).max().item() for x in theirs)
+    return {
+        **{"case": f"{kind} {sinks} base {bits} window {kv_bits}", "same": said == ids},
+        **{"off": off / largest, "cache": own / cache},
+        "weights": weights_of(part) / weights_of(whole),
+    }
+
+
+def golden(ranks: Any, directory: Path) -> Any:
+    """Of a converted golden model its logits beside the published ones, and a refusal of it."""
+    import mlx.core as mx
+
+    from ahn_mlx import load_model
+
+    model = load_model(directory, dtype="float32", ranks=ranks)[0]
+    facts = mx.load(str(directory.parent / "golden.safetensors"))
+    logits = model(facts["input_ids"], cache=(cache := model.make_cache()))
+    off = mx.abs(logits - facts["prefill_logits"]).max().item()
+    said = []
+    for _ in facts["decode_tokens"][0].tolist():
+        said.append(int(logits[0, -1].argmax().item()))
+        logits = model(mx.array([said[-1:]]), cache=cache)
+    same = said == facts["decode_tokens"][0].tolist()
+    return {"case": directory.parent.name, "off": off, "same": same}
+
+
+def refusal(ranks: Any, heads: int) -> str:
+    """What is said of a model with so many key/value heads."""
+    from ahn_mlx import AHNError
+
+    config = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    try:
+        ranks.cut(random_model("deltanet", "absolute", None, **config))
+    except AHNError as e:
+        return str(e)
+    return ""
+
+
+def compare_all(goldens: list[str]) -> None:
+    from ahn_mlx.model.ranks import join
+
+    cases = [(k, s, None, None) for k, s in product(KINDS, ("absolute", "clamped"))]
+    cases += [("gated_deltanet", "clamped", 4, None), ("mamba2", "absolute", 8, 8)]
+    cases += [("deltanet", "absolute", None, 4)]
+    ranks = join()
+    found = [compare(ranks, *case) for case in cases]
+    found += [golden(ranks, Path(directory)) for directory in goldens]
+    print(json.dumps([found, refusal(ranks, 3 * ranks.size + 1)]))
+
+
+if __name__ == "__main__":
+    import ahn_mlx
+    import ahn_mlx.cli.ask
+    import ahn_mlx.cli.digest
+    import ahn_mlx.hub.zoo
+    import ahn_mlx.model.ranks
+    import ahn_mlx.reading.session  # noqa: F401
+
+    results = []
+    with tempfile.TemporaryDirectory() as place:
+        for call in json.loads(sys.argv[1]):
+            results.append(fork(Path(place), *call))
+    print(json.dumps(results))

@@ -1,0 +1,265 @@
+"""What fuzzing has found, and others of its kind: each is refused in one line."""
+
+import asyncio
+import io
+import json
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import papers
+import pytest
+from checkpoints import byte_tokenizer, edit_config, make_base
+from serving import serving
+
+from ahn_mlx import AHNConfig, AHNError
+from ahn_mlx.checkpoints.baseconfig import read_config
+from ahn_mlx.checkpoints.formats import describe
+from ahn_mlx.checkpoints.load import load_plain
+from ahn_mlx.checkpoints.tokenizer import load_tokenizer
+from ahn_mlx.evaluate.records import count_records
+from ahn_mlx.reading.text import read_documents, read_file
+from ahn_mlx.serve import anthropic
+from ahn_mlx.serve.guard import LOOPBACK, Guard
+
+NAN, ENDLESS = float("nan"), 10**400
+NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer_types": 1.5, "rope_parameters": NESTED},
+        {"layer_types": {"full_attention": 1}},
+        {"layer_types": [["full_attention"], None]},
+        {"rope_theta": ENDLESS},
+        {"rope_theta": 1e308},
+        {"rms_norm_eps": 2},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1e308}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": ENDLESS}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": [NAN]}},
+        {"eos_token_id": ENDLESS},
+        {"eos_token_id": [1, 1 << 24]},
+        {"max_window_layers": -ENDLESS},
+        {"model_type": "gemma2", "final_logit_softcapping": NAN},
+    ],
+)
+def test_numbers_of_a_config_that_no_setting_can_be(settings: dict[str, Any], base: Path) -> None:
+    edit_config(base, **settings)
+    with pytest.raises(AHNError, match=rf"config\.json: .*{next(iter(settings))}|factor|settin"):
+        read_config(base)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": ENDLESS},
+        {"window": (1 << 30) + 1},
+        {"sinks": 1 << 40},
+        {"sinks": True},
+        {"fa_layer_ids": [float("inf")]},
+        {"fa_layer_ids": [True]},
+        {"fa_layer_ids": [1.5]},
+        {"fa_layer_ids": {"1": 2}},
+        {"memory": ["deltanet"] * 1000},
+    ],
+)
+def test_settings_of_a_memory_that_cannot_be(settings: dict[str, Any]) -> None:
+    with pytest.raises(AHNError) as refused:
+        AHNConfig.from_dict({"ahn": settings})
+    assert next(iter(settings)) in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def test_files_without_a_tensor(base: Path) -> None:
+    mx.save_safetensors(str(base / "model.safetensors"), {})
+    for read in (describe, load_plain):
+        with pytest.raises(AHNError, match="holds no tensors"):
+            read(base)
+
+
+@pytest.mark.parametrize("label", ["idna", "punycode", "undefined", "unicode_escape", "utf_7"])
+def test_encodings_that_no_page_has(label: str, tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    page.write_bytes(f"<meta charset={label}><p>\\x41 xn--a-\xe9.b".encode("latin-1"))
+    with pytest.raises(AHNError, match="no known encoding"):
+        read_file(page)
+
+
+def damaged(method: int) -> bytes:
+    """A zip archive whose only member, a.jsonl, is not what its method makes."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        archive.writestr("a.jsonl", b'{"a": 1}\n' * 50)
+    raw = bytearray(data.getvalue())
+    at = raw.index(b"a.jsonl") + len("a.jsonl")
+    # Behind what LZMA says of itself, so that it begins to unpack.
+    raw[at + 9 : at + 30] = b"\xff" * 21
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_archives_of_a_suite_that_do_not_unpack(method: int, tmp_path: Path) -> None:
+    file = tmp_path / "data.zip"
+    file.write_bytes(damaged(method))
+    with pytest.raises(AHNError, match=r"data\.zip"):
+        count_records(file, "a.jsonl")
+
+
+def test_a_name_in_an_archive_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "data.zip"
+    raw = damaged(zipfile.ZIP_STORED)
+    flags = raw.index(b"PK\x01\x02") + 8
+    raw = raw[:flags] + struct.pack("<H", 0x800) + raw[flags + 2 :]  # says that it is UTF-8
+    file.write_bytes(raw.replace(b"a.jsonl", b"a\xff\xffsonl"))
+    with pytest.raises(AHNError, match="damaged"):
+        count_records(file, "a.jsonl")
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "1_0", "\xb2", "", "9" * 5000, "0x10", "+1"])
+def test_a_body_whose_length_is_no_number(length: str) -> None:
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        pairs = {"host": "localhost", "content-type": "application/json", "content-length": length}
+        headers = [(k.encode(), v.encode("latin-1")) for k, v in pairs.items()]
+        scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
+        await Guard(lambda *_: None, None, LOOPBACK, frozenset())(scope, receive, send)  # type: ignore[arg-type,return-value]
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 400
+    assert "Content-Length" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["~\0", "fi \0/*G", "a\0b", "[\0!", "\0", "file:///\0"])
+def test_names_with_a_nul(name: str) -> None:
+    with pytest.raises(AHNError) as refused:
+        read_documents([name], has_prompt=False)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\x7fb", "\u202egpj.exe", "\x9b2J", "\ud83d"])
+def test_names_that_a_terminal_would_obey(name: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(AHNError) as refused:
+        read_documents([name], has_prompt=False)
+    assert str(refused.value).isprintable() and ascii(name)[1:-1] in str(refused.value)
+    (tmp_path / "good.txt").write_text("It was")
+    try:
+        (tmp_path / f"{name}.txt").touch()
+    except UnicodeEncodeError:  # no file can have it
+        return
+    assert read_documents([str(tmp_path)], has_prompt=False) == "It was"
+    said = capsys.readouterr().err
+    assert "empty" in said and said.rstrip("\n").isprintable()
+
+
+def test_a_folder_with_a_link_into_what_is_closed(tmp_path: Path, monkeypatch: Any) -> None:
+    """Root may look everywhere, so that the system's answer is made up."""
+    (tmp_path / "good.txt").write_text("It was")
+    (tmp_path / "closed.txt").symlink_to("/nowhere/x")
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(path, int) and os.fspath(path).endswith("closed.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert read_documents([str(tmp_path)], has_prompt=False) == "It was"
+
+
+@pytest.mark.parametrize("kind", ["docx", "epub", "lies"])
+def test_archives_that_unpack_without_end(kind: str, tmp_path: Path) -> None:
+    body = papers.paragraph("x") * 60_000
+    data = papers.docx(body) if kind != "epub" else papers.epub({"a.xhtml": body})
+    if kind == "lies":  # in its directory, about how small the part is
+        at = data.index(b"word/document.xml", data.index(b"PK\x01\x02")) - 46
+        data = data[: at + 20] + struct.pack("<I", 1 << 30) + data[at + 24 :]
+    file = tmp_path / f"a.{'epub' if kind == 'epub' else 'docx'}"
+    file.write_bytes(data)
+    with pytest.raises(AHNError, match="zip bomb"):
+        read_file(file)
+
+
+@pytest.fixture(scope="module")
+def site() -> Any:
+    with serving() as running:
+        yield running
+
+
+def raw(site: Any, path: str, body: str) -> Any:
+    headers = {"content-type": "application/json"}
+    return site.client.post(path, content=body.encode(), headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", '"messages": [], "temperature": 1' + "0" * 400),
+        ("chat/completions", '"messages": [], "logit_bias": {"5": -1' + "0" * 400 + "}"),
+        ("completions", '"prompt": "x", "top_p": 1e999'),
+        ("responses", '"input": "x", "metadata": {"a": [-1e999]}'),
+        ("responses", '"input": "x", "metadata": {"a": NaN}'),
+    ],
+)
+def test_numbers_of_a_request_that_nobody_writes(path: str, body: str, site: Any) -> None:
+    answer = raw(site, f"/v1/{path}", f'{{"model": "tiny", {body}}}')
+    assert answer.status_code == 400, answer.text
+
+
+DEEP = "[" * 99 + "]" * 99
+ODD = ['{"x": "\\ud800"}', '{"x": 1e999}', '{"x": NaN}', DEEP, f'{{"x": {DEEP}}}']
+
+
+@pytest.mark.parametrize("arguments", ODD)
+def test_arguments_of_past_calls_that_are_no_plain_json(arguments: str, site: Any) -> None:
+    """A client repeats what it was told, which the model may have written in any way."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+    ]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 1}
+    assert site.post("/v1/chat/completions", body).status_code == 200
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}
+    body = {"model": "tiny", "input": [{"role": "user", "content": "Why?"}, item]}
+    assert site.post("/v1/responses", {**body, "max_output_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("arguments", [*ODD, "[1]", "x"])
+def test_arguments_that_a_model_writes_are_an_object_for_anthropic(arguments: str) -> None:
+    use = anthropic._use({"id": "c", "function": {"name": "f", "arguments": arguments}})
+    assert use["input"] == {}
+    good = {"id": "c", "function": {"name": "f", "arguments": '{"x": [1.5, "\\u00e9"]}'}}
+    assert anthropic._use(good)["input"] == {"x": [1.5, "é"]}
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_code_of_a_tokenizer_is_not_run_whatever_is_piped_in(
+    bom: bytes, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path, trace = byte_tokenizer(tmp_path / "model"), tmp_path / "trace"
+    kind = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (path / "tokenizer_config.json").write_bytes(bom + json.dumps(kind).encode())
+    (path / "config.json").write_text('{"model_type": "own"}')
+    code = f"open({str(trace)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    (path / "own.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(AHNError, match="no usable tokenizer"):
+        load_tokenizer(path, {})
+    assert not trace.exists()

@@ -1,0 +1,136 @@
+"""One model over several processes: each has its part, and together they say what one says."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import CHAT_TEMPLATE, GOLDEN, make_base
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+from several import CONFIG, random_model, run
+
+from ahn_mlx import AHNError
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.cli import cli
+from ahn_mlx.reading import memoryfile
+
+TEXT = "It was the best of times, it was the worst of times. " * 12
+GOLDENS = ("qwen2-gdn", "qwen2-gdn-qproj", "qwen2-gdn-router", "qwen2-mamba2", "qwen3-dn")
+
+
+def converted(variant: str, directory: Path) -> Path:
+    folder, out = GOLDEN / variant, directory / variant / "model"
+    parts = (folder / "base", folder / "ahn_only")
+    convert(*(parts if parts[0].is_dir() else (None, folder / "merged")), out)
+    shutil.copy(folder / "golden.safetensors", out.parent)
+    return out
+
+
+@pytest.mark.parametrize("n", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_parts_compute_what_the_whole_does(n, tmp_path):
+    goldens = [converted(name, tmp_path) for name in GOLDENS] if n == 2 else []
+    for code, said, wrong in run((n, (*goldens,)))[0]:
+        assert code == 0, wrong
+        cases, refused = json.loads(said)
+        for case in cases:
+            print(n, case)
+            limit = 1e-3 if case["case"] in GOLDENS else 1e-4  # as of one process
+            assert case["off"] < limit and case["same"], case
+            assert case.get("cache", 0) <= 1 / n + 0.05 >= case.get("weights", 0), case
+        assert len(cases) == 9 + len(goldens)
+        assert refused.startswith(f"{3 * n + 1} key/value heads cannot be divided among {n} ranks")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A model with a memory that 2, 3, 4 and 6 processes can divide."""
+    path = make_base(tmp_path_factory.mktemp("model") / "model", "qwen3", **CONFIG)
+    model = random_model("gated_deltanet", "absolute", None)
+    config = {**CONFIG, "torch_dtype": "float32", "ahn": model.ahn.to_dict()}
+    (path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(about))
+    return path
+
+
+def one(*arguments: object) -> str:
+    """What a command prints as one process."""
+    done = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def first(ended: list[Any]) -> str:
+    """What the first of several prints; all others are silent."""
+    (code, said, wrong), *others = ended
+    assert code == 0, wrong
+    assert others == [[0, "", ""]] * len(others)
+    return str(said)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(TEXT)
+    return tmp_path
+
+
+def arrays_of(file: str) -> dict[str, mx.array]:
+    memoryfile.verify(Path(file))
+    arrays: Any = mx.load(file, format="safetensors")
+    return arrays
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_book_digested_on_several_is_asked_on_one_and_the_reverse(n, directory, place):
+    reads = ("digest", "book.txt", "--model", directory, "-o")
+    asks = ("Which times?", "-m", 12)
+    drawn = (*asks, "--temp", 1, "--json")
+    one(*reads, "one.ahn")
+    calls = [
+        (*reads, "several.ahn"),
+        ("ask", "one.ahn", *asks),
+        ("ask", "several.ahn", *drawn),
+    ]
+    _, answer, said = map(first, run(*((n, call) for call in calls)))
+    ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert mx.allclose(ours[name], x, rtol=1e-4, atol=1e-4).item(), name
+    assert answer.strip() and one("ask", "one.ahn", *asks) == answer
+    assert one("ask", "several.ahn", *asks) == answer
+    assert json.loads(said)["text"]
+
+
+def test_a_rank_that_ends_ends_the_others_and_nothing_that_was_read_is_lost(directory, place):
+    Path("book.txt").write_text(TEXT * 12)
+    reads = ("digest", "book.txt", "--model", directory, "--checkpoint-every", 512, "-o")
+    call, partial = (*reads, "several.ahn"), "several.ahn.partial"
+    stopped, killed, last = run(
+        (2, call, (1, signal.SIGINT, partial)), (2, call, (1, signal.SIGKILL, partial)), (3, call)
+    )
+    # Ctrl-C on one stops all after the same step.
+    assert [code for code, *_ in stopped] == [130, 130], stopped
+    read = re.search(r"stopped after ([\d,]+) of", stopped[0][2])
+    assert read and f"going on after {read[1]} tokens" in killed[0][2], killed
+    assert [code for code, *_ in killed] == [2, -signal.SIGKILL]
+    assert killed[0][2].splitlines()[-1].startswith("error: another rank has ended")
+    assert "Traceback" not in killed[0][2]
+    assert [code for code, *_ in last] == [0, 0, 0], last
+    one(*reads, "one.ahn")
+    ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
+    for name, x in theirs.items():
+        assert mx.allclose(ours[name], x, rtol=1e-3, atol=1e-3).item(), name
+
+
+def test_what_is_one_process_says_so(directory, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "0")
+    for command in (("serve", "--port", "0"), ("bench",)):
+        with pytest.raises(AHNError, match="is one process; start it without"):
+            one(*command, "--model", directory)
