@@ -51,6 +51,7 @@ PLAIN = (
     *("internlm3", "llama", "mimo", "minicpm", "minimax", "mixtral", "nanbeige", "nemotron"),
     *("olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
     *("seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "telechat3"),
+    "nemotron-nas",
 )
 MIXED = (
     *("afmoe", "cohere2", "exaone4", "gemma3_text", "gpt_oss", "granitemoehybrid", "jamba"),
