@@ -15,6 +15,7 @@ from ahn_mlx.checkpoints import gguf
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.ggufile import GGUFile
+from ahn_mlx.checkpoints.ggufmodels import NAMES
 from ahn_mlx.checkpoints.tokenizer import gguf_tokenizer, load_tokenizer
 
 ggml = pytest.importorskip("gguf")
@@ -56,7 +57,7 @@ def write(
             writer.add_array(name, value)
         elif value is not None:
             writer.add_key_value(name, value, KIND[type(value)])
-    names = {ours: theirs for theirs, ours in gguf.NAMES.items()}
+    names = {ours: theirs for theirs, ours in NAMES.items()}
     for name, x in read_tensors(GDN / "base").items():
         value = np.array(x.astype(x.dtype))
         if name.startswith("model.embed_tokens"):
