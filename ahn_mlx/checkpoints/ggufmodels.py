@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from ..errors import AHNError, show
 from ..model.augment import build_base
 from ..platform import pip_install
-from .baseconfig import LIMITS
 
 # GGUF's names of tensors -> mlx-lm's, of what is read without the package.
 NAMES = {
@@ -32,6 +31,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+MAX_LAYERS = 1000  # so many names are made
 PLAIN = ("llama", "qwen2", "qwen3")
 
 EPSILON = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
@@ -103,9 +103,9 @@ ARCHITECTURES = {
 def names_of(kind: str, config: dict[str, Any]) -> dict[str, str]:
     """GGUF's names of tensors -> mlx-lm's, without the last part, which is theirs alike. Raises
     AHNError if the package is missing that knows them."""
-    layers, most = config["num_hidden_layers"], LIMITS["num_hidden_layers"]
-    if type(layers) is not int or not 1 <= layers <= most:
-        raise AHNError(f"its block_count must be from 1 to {most}, not {show(layers)}")
+    layers = config["num_hidden_layers"]
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise AHNError(f"its block_count must be from 1 to {MAX_LAYERS}, not {show(layers)}")
     if kind in PLAIN:
         whole = ("token_embd", "output_norm", "output")
         return {
