@@ -392,5 +392,5 @@ def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(AHNError, match="output_norm.weight' is a vector"):
+    with pytest.raises(AHNError, match="is a vector, and quantized"):
         GGUFile(tmp_path / "a.gguf").sources()
