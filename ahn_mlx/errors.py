@@ -2,6 +2,7 @@
 what was probably meant."""
 
 import difflib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -42,8 +43,20 @@ def note(line: str) -> None:
 
 def show(text: Any) -> str:
     """A name from a file, fit for a one-line message: quoted, escaped, not endless."""
-    quoted = ascii(text)
+    quoted = ascii(_begin_of(text))
     return quoted if len(quoted) <= 120 else quoted[:117] + "..."
+
+
+def _begin_of(value: Any, depth: int = 3) -> Any:
+    """As much of a value from JSON as a message can show; all of it may have a gigabyte."""
+    if isinstance(value, str):
+        return value[:200]
+    if type(value) is list:
+        return [_begin_of(x, depth - 1) for x in value[:60]] if depth else ["..."]
+    if type(value) is dict:
+        pairs = list(itertools.islice(value.items(), 60)) if depth else [("...", "...")]
+        return {_begin_of(k): _begin_of(x, depth - 1) for k, x in pairs}
+    return value
 
 
 def nearest(typed: str, names: Iterable[str]) -> str:

@@ -31,24 +31,25 @@ def main() -> int:
         for name in names:
             seconds = max(1, round(given.minutes * 60 / len(names)))
             print(f"{name}: {seconds} s ...", file=sys.stderr, flush=True)
-            _run("fuzz", name, work, str(seconds))
-        for name in names:
-            _run("lines", name, work)
+            _run(work, "fuzz", name, str(seconds))
+        print("lines that were reached ...", file=sys.stderr, flush=True)
+        _run(work, "lines", *names)
     return _table(names, work)
 
 
-def _run(how: str, name: str, work: Path, *rest: str) -> None:
-    """A process of its own, with a directory for what it leaves behind."""
+def _run(work: Path, how: str, *rest: str) -> None:
+    """A process of its own; that it fails is a find."""
     (work / "logs").mkdir(parents=True, exist_ok=True)
-    log = work / "logs" / f"{name}.{how}.txt"
-    command = [sys.executable, "-m", "fuzz.one", how, name, str(work), *rest]
+    name = rest[0] if how == "fuzz" else "lines"
+    log = work / "logs" / f"{name}.txt"
+    command = [sys.executable, "-m", "fuzz.one", how, str(work), *rest]
     with log.open("wb") as out:
         done = subprocess.run(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     if done.returncode:
         end = log.read_text(errors="replace").strip().splitlines()[-3:]
         (work / "finds" / name).mkdir(parents=True, exist_ok=True)
-        (work / "finds" / name / f"ended-{how}.txt").write_text("\n".join(end))
-        print(f"{name}: {how} ended with {done.returncode}; see {log}", file=sys.stderr)
+        (work / "finds" / name / "ended.txt").write_text("\n".join(end))
+        print(f"{name}: ended with {done.returncode}; see {log}", file=sys.stderr)
 
 
 def _table(names: list[str], work: Path) -> int:

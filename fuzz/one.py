@@ -1,7 +1,7 @@
-"""One target in a process of its own, as libFuzzer wants it: `python -m fuzz.one NAME ...`.
+"""In a process of its own, as libFuzzer wants it: `python -m fuzz.one fuzz|lines DIRECTORY ...`.
 
-fuzz runs it on new inputs for some seconds; lines runs all inputs that were worth keeping, and
-writes which lines of the parsers they reach.
+fuzz runs a target on new inputs for some seconds; lines runs all inputs of targets that were worth
+keeping, and writes which lines of the parsers they reach.
 """
 
 import hashlib
@@ -108,32 +108,42 @@ def _escaped(word: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogatepass")[:64])
 
 
-def lines(name: str, work: Path) -> None:
+def lines(names: list[str], work: Path) -> None:
+    """Of each target, apart from what importing runs, which all have."""
     import coverage
 
-    measured = coverage.Coverage(data_file=None, source_pkgs=["ahn_mlx"], config_file=False)
-    measured.start()
+    options: dict[str, Any] = {"data_file": None, "source_pkgs": ["ahn_mlx"], "config_file": False}
+    imported = coverage.Coverage(**options)
+    imported.start()
     from .oracle import Broken, Oracle
     from .targets import TARGETS
 
-    target = TARGETS[name]
-    oracle = Oracle(target, Path(tempfile.mkdtemp()))
-    kept = [p for part in ("seeds", "corpus") for p in sorted((work / part / name).glob("*"))]
-    for file in kept:
-        with suppress(Broken):
-            oracle(file.read_bytes())
-    measured.stop()
-    found: dict[str, Any] = {}
+    imported.stop()
     package = Path(sys.modules["ahn_mlx"].__file__ or "").parent
-    for file in target.files:
-        _, statements, _, missing, _ = measured.analysis2(str(package / file))
-        found[file] = {"lines": statements, "missing": missing}
-    (work / "stats" / f"{name}.lines.json").write_text(json.dumps(found))
+    place = tempfile.mkdtemp()
+    for name in names:
+        target = TARGETS[name]
+        oracle = Oracle(target, Path(tempfile.mkdtemp(dir=place)))
+        measured = coverage.Coverage(**options)
+        measured.start()
+        for part in ("seeds", "corpus"):
+            for file in sorted((work / part / name).glob("*")):
+                with suppress(Broken):
+                    oracle(file.read_bytes())
+        measured.stop()
+        found: dict[str, Any] = {}
+        for file in target.files:
+            path = str(package / file)
+            _, statements, _, missing, _ = measured.analysis2(path)
+            begun = set(imported.get_data().lines(path) or ())
+            found[file] = {"lines": statements, "missing": sorted(set(missing) - begun)}
+        (work / "stats" / f"{name}.lines.json").write_text(json.dumps(found))
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
-    how, name, work, *rest = sys.argv[1:]
+    how, work, *rest = sys.argv[1:]
     if how == "fuzz":
-        fuzz(name, Path(work), int(rest[0]))
+        fuzz(rest[0], Path(work), int(rest[1]))
     else:
-        lines(name, Path(work))
+        lines(rest, Path(work))

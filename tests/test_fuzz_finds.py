@@ -6,24 +6,44 @@ import json
 import os
 import struct
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import papers
 import pytest
-from checkpoints import byte_tokenizer, edit_config, make_base
+from checkpoints import (
+    byte_bpe,
+    byte_tokenizer,
+    chat_tokenizer,
+    edit_config,
+    make_base,
+    write,
+)
+from click.testing import CliRunner
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serving import serving
+from test_training import SETTINGS
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx import AHNConfig, AHNError
+from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import load_plain
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
-from ahn_mlx.evaluate.records import count_records
+from ahn_mlx.cli import cli
+from ahn_mlx.errors import show
+from ahn_mlx.evaluate.predictions import read_run
+from ahn_mlx.evaluate.records import count_records, parse_line
+from ahn_mlx.reading import layout
 from ahn_mlx.reading.text import read_documents, read_file
+from ahn_mlx.reading.tokens import Encoder
 from ahn_mlx.serve import anthropic
 from ahn_mlx.serve.guard import LOOPBACK, Guard
+from ahn_mlx.train import loop
 
 NAN, ENDLESS = float("nan"), 10**400
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
@@ -263,3 +283,98 @@ def test_code_of_a_tokenizer_is_not_run_whatever_is_piped_in(
     with pytest.raises(AHNError, match="no usable tokenizer"):
         load_tokenizer(path, {})
     assert not trace.exists()
+
+
+def table(**changes: Any) -> dict[str, Any]:
+    """Of a tokenizer of bytes, otherwise than it should be."""
+    made: dict[str, Any] = json.loads(byte_bpe().to_str())
+    made["model"] |= {k: v for k, v in changes.items() if k in made["model"]}
+    return made | {k: v for k, v in changes.items() if k in made}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "splitter"),
+        ({"vocab": {"a": 0, "b": 4_000_000_000}}, "numbers up to 4,000,000,000"),
+        ({"vocab": {}}, "numbers up to"),
+    ],
+)
+def test_tables_for_apps_of_tokenizers_that_load_and_make_no_sense(
+    changes: dict[str, Any], match: str
+) -> None:
+    backend = Tokenizer.from_str(json.dumps(table(**changes)))
+    tokenizer = TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend))
+    with pytest.raises(AHNError, match=match):
+        pack_tokenizer(tokenizer)
+
+
+def test_templates_that_are_no_text() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer._tokenizer.chat_template = {"default": 1, "tool_use": "<think>"}
+    assert Encoder(tokenizer)("", "ab") == Encoder(chat_tokenizer())("", "ab")
+
+
+def test_which_tokens_were_seen_is_as_long_as_the_vocabulary() -> None:
+    """Before each bit of it becomes a byte."""
+    facts = {"version": 2, "tokens": 0, "window": 8, "sinks": 0, "layers": []}
+    for size in (0, 31, 34, 1 << 16):
+        arrays = {"seen": mx.zeros((size,), dtype=mx.uint8)}
+        with pytest.raises(ValueError, match="seen other tokens than the 259"):
+            layout.check_values(arrays, facts, 259)
+
+
+@pytest.mark.parametrize("option", ["--lr=inf", "--lr=nan", "--weight-decay=nan", "--seed=1e30"])
+def test_numbers_of_a_training_that_are_none(option: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("It was")
+    name, _, value = option.partition("=")
+    number = str(10**30) if value == "1e30" else value
+    words = ["train", str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), name, number]
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, AHNError) and name in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", NAN), ("lr", -1.0), ("weight_decay", float("inf")), ("steps", ENDLESS), ("seed", -1)],
+)
+def test_settings_of_a_saved_training_that_cannot_be(name: str, value: Any, tmp_path: Path) -> None:
+    settings = {**asdict(SETTINGS), name: value}
+    metadata = {"settings": json.dumps(settings), "step": "0"}
+    write(tmp_path / loop.STATE, {"__metadata__": metadata})
+    with pytest.raises(AHNError, match=f"its {name} is"):
+        loop.read_settings(tmp_path)
+    metadata["settings"] = json.dumps(asdict(SETTINGS))
+    write(tmp_path / loop.STATE, {"__metadata__": metadata})
+    assert loop.read_settings(tmp_path) == (asdict(SETTINGS), 0)
+
+
+NEST = "[" * 300 + "]" * 300
+
+
+def test_settings_that_are_nested_without_end(base: Path, tmp_path: Path) -> None:
+    """Python reads more levels than it writes."""
+    settings = (base / "config.json").read_text()
+    for file, text in {
+        "config.json": settings[:-1] + f', "more": {NEST}}}',
+        "generation_config.json": f'{{"more": {NEST}}}',
+    }.items():
+        was = (base / file).read_bytes() if (base / file).exists() else None
+        (base / file).write_text(text)
+        with pytest.raises(AHNError, match=rf"{file}: .*nested deeper than 64"):
+            read_config(base)
+        (base / file).unlink() if was is None else (base / file).write_bytes(was)
+    (tmp_path / "run.json").write_text(f'{{"model": {NEST}}}')
+    with pytest.raises(AHNError, match="nested deeper than 64"):
+        read_run(tmp_path)
+    with pytest.raises(AHNError, match="nested deeper than 64"):
+        parse_line(f'{{"pred": {NEST}}}'.encode(), "line 1")
+
+
+def test_what_is_shown_of_a_large_value_is_its_begin() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, {"a": deep}, [[0] * 1000] * 1000, "x" * 10**6, {"x" * 10**6: 1}):
+        assert len(show(value)) <= 120
+    assert show([1, {"a": "é"}]) == r"[1, {'a': '\xe9'}]"

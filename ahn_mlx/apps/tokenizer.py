@@ -24,6 +24,8 @@ MAGIC = b"AHNTOK1\n"
 RANGES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xE1000))
 CHARACTERS = [chr(c) for r in RANGES for c in r]
 
+MOST = 1 << 24  # tokens
+
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Patterns of the splitters that a reader has: 0 is GPT-2's, which ByteLevel brings.
@@ -52,8 +54,10 @@ def pack_tokenizer(tokenizer: TokenizerWrapper) -> bytes:
     _check_model(facts["model"])
     added = _added(facts["added_tokens"], composed)
     words = _words(facts["model"]["vocab"])
+    size = 1 + max([*words, *added], default=-1)
+    if not 0 < size <= MOST:
+        raise NoTable(f"its tokens have numbers up to {size - 1:,}")
     controls = Encoder(tokenizer).controls
-    size = 1 + max([*words, *added])
     tokens = [added.get(i, words.get(i, b"")) for i in range(size)]
     whole = facts["model"]["ignore_merges"]
     listed = sorted((text, i) for i, text in words.items() if text) if whole else []
@@ -86,10 +90,9 @@ def _numbers(values: Any) -> bytes:
 def _splitter(facts: Any) -> tuple[int, bool]:
     """Number of the splitter, and whether each digit stands alone before it."""
     parts = facts["pretokenizers"] if facts and facts["type"] == "Sequence" else [facts or {}]
-    kinds = [part.get("type") for part in parts]
-    last = parts[-1]
-    if kinds[-1] != "ByteLevel" or last["add_prefix_space"]:
-        raise NoTable(f"its splitter ends with {show(kinds[-1])}, not with plain bytes")
+    kinds, last = [part.get("type") for part in parts], (parts or [{}])[-1]
+    if not kinds or kinds[-1] != "ByteLevel" or last["add_prefix_space"]:
+        raise NoTable(f"its splitter ends with {show(last.get('type'))}, not with plain bytes")
     if kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and last["use_regex"]:
         alone = len(parts) == 2
         if not alone or parts[0]["individual_digits"]:

@@ -20,7 +20,9 @@ from .safetensors import TensorInfo, is_finite, read_header
 INDEX = "model.safetensors.index.json"
 UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
 OURS = (UNUSED, "training.safetensors")  # which nobody takes for weights of the model
-MAX_JSON = 64 << 20  # bytes of an index; config.json is far smaller
+MAX_JSON = 64 << 20  # bytes of an index
+MAX_SETTINGS = 4 << 20  # of config.json and the like
+MAX_DEPTH = 64  # of lists and objects in each other
 
 # What files of weights are called before their numbers, the likeliest first: of transformers,
 # of Mistral, of older MLX, and of pickles that became safetensors.
@@ -40,15 +42,29 @@ class Source(NamedTuple):
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that must hold an object."""
     check_member(file)
-    if file.stat().st_size > MAX_JSON:
-        raise AHNError(f"{file}: larger than {MAX_JSON >> 20} MB; this is no such file")
+    most = MAX_JSON if file.name.endswith(".index.json") else MAX_SETTINGS
+    if file.stat().st_size > most:
+        raise AHNError(f"{file}: larger than {most >> 20} MB; this is no such file")
     try:
         value = json.loads(file.read_bytes())
+        check_depth(value)
     except (ValueError, RecursionError) as e:
         raise AHNError(f"{file}: not valid JSON ({show(str(e))}); fetch it again") from None
     if not isinstance(value, dict):
         raise AHNError(f"{file}: must hold an object, not {show(value)}")
     return value
+
+
+def check_depth(value: Any) -> None:
+    """Raise ValueError if lists and objects are in each other more than MAX_DEPTH deep: what was
+    read could not be written again, or shown."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        depth += 1
+        holders = [x for x in level if isinstance(x, dict | list)]
+        level = [x for h in holders for x in (h.values() if isinstance(h, dict) else h)]
 
 
 def check_member(file: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..checkpoints.directory import check_depth
 from ..errors import AHNError, show
 from ..outputs.directories import check_kind, nearest
 from ..outputs.files import check_named, check_writable, replacing
@@ -121,6 +122,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        check_depth(found)
     except (OSError, ValueError, RecursionError) as e:
         raise AHNError(f"{file}: cannot be read ({show(str(e))}); choose another --out") from None
     if not isinstance(found, dict) or not all(fits(found.get(k)) for k, fits in _FACTS.items()):

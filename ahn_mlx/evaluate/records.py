@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from ..checkpoints.directory import check_depth
 from ..errors import AHNError, show
 
 LONGEST = 1 << 26  # bytes of a line
@@ -46,6 +47,7 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
         if line.startswith(UTF_16) or line.count(b"\0") * 3 > len(line):
             raise AHNError(f"{where} is UTF-16, not UTF-8; save the file as UTF-8")
         found = json.loads(line.decode("utf-8-sig"))
+        check_depth(found)
     except UnicodeDecodeError as e:
         # Latin-1 has no letters there, Windows' code page has.
         ansi = any(0x80 <= byte < 0xA0 for byte in line)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoints.directory import load_safetensors
+from ..checkpoints.directory import check_depth, load_safetensors
 from ..checkpoints.identity import hash_of, model_identity
 from ..checkpoints.safetensors import (
     WRITTEN,
@@ -208,6 +208,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
         if len(metadata["ahn"]) > MAX_FACTS:
             raise ValueError(f"it says {len(metadata['ahn']):,} characters of itself")
         facts = json.loads(metadata["ahn"])
+        check_depth(facts)
         if not isinstance(facts, dict) or "version" not in facts:
             raise ValueError("it does not say its version")
         version = facts["version"]

@@ -132,7 +132,7 @@ def _controls(tokenizer: TokenizerWrapper) -> dict[int, AddedToken]:
     """Special tokens, those that end an answer, and names in brackets that the chat template
     speaks of, such as <think>."""
     template = tokenizer.chat_template or ""
-    text = "".join(template.values()) if isinstance(template, dict) else str(template)
+    text = "".join(map(str, template.values())) if isinstance(template, dict) else str(template)
     # What a model says for characters that it does not know is no control token.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     unknown = getattr(getattr(backend, "model", None), "unk_token", tokenizer.unk_token)

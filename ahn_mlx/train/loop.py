@@ -271,8 +271,10 @@ def _read_facts(directory: Path) -> tuple[dict[str, Any], int, float]:
         seconds = float(facts.get("seconds", 0))
         theirs = {field.name: found[field.name] for field in fields(Settings)}
         for field in fields(Settings):
-            if type(theirs[field.name]) is not field.type:
-                raise ValueError(f"its {field.name} is {theirs[field.name]!r}")
+            value = theirs[field.name]
+            endless = field.type in (int, float) and not 0 <= value < 1 << 63
+            if type(value) is not field.type or endless:
+                raise ValueError(f"its {field.name} is {show(value)}")
         if theirs["loss"] not in losses.NAMES:
             raise ValueError(f"its loss is {theirs['loss']!r}")
         choices(Settings(**theirs))

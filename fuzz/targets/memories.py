@@ -18,7 +18,8 @@ from ahn_mlx.checkpoints.safetensors import STORED
 from ahn_mlx.reading import inspect, memoryfile
 from ahn_mlx.reading.layout import FACTS, OPTIONAL, SINCE_2
 from ahn_mlx.reading.session import Session
-from ahn_mlx.train import loop, validation
+from ahn_mlx.train import loop, metrics, validation
+from ahn_mlx.train.settings import Settings
 
 from ..mutate import of_json
 from ..oracle import Target
@@ -31,7 +32,7 @@ WORDS = (
     *("layers.0.tail.0", "layers.0.tail.memory", "start", "read", "answered", "cut", "name"),
     *("dtype", "q_bits", "ahn", "F32", "F16", "U32", "U8", "talked", "float32", "gated_deltanet"),
 )
-SETTINGS = tuple(field.name for field in dataclasses.fields(loop.Settings))
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 @cache
@@ -143,6 +144,9 @@ def _trained() -> tuple[Any, Path, dict[str, Any]]:
     from test_training import SETTINGS as usual
 
     class Data:
+        def of(self, length: int) -> "Data":
+            return self
+
         def __getitem__(self, n: int) -> mx.array:
             return mx.arange(64)[None] * (2 * n + 7) % 256
 
@@ -198,13 +202,13 @@ def trainings() -> list[bytes]:
 
 
 def _lines(data: bytes, place: Path) -> None:
-    for name in (loop.METRICS, validation.VALIDATION):
+    for name in (metrics.METRICS, validation.VALIDATION):
         (place / name).write_bytes(data)
 
 
 def _metrics(_: None, place: Path, out: Path) -> None:
     with suppress(ahn_mlx.AHNError):
-        loop.read_metrics(place / loop.METRICS)
+        metrics.read_metrics(place / metrics.METRICS)
     validation.read_validation(place / validation.VALIDATION)
 
 
@@ -229,7 +233,15 @@ TARGETS = [
         of_json(WORDS),
         longest=1 << 16,
     ),
-    Target("training", _state, _resume, trainings, (), SETTINGS, of_json(SETTINGS)),
+    Target(
+        "training",
+        _state,
+        _resume,
+        trainings,
+        ("train/settings.py", "train/metrics.py"),
+        SETTINGS,
+        of_json(SETTINGS),
+    ),
     Target(
         "metrics",
         _lines,
@@ -238,7 +250,7 @@ TARGETS = [
             b'{"step": 0, "loss": 2.5, "window": 8}\n{"step": 1, "loss": 2.25}\n',
             b'{"step": 1, "kl": 0.5, "window_kl": 0.75}\n{"step": 2, "kl": 0.25, "window_kl": 1.5}',
         ],
-        (),
+        ("train/metrics.py",),
         ("step", "loss", "kl", "window_kl", "NaN", "1e999", "\n", "null"),
     ),
 ]
