@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import papers
 import pytest
 from checkpoints import (
@@ -32,6 +33,7 @@ from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.formats import describe
+from ahn_mlx.checkpoints.ggufile import GGUFile
 from ahn_mlx.checkpoints.load import load_plain
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.cli import cli
@@ -378,3 +380,17 @@ def test_what_is_shown_of_a_large_value_is_its_begin() -> None:
     for value in (deep, {"a": deep}, [[0] * 1000] * 1000, "x" * 10**6, {"x" * 10**6: 1}):
         assert len(show(value)) <= 120
     assert show([1, {"a": "é"}]) == r"[1, {'a': '\xe9'}]"
+
+
+def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
+    ggml = pytest.importorskip("gguf")
+    kind = ggml.GGMLQuantizationType.Q8_0
+    writer = ggml.GGUFWriter(tmp_path / "a.gguf", "qwen2")
+    packed = ggml.quantize(np.ones(32, np.float32), kind)
+    writer.add_tensor("output_norm.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AHNError, match="is a vector, and quantized"):
+        GGUFile(tmp_path / "a.gguf").sources()
