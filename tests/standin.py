@@ -127,7 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
             status = 409 if repo in self.hub.repos else 200
             if status == 200:
                 self.hub.repos[repo] = {}
-                self.hub.private |= {repo} if asked.get("visibility") == "private" else set()
+                # As its clients before 1.0 say it, and as later ones do.
+                private = asked.get("private") or asked.get("visibility") == "private"
+                self.hub.private |= {repo} if private else set()
             return self._send(status, json.dumps({"url": f"{self.hub.url}/{repo}"}).encode())
         if self.path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})

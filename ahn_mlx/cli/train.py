@@ -3,7 +3,7 @@
 import math
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def train(**options: Any) -> None:
     """
     out: Path = options["out"]
     from ..hub import bases
+    from ..model.ranks import join, share
     from ..train import loop, output
     from ..train.data import Sequences
     from ..train.settings import Settings
@@ -161,14 +162,9 @@ def train(**options: Any) -> None:
     trainer = loop.Trainer(base.model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
         say(f"layer-wise: the memory explains {trainer.explained:.1%} of what the window misses")
-    main = trainer.world.rank() == 0
-    if main:
-        output.check_out(out, options)  # again, an hour may have passed
-        out.mkdir(parents=True, exist_ok=True)
-    with working_on(out) if main else nullcontext():
-        if main:
-            output.check_out(out, options)  # another may just have ended
-            output.clear(out)
+    with ExitStack() as held:
+        # What rank 0 refuses ends the others too.
+        share(join(), lambda: _take_place(held, options))
         run = _Run(trainer, base, options, drawable)
         try:
             run.to_the_end()
@@ -176,8 +172,20 @@ def train(**options: Any) -> None:
             run.save(measured=False)
             say(f"stopped after {trainer.schedule.said()}; --resume goes on")
             sys.exit(130)
-    if main:
+    if run.main:
         _say_what_next(out, run.validation.summary())
+
+
+def _take_place(held: ExitStack, options: dict[str, Any]) -> None:
+    """Make the directory, and be the only training that writes it for as long as `held`."""
+    from ..train import output
+
+    out: Path = options["out"]
+    output.check_out(out, options)  # again, an hour may have passed
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(working_on(out))
+    output.check_out(out, options)  # another may just have ended
+    output.clear(out)
 
 
 class _Run:
