@@ -8,7 +8,9 @@ import time
 
 import pytest
 from faultcases import CASES, NAME, QUICK, Place, Words, check_sound, one_line
+from several import environments
 
+from ahn_mlx.outputs.parts import working_on
 from ahn_mlx.reading import memoryfile
 
 
@@ -74,6 +76,20 @@ def test_of_two_that_append_one_refuses(place):
     assert first.wait() == 0, first.said
     names = [text["name"] for text in memoryfile.read_facts(place.out / "book.ahn")["texts"]]
     assert names == [str(place.book), str(place.more)]
+
+
+def test_ranks_of_one_training_are_refused_together(place):
+    """Rank 0 alone sees that the directory is taken; the others do not wait for it."""
+    place.clear()
+    out = place.out / "mine"
+    out.mkdir()
+    ours = ("MLX_HOSTFILE", "MLX_RANK")
+    told = [{k: told[k] for k in ours} for told in environments(2, place.out)]
+    with working_on(out):
+        ranks = [place.server.start(*CASES["train"].words(place), env=env) for env in told]
+        assert [run.wait() for run in ranks] == [2, 2], [run.said for run in ranks]
+    assert all("another process works on it" in run.said for run in ranks)
+    assert list(out.iterdir()) == []
 
 
 def test_a_part_that_somebody_writes_is_left_alone(place):
