@@ -317,5 +317,12 @@ def disk(directory: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
+def fill(ballast: Path, room: int) -> None:
+    """Leave so many bytes of a disk free."""
+    free = shutil.disk_usage(ballast.parent).free
+    with ballast.open("wb") as file:
+        file.write(bytes(max(0, free - room)))
+
+
 def _mounts() -> bool:
     return sys.platform == "linux" and shutil.which("mount") is not None

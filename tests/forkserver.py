@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Run:
 
     def kill(self) -> None:
         if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGKILL)
         while self.status is None:
             self.server.listen(300)
 
@@ -83,7 +85,6 @@ class ForkServer:
             env={**plain, **fixed, **env},
         )
         self.runs: dict[int, Run] = {}
-        self._ends: dict[int, dict[str, Any]] = {}
         assert self._line(600) == {"ready": True}
 
     def start(self, *words: object, **how: Any) -> Run:
@@ -92,6 +93,8 @@ class ForkServer:
         self.count += 1
         place = self.place / str(self.count)
         place.mkdir()
+        for name in ("stdout", "stderr"):
+            (place / name).touch()
         asked = {"words": [str(w) for w in words], "place": str(place), **how}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked).encode() + b"\n")

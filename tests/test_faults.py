@@ -4,12 +4,11 @@ that it had finished, leaves nothing half-made, and ends in the same bytes when 
 import os
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faultcases import CASES, QUICK, Case, Place, check_sound, disk, one_line
+from faultcases import CASES, QUICK, Case, Place, check_sound, disk, fill, one_line
 from forkserver import NOBODY
 
 MANY, SOME = 50, 2  # kills
@@ -103,13 +102,6 @@ def filled(place: Place, name: str, count: int) -> int:
             assert again.status == 0, again.said
             assert place.contents() == final, room
     return refused
-
-
-def fill(ballast: Path, room: int) -> None:
-    """Leave so many bytes of a disk free."""
-    free = shutil.disk_usage(ballast.parent).free
-    with ballast.open("wb") as file:
-        file.write(bytes(max(0, free - room)))
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -27,7 +27,7 @@ TAKES = {
     "words": "words",
 }
 NO_PATH = {"prompt", "system", "stop", "host", "allow_origin", "revision", "base_revision"}
-NO_PATH |= {"tasks", "repo", "compare", "args"}
+NO_PATH |= {"tasks", "repo", "compare", "args", "windows"}
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from faultcases import TEXT, Place, content, disk
+from faultcases import TEXT, Place, content, disk, fill
 from forkserver import Run
 
 from ahn_mlx.reading import memoryfile
@@ -165,12 +165,7 @@ def test_a_full_disk_is_an_answer(place: Place, room: int) -> None:
         with client(run) as asked:
             assert asked.get("/v1/memories").status_code == 200
             ballast = place.out / "ballast"
-            with ballast.open("wb", buffering=0) as file:
-                while file.write(bytes(4096)) == 4096 and file.tell() < (4 << 20) - room:
-                    pass
-            ballast_size = ballast.stat().st_size
-            with ballast.open("r+b") as file:
-                file.truncate(max(0, ballast_size - room))
+            fill(ballast, room)
             large = {"file": ("book.txt", BOOK * 40)}
             for response in (
                 asked.put("/v1/memories/given", content=place.memory.read_bytes()),

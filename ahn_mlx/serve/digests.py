@@ -288,7 +288,7 @@ class Digests:
                 self._note(job)
                 return
             known = isinstance(e, AHNError | APIError)
-            job.error = self.library._said(e, job.name) if known else type(e).__name__
+            job.error = self.library.said(e, job.name) if known else type(e).__name__
             job.status = "failed"
         finally:
             self._reading = None
