@@ -18,7 +18,7 @@ from ahn_mlx.cli.bench import bench
 from ahn_mlx.cli.estimate import estimate
 from ahn_mlx.cli.models import models
 from ahn_mlx.hub.published import MODELS, parameters
-from ahn_mlx.measure import chips, cost, speed
+from ahn_mlx.measure import chips, cost, ranks, speed
 from ahn_mlx.memory import MEMORIES
 from ahn_mlx.model.augment import build
 from ahn_mlx.model.cache import AHNCache
@@ -99,6 +99,36 @@ def test_bytes_are_those_of_real_caches(tiny, tokens):
     )
     every = sum(x.size for _, x in tree_flatten(model.parameters()))
     assert shape.parameters == every
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"fa_layer_ids": (3, 40)}, {"memory": "mamba2"}])
+def test_what_ranks_hold_is_what_the_model_holds(settings, pipeline):
+    shape = cost.shape_by_name("ahn-gdn-14b", replace(MODELS["ahn-gdn-14b"].ahn, **settings))
+    parts = [ranks.part(shape, 4, rank, pipeline) for rank in range(4)]
+    for kind in cost.KINDS:
+        for tokens in (7, TOKENS):
+            found = [cost.cache_bytes(part, kind, tokens) for part in parts]
+            whole = cost.cache_bytes(shape, kind, tokens)
+            assert {key: sum(each[key] for each in found) for key in whole} == whole
+    sizes = [part.parameters for part in parts]
+    # What all have of small vectors, where heads are divided.
+    small = 0 if pipeline else 3 * (shape.vectors + shape.memory_vectors)
+    assert sum(sizes) == pytest.approx(shape.parameters + small, rel=1e-6)
+    assert max(sizes) - min(sizes) <= (shape.embedding + 100 if pipeline else 0)
+
+
+def test_what_cannot_be_divided_is_not_counted():
+    run = CliRunner()
+    uneven = run.invoke(estimate, ["ahn-gdn-3b", "--ranks", "4"], standalone_mode=False)
+    assert isinstance(uneven.exception, AHNError)
+    assert "2 key/value heads cannot be divided among 4 ranks" in str(uneven.exception)
+    counted = run.invoke(estimate, ["ahn-gdn-3b", "--ranks", "4", "--pipeline", "--json"])
+    rank = json.loads(counted.output)["ahn"]["rank"]
+    assert rank["sent_bytes"] == {"payload": 2 * 2048 + 4, "ring": 2 * 2048 + 6 * 4}
+    for options in (["--pipeline"], ["--ranks", "2", "--paper"]):
+        refused = run.invoke(estimate, options, standalone_mode=False)
+        assert "has no effect" in str(refused.exception)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -70,7 +70,7 @@ class Together(Command):
             from ..model.ranks import Ranks, join
 
             _here = join(Pipeline if ctx.meta.get(PIPELINE) else Ranks)
-        elif ctx.meta.get(PIPELINE):
+        if _here is None and ctx.meta.get(PIPELINE):
             raise AHNError("--pipeline has no effect on one process; mlx.launch starts several")
         if _here is not None:
             sys.stdin = _Lines(sys.stdin)

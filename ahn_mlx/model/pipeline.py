@@ -152,6 +152,8 @@ class _Around(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # A model file asks its layers whether they are local, and the like.
+        if "layer" not in vars(self):  # a copy that is being made
+            raise AttributeError(name)
         return getattr(vars(self)["layer"], name)
 
 
