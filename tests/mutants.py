@@ -25,6 +25,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -110,6 +111,7 @@ def _forked(work: Callable[[], int], limit: float, said: Path) -> int:
         out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(out, stream)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit)))
         code = 3
         try:
@@ -119,11 +121,18 @@ def _forked(work: Callable[[], int], limit: float, said: Path) -> int:
             os._exit(code)
     # What waits for ever takes no CPU.
     until = time.monotonic() + 60 + 20 * limit
-    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > until:
+    status = None
+    try:
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until:
+            time.sleep(0.02)
+        status = ended[1] if ended[0] else None
+    finally:
+        # With what it has started; also when this process is told to end.
+        with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return os.waitstatus_to_exitcode(done[1])
+        if status is None:
+            status = os.waitpid(pid, 0)[1]
+    return os.waitstatus_to_exitcode(status)
 
 
 class Copy:
@@ -221,15 +230,14 @@ def _reaching(tests: list[Test], module: str, lines: range) -> list[Test]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Test files: those that tests.toml names, and those that import the module by its name."""
+    """Test files: those that tests.toml names, or else those that import the module."""
     room, name = Path(module).with_suffix("").parts[-2:]
     table = tomllib.loads((LISTS / "tests.toml").read_text(encoding="utf-8"))
-    found = {f"tests/test_{test}.py" for test in table.get(room, {}).get(name, [])}
+    if named := table.get(room, {}).get(name):
+        return [f"tests/test_{test}.py" for test in named]
     pattern = re.compile(rf"ahn_mlx\.{room}(\.{name}\b| import .*\b{name}\b)")
-    for file in (ROOT / "tests").glob("test_*.py"):
-        if pattern.search(file.read_text(encoding="utf-8")):
-            found.add(f"tests/{file.name}")
-    return sorted(found - {f"tests/test_{test}.py" for test in table["never"]})
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{f.name}" for f in files if pattern.search(f.read_text(encoding="utf-8"))]
 
 
 def equivalent(module: str) -> set[str]:
@@ -275,6 +283,7 @@ def main() -> int:
     for name in [name for name in sys.modules if name.split(".")[0] == "ahn_mlx"]:
         del sys.modules[name]
     sys.path.remove(str(ROOT))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     caught = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
