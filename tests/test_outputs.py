@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.cli import cli
 from ahn_mlx.outputs import directories
-from ahn_mlx.outputs.files import OutFile
+from ahn_mlx.outputs.files import OutFile, check_writable
 from ahn_mlx.outputs.parts import parts_of, working_on
 from ahn_mlx.reading import memoryfile
 
@@ -479,3 +479,9 @@ def test_curves_that_cannot_be_drawn_do_not_stop_a_training(tmp_path, capsys):
     assert "cannot draw" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
     write_curves(tmp_path, "kl")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_killed_command_tried_a_directory_with_vanishes(tmp_path):
+    (tmp_path / ".probe.0123abcd.part").touch()
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AHNError
-from .parts import is_part, new_part, part_of
+from .parts import is_part, new_part
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,10 @@ def check_writable(directory: Path) -> None:
         raise AHNError(f"{directory}: no such directory; make it first")
     if not directory.is_dir():
         raise AHNError(f"{directory}: is not a directory; choose another place")
-    probe = part_of(directory / "probe")
     try:
         # Permissions alone do not tell: root has them on a disk that is read-only.
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        with new_part(directory / "probe", _empty_file) as probe:
+            probe.unlink()
     except OSError as e:
         raise AHNError(
             f"{directory}: cannot be written to ({e.strerror}); choose another place"

@@ -27,7 +27,7 @@ from ..outputs.files import (
     replacing,
     same_file,
 )
-from ..outputs.parts import clear_parts, parts_of
+from ..outputs.parts import clear_part, parts_in
 from ..platform import on_cpu
 from .curves import CURVES
 from .loop import STATE
@@ -130,18 +130,21 @@ def check_out(out: Path, options: dict[str, Any]) -> None:
 
 def clear(out: Path) -> None:
     """Delete what a training that was killed did not complete."""
-    for name in FILES:
-        clear_parts(out / name)
+    for part in parts_in(out):
+        clear_part(part)
 
 
 def _leftovers(out: Path) -> list[Path]:
     """What is in the directory of a training that was killed before it had saved its state."""
-    parts = [part for name in FILES for part in parts_of(out / name)]
     try:
         ours = bases.BASE in read_json(out / "config.json")
     except (AHNError, OSError):
         ours = False
-    return [out / ".lock", *parts, *([out / "config.json", out / "README.md"] if ours else [])]
+    return [
+        out / ".lock",
+        *parts_in(out),
+        *([out / "config.json", out / "README.md"] if ours else []),
+    ]
 
 
 def write_checkpoint(
