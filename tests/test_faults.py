@@ -61,9 +61,13 @@ def killed(place: Place, name: str, count: int) -> int:
         before = begun(place, case)
         kills += kill(place, case, moment, seconds)
         check_sound(place, before, final)
-        run = place.server.run(*case.next(place))
+        again = case.next(place)
+        run = place.server.run(*again)
         assert run.status == 0, (moment, run.said)
-        assert place.contents() == final, moment
+        found = place.contents()
+        if again != case.words(place):  # it had its end, but for what it would have gone on from
+            found = {k: v for k, v in found.items() if not k.endswith(".partial")}
+        assert found == final, moment
     return kills
 
 
