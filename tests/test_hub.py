@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
+from huggingface_hub import constants
 from standin import StandIn
 
 from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.load import load_model
-from ahn_mlx.hub import published, zoo
+from ahn_mlx.hub import disk, download, published, zoo
 
 NAME = "ahn-gdn-3b"
 BASE = published.MODELS[NAME].base.repo
@@ -133,18 +134,27 @@ def test_quantizations_live_side_by_side(machine: Machine, hub: StandIn, tmp_pat
     assert f"{NAME}: not on this machine" in machine.refuse("rm", NAME)
 
 
-def test_pull_brings_it_up_to_date(machine: Machine, hub: StandIn) -> None:
+def test_pull_brings_it_up_to_date(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
     machine.run("pull", NAME)
     before = (machine.models / f"{NAME}-4bit/model.safetensors").stat()
     machine.run("pull", NAME)
     assert (machine.models / f"{NAME}-4bit/model.safetensors").stat() == before
-    old = hub.commit(AHN)
-    new = hub.add(AHN, GDN / "ahn_only", README__md=b"# newer\n")
+    old = [hub.commit(BASE), hub.commit(AHN)]
+    more = {"README__md": b"# newer\n"}
+    tokenizer = byte_tokenizer(tmp_path / "same")
+    new = [hub.add(BASE, GDN / "base", tokenizer, **more), hub.add(AHN, GDN / "ahn_only", **more)]
     machine.run("pull", NAME)
-    assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == new != old
-    # And back, pinned; the hub still has the old revision in the user's cache alone.
-    machine.run("pull", NAME, "--revision", old, HF_HUB_OFFLINE="1")
-    assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == old
+    assert revisions(machine) == new
+    # And back, each pinned: from the hub alone, and from what was downloaded.
+    machine.run("pull", NAME, "--base-revision", old[0], HF_HOME=str(tmp_path / "another"))
+    assert revisions(machine) == [old[0], new[1]]
+    machine.run("pull", NAME, "--revision", old[1], HF_HUB_OFFLINE="1")
+    assert revisions(machine) == [new[0], old[1]]
+
+
+def revisions(machine: Machine) -> list[str]:
+    """Of the base and of the memory that a model was made from."""
+    return [o.revision for o in card.read_origins(machine.models / f"{NAME}-4bit")]
 
 
 def test_repository_that_is_converted_already(machine: Machine, hub: StandIn, tmp_path) -> None:
@@ -187,6 +197,18 @@ def test_upload(machine: Machine, hub: StandIn) -> None:
     ask = ("generate", "--model", "me/mine", "--prompt", "Hello", "--max-tokens", "2")
     machine.run(*ask, HF_TOKEN="secret")
     assert [p for _, p, _ in hub.asked if p.endswith("me/mine/resolve/main/ahn_model.py")] == []
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_is_uploaded_is_as_private_as_was_asked(
+    private: bool, hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "model")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert download.upload(tmp_path / "model", "me/mine", private) == f"{hub.url}/me/mine"
+    assert hub.private == {"me/mine": private}
 
 
 # --- what goes wrong ---
@@ -354,6 +376,25 @@ def test_names_that_are_none(name: str, tmp_path: Path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AHNError, match="comes inside the package"):
         hub.find(published.DEFAULT)
+
+
+def test_what_is_on_a_machine_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    models = tmp_path / "ahn-mlx/models"
+    assert disk.variants(NAME) == disk.on_disk() == []
+    ours = [NAME, f"{NAME}-4bit", f"{NAME}-8bit"]
+    others = ["ahn-gdn-7b", "me--small", "me--small-4bit"]
+    hidden = [f".{NAME}-4bit.01ab.part", f".{NAME}-4bit.lock"]
+    for name in (*ours, *others, *hidden, f"{NAME}-xbit"):
+        (models / name).mkdir(parents=True)
+    (models / "a-file").touch()
+    assert disk.variants(NAME) == [models / name for name in ours]
+    assert disk.variants("me/small") == [models / "me--small"]
+    assert disk.on_disk() == sorted(models / name for name in (*ours, *others, f"{NAME}-xbit"))
+    assert [disk.model_dir(NAME, bits).name for bits in (0, 4, 8)] == ours
+    assert disk.model_dir(NAME).name == ours[1]
+    assert download.remove(NAME) == [models / name for name in ours]
+    assert disk.variants(NAME) == [] and (models / "ahn-gdn-7b").is_dir()
 
 
 def wait(condition) -> None:
