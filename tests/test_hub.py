@@ -16,6 +16,7 @@ from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, sam
 from huggingface_hub import constants
 from standin import StandIn
 
+from ahn_mlx import AHNError
 from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
@@ -86,6 +87,22 @@ def machine(tmp_path: Path, hub: StandIn) -> Machine:
     return Machine(tmp_path, hub)
 
 
+@pytest.fixture
+def here(tmp_path: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The hub of this process, which is a user's machine."""
+    files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (
+        ("ENDPOINT", hub.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", files),
+        ("HF_HUB_CACHE", str(tmp_path / "hf/hub")),
+        ("HF_HUB_DISABLE_XET", True),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    return hub
+
+
 def test_the_cost_of_a_repository(machine: Machine, hub: StandIn) -> None:
     said = machine.run("estimate", "--model", BASE, "--context", "1000", "--window", "99")
     assert "window 99" in said
@@ -134,27 +151,41 @@ def test_quantizations_live_side_by_side(machine: Machine, hub: StandIn, tmp_pat
     assert f"{NAME}: not on this machine" in machine.refuse("rm", NAME)
 
 
-def test_pull_brings_it_up_to_date(machine: Machine, hub: StandIn, tmp_path: Path) -> None:
+def test_pull_brings_it_up_to_date(machine: Machine, hub: StandIn) -> None:
     machine.run("pull", NAME)
     before = (machine.models / f"{NAME}-4bit/model.safetensors").stat()
     machine.run("pull", NAME)
     assert (machine.models / f"{NAME}-4bit/model.safetensors").stat() == before
-    old = [hub.commit(BASE), hub.commit(AHN)]
-    more = {"README__md": b"# newer\n"}
-    tokenizer = byte_tokenizer(tmp_path / "same")
-    new = [hub.add(BASE, GDN / "base", tokenizer, **more), hub.add(AHN, GDN / "ahn_only", **more)]
+    old = hub.commit(AHN)
+    new = hub.add(AHN, GDN / "ahn_only", README__md=b"# newer\n")
     machine.run("pull", NAME)
-    assert revisions(machine) == new
-    # And back, each pinned: from the hub alone, and from what was downloaded.
-    machine.run("pull", NAME, "--base-revision", old[0], HF_HOME=str(tmp_path / "another"))
-    assert revisions(machine) == [old[0], new[1]]
-    machine.run("pull", NAME, "--revision", old[1], HF_HUB_OFFLINE="1")
-    assert revisions(machine) == [new[0], old[1]]
+    assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == new != old
+    # And back, pinned, from what is in the user's cache.
+    machine.run("pull", NAME, "--revision", old, HF_HUB_OFFLINE="1")
+    assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == old
 
 
-def revisions(machine: Machine) -> list[str]:
-    """Of the base and of the memory that a model was made from."""
-    return [o.revision for o in card.read_origins(machine.models / f"{NAME}-4bit")]
+def test_each_part_comes_at_the_revision_that_was_asked_for(here: StandIn, tmp_path: Path) -> None:
+    models = tmp_path / "cache/ahn-mlx/models"
+    old = [here.commit(BASE), here.commit(AHN)]
+    tokenizer, more = byte_tokenizer(tmp_path / "same"), {"README__md": b"# newer\n"}
+    new = [here.add(BASE, GDN / "base", tokenizer, **more), here.add(AHN, GDN / "ahn_only", **more)]
+    for wanted, made_of in (
+        ({"base_revision": old[0]}, [old[0], new[1]]),
+        ({"revision": old[1]}, [new[0], old[1]]),
+        ({"revision": old[1], "base_revision": old[0]}, old),
+        ({}, new),
+    ):
+        download.pull(NAME, **wanted)
+        origins = card.read_origins(models / f"{NAME}-4bit")
+        assert [origin.revision for origin in origins] == made_of
+    old, new = (here.add("me/mine", GDN / "ahn_only", note__txt=note) for note in (b"1", b"2"))
+    for wanted, commit in ((old, old), (None, new), (old, old)):
+        found = download.pull("me/mine", revision=wanted)
+        assert found == models / "me--mine" and found.resolve().name == commit
+    with pytest.raises(AHNError, match="has no revision v9"):
+        download.pull("me/mine", revision="v9")
+    assert found.resolve().name == old
 
 
 def test_repository_that_is_converted_already(machine: Machine, hub: StandIn, tmp_path) -> None:
@@ -201,14 +232,18 @@ def test_upload(machine: Machine, hub: StandIn) -> None:
 
 @pytest.mark.parametrize("private", [True, False])
 def test_what_is_uploaded_is_as_private_as_was_asked(
-    private: bool, hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    private: bool, here: StandIn, tmp_path: Path
 ) -> None:
     convert(GDN / "base", GDN / "ahn_only", tmp_path / "model")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    assert download.upload(tmp_path / "model", "me/mine", private) == f"{hub.url}/me/mine"
-    assert hub.private == {"me/mine": private}
+    for name in ("README.md", ".secret"):
+        (tmp_path / "model" / name).write_text("mine")
+    assert download.upload(tmp_path / "model", "me/mine", private) == f"{here.url}/me/mine"
+    assert here.private == {"me/mine": private}
+    sent = here.repos["me/mine"]
+    assert ".secret" not in sent and b"--model me/mine" in sent["README.md"]
+    with pytest.raises(AHNError, match="not a converted model"):
+        download.upload(GDN / "ahn_only", "me/other", private)
+    assert "me/other" not in here.repos
 
 
 # --- what goes wrong ---
@@ -367,15 +402,12 @@ def test_file_names_that_lead_out(machine: Machine, hub: StandIn, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["../x", "a/../b", "x/..", "ahn-gdn-4b", "a/b/c", "-/-", "./x"])
 def test_names_that_are_none(name: str, tmp_path: Path, monkeypatch) -> None:
-    from ahn_mlx import AHNError
-    from ahn_mlx.hub import download as hub
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(AHNError, match="no model "):
-        hub.resolve(name)
+        download.resolve(name)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AHNError, match="comes inside the package"):
-        hub.find(published.DEFAULT)
+        download.find(published.DEFAULT)
 
 
 def test_what_is_on_a_machine_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,10 +416,10 @@ def test_what_is_on_a_machine_of_a_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert disk.variants(NAME) == disk.on_disk() == []
     ours = [NAME, f"{NAME}-4bit", f"{NAME}-8bit"]
     others = ["ahn-gdn-7b", "me--small", "me--small-4bit"]
-    hidden = [f".{NAME}-4bit.01ab.part", f".{NAME}-4bit.lock"]
-    for name in (*ours, *others, *hidden, f"{NAME}-xbit"):
+    for name in (*ours, *others, f".{NAME}-4bit.01ab.part", f"{NAME}-xbit"):
         (models / name).mkdir(parents=True)
-    (models / "a-file").touch()
+    for name in ("a-file", f".{NAME}-4bit.lock"):
+        (models / name).touch()
     assert disk.variants(NAME) == [models / name for name in ours]
     assert disk.variants("me/small") == [models / "me--small"]
     assert disk.on_disk() == sorted(models / name for name in (*ours, *others, f"{NAME}-xbit"))
