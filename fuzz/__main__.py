@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .targets.names import NAMES
+from .names import NAMES
 
 
 def main() -> int:

@@ -43,7 +43,7 @@ def environments(n: int, directory: Path) -> list[dict[str, str]]:
 Stop = tuple[int, int, str]  # a rank, a signal for it, and the file that it comes after
 
 
-def run(*calls: tuple[Any, ...], timeout: float = 240) -> list[list[Any]]:
+def run(*calls: tuple[Any, ...], timeout: float = 600) -> list[list[Any]]:
     """Calls one after the other, each as so many processes: [exit code, stdout, stderr] of each.
 
     A call is a number and arguments of the command line, or goldens for what this file compares;

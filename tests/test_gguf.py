@@ -26,17 +26,17 @@ from mlx.utils import tree_flatten
 from tokenizers import pre_tokenizers
 
 from ahn_mlx import AHNError
-from ahn_mlx.checkpoints import gguf
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_headers, read_tensors
 from ahn_mlx.checkpoints.ggufile import GGUFile
+from ahn_mlx.checkpoints.ggufmodels import NAMES
 from ahn_mlx.hub import zoo
 
 ggml = pytest.importorskip("gguf")
 
 TYPES = ggml.GGUFValueType
 HEADS = {"attn_q": 4, "attn_k": 2}
-STEMS = {ours: theirs for theirs, ours in gguf.NAMES.items()}
+STEMS = {ours: theirs for theirs, ours in NAMES.items()}
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:

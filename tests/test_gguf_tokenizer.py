@@ -15,6 +15,7 @@ from ahn_mlx.checkpoints import gguf
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.ggufile import GGUFile
+from ahn_mlx.checkpoints.ggufmodels import NAMES
 from ahn_mlx.checkpoints.tokenizer import gguf_tokenizer, load_tokenizer
 
 ggml = pytest.importorskip("gguf")
@@ -56,7 +57,7 @@ def write(
             writer.add_array(name, value)
         elif value is not None:
             writer.add_key_value(name, value, KIND[type(value)])
-    names = {ours: theirs for theirs, ours in gguf.NAMES.items()}
+    names = {ours: theirs for theirs, ours in NAMES.items()}
     for name, x in read_tensors(GDN / "base").items():
         value = np.array(x.astype(x.dtype))
         if name.startswith("model.embed_tokens"):
@@ -236,11 +237,12 @@ def test_every_end_is_known_to_config_and_tokenizer(
         ({"add_bos_token": 1}, "add_bos_token is 1, not true or false"),
         ({"chat_template": 7}, "its chat template is 7, not a text"),
         ({"chat_template": [1, 2]}, r"its chat template is \[1, 2\], not a text"),
-        ({"pre": "tekken"}, "'gpt2/tekken' is none of .*needs the base's tokenizer.json"),
+        ({"pre": "mpt"}, "'gpt2/mpt' is none of .*needs the base's tokenizer.json"),
         ({"pre": "default"}, "'gpt2/default' is none of"),
         ({"pre": None}, "'gpt2/None' is none of"),
         ({"pre": 7}, "'gpt2/7' is none of"),
-        ({"model": "llama"}, "'llama/qwen2' is none of"),
+        ({"model": "llama"}, "its tokenizer has no scores"),
+        ({"model": "bert"}, "'bert/qwen2' is none of"),
         ({"model": None}, "no usable tokenizer in it; the model needs the base's tokenizer.json"),
     ],
 )

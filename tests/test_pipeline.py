@@ -57,11 +57,9 @@ def test_two_ranks_compute_write_and_send_what_one_process_does(tmp_path):
     assert {case["case"].split()[1] for case in divided} == {"False"}
     for case in pipelined + divided:
         assert case["given"] == case["counted"] > 0, case
-    if sys.platform == "linux":  # which counts what came over each connection
-        waiting = [case["ring"] for case in pipelined]  # of rank 1, which rank 0 gets
-        assert [case["wire"] for case in found[0]["messages"][:3]] == waiting
-        for rank in found:
-            assert [c["wire"] for c in rank["messages"][3:]] == [c["ring"] for c in divided]
+    if sys.platform == "linux":  # which counts what is given to each connection
+        for case in pipelined + divided + found[0]["messages"][3:]:
+            assert case["wire"] == case["ring"], case
 
 
 @pytest.mark.slow

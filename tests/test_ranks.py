@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import suites
 from checkpoints import CHAT_TEMPLATE, GOLDEN, make_base
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
@@ -127,6 +128,37 @@ def test_a_rank_that_ends_ends_the_others_and_nothing_that_was_read_is_lost(dire
     ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
     for name, x in theirs.items():
         assert mx.allclose(ours[name], x, rtol=1e-3, atol=1e-3).item(), name
+
+
+def test_answers_and_scores_are_those_of_one(directory, place):
+    suites.write_prompts(place / "prompts")
+    (place / "data").mkdir()
+    for name, data in suites.files_of("longbench").items():
+        (place / "data" / name).write_bytes(data)
+    model = ("--model", directory)
+    asked = ("eval", "longbench", *model, "--prompts", "prompts", "--data", "data")
+    asked += ("--tasks", "hotpotqa", "--limit", 1, "--json", "--out")
+    others = (
+        ("generate", "book.txt", "Which times?", *model, "-m", 12, "--stop", "zz"),
+        ("compare", "book.txt", *model, "--segments", 2, "--seq-len", 64, "--json"),
+        ("eval", "recall", *model, "--documents", 1, "--needles", 2, "--tokens", 600, "--json"),
+    )
+    *said, scored = map(first, run(*((2, call) for call in (*others, (*asked, "two")))))
+    assert said[0] == one(*others[0])
+    for ours, call in zip(said[1:], others[1:], strict=True):
+        assert close(json.loads(ours), json.loads(one(*call))), call
+    assert json.loads(scored)["tasks"] == json.loads(one(*asked, "one"))["tasks"]
+    predictions = [Path(out, "hotpotqa.jsonl").read_text() for out in ("one", "two")]
+    assert json.loads(predictions[0])["pred"] == json.loads(predictions[1])["pred"]
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether numbers in two objects of JSON are about the same, and all else is."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return str(a) == str(b) or bool(abs(a - b) <= 1e-3 * max(1, abs(b)))  # also NaN
 
 
 def test_what_is_one_process_says_so(directory, monkeypatch):

@@ -290,7 +290,7 @@ def rewrite(file: Path, **facts) -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"version": 3}, "version 3, this program reads 2"),
+        ({"version": 4}, "version 4, this program reads 3"),
         ({"window": 99}, "has window 99, not 12"),
         ({"sinks": 9}, "has sinks 9, not 4"),
         ({"tokenizer": "x"}, "another tokenizer"),

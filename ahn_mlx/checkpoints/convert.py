@@ -31,6 +31,8 @@ from .tokenizer import TOKENIZER_FILES, gguf_tokenizer, has_vocabulary
 MAX_YARN = 1000.0
 
 MODEL_FILE = "ahn_model.py"  # for stock mlx_lm
+# Entry of a merged config.json, where the memory's window has the name of the base's own.
+BASE_WINDOW = "ahn_base_sliding_window"
 RELEASE = "ahn_release"  # entry of our config.json for what only the release reads
 
 # Fields of the PyTorch release's config.json. The window of the memory takes the place
@@ -40,7 +42,7 @@ RELEASE_FIELDS = {
     *("dy_sliding_window", "fa_layer_ids", "is_causal", "loss_type", "num_attn_sinks"),
     *("save_ahn_only", "sliding_window_type", "use_ahn_router", "use_layerwise_decay"),
     *("use_normalized_l2", "use_q_proj"),
-    *("sliding_window", "use_sliding_window", "max_window_layers"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", BASE_WINDOW),
 }
 
 
@@ -118,9 +120,12 @@ def _open(base: Path | None, ahn: Path, yarn: float | None) -> Checkpoint:
             config.setdefault("eos_token_id", ahn_config["eos_token_id"])
     # A base of a family that the release does not know may have a window of its own.
     own = {"sliding_window"} if base is not None and family(config) not in OWN else set()
+    window = config.get(BASE_WINDOW) if base is None else None
     config = {k: v for k, v in config.items() if k not in RELEASE_FIELDS - own}
+    if window is not None:
+        config["sliding_window"] = window
     config["ahn"] = settings.to_dict()
-    release = RELEASE_FIELDS - {"save_ahn_only"}  # which is for the export to say
+    release = RELEASE_FIELDS - {"save_ahn_only", BASE_WINDOW}  # which the export says
     if kept := {k: v for k, v in ahn_config.items() if k in release}:
         config[RELEASE] = kept
     config["model_file"] = MODEL_FILE

@@ -12,7 +12,7 @@ from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import is_memory, published_name
 from ..outputs.directories import check_out, replacing, reporting
 from .baseconfig import has_own_window, read_config
-from .convert import RELEASE
+from .convert import BASE_WINDOW, RELEASE
 from .directory import INDEX, Source, copy_files, read_headers, read_unused
 from .formats import Reader
 from .safetensors import FLOATS, STORED
@@ -51,11 +51,6 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
             ahn = AHNConfig.from_dict(config)
         except AHNError as e:
             raise AHNError(f"{path}: {e}") from None
-        if layout == "merged" and has_own_window(config):
-            raise AHNError(
-                f"{path}: its base has a window of its own (sliding_window), which that layout has"
-                " no name for; export ahn-only"
-            )
         plan = _plan(path, config, layout)
         parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
         names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))
@@ -73,6 +68,9 @@ def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[
     ends = config.get("eos_token_id")
     if isinstance(ends, list) and len(ends) == 1:
         config = {**config, "eos_token_id": ends[0]}  # as it writes one
+    # The memory's window takes its name.
+    whole = layout == "merged" and has_own_window(config)
+    own = {BASE_WINDOW: config["sliding_window"]} if whole else {}
     return {
         **({"_layer_implementation": kind, **TRAINING} if not config.get(RELEASE) else {}),
         **{k: v for k, v in config.items() if k not in OURS},
@@ -82,6 +80,7 @@ def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[
         "num_attn_sinks": ahn.sinks,
         "save_ahn_only": layout == "ahn-only",
         "sliding_window": ahn.window,
+        **own,
         "use_ahn_router": ahn.router,
         "use_q_proj": ahn.query_projection,
     }

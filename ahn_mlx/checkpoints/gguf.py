@@ -1,34 +1,23 @@
-"""What GGUF calls things: the names of tensors and their rows' order, the tokens that end a
-text, and the tokenizer and chat template that are packed into a file's metadata."""
+"""What GGUF files have beside tensors: their rows' order, the tokens that end a text, and the
+tokenizer and chat template that are packed into the metadata."""
 
 from collections import Counter
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    TokenizerWrapper,
+)
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import AHNError, foreign, show
 
-# GGUF's names of tensors -> mlx-lm's.
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+SPACE = "\u2581"  # sentencepiece's
 
 # Types of tokens. The others are undefined (0), normal (1), unused (5) and bytes (6): text
 # becomes one of them by merges alone.
@@ -66,6 +55,19 @@ def _words(digits: str) -> list[Any]:
     ]
 
 
+# Of Mistral: capitals begin a word, contractions are none.
+_TEKKEN = [
+    pre_tokenizers.Split(
+        Regex(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+        "isolated",
+    ),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
+
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3 = Style(_words(r"\p{N}{1,3}"), whole_words=True, bos=True)
 
@@ -77,6 +79,7 @@ STYLES = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "tekken": Style(_TEKKEN, whole_words=True, bos=True),
 }
 
 
@@ -98,12 +101,17 @@ def end_ids(metadata: dict[str, Any], count: int) -> list[int]:
 
 
 def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
-    """The byte-level BPE tokenizer in a file's metadata, for a model of `count` tokens, with
-    its chat template. Raises AHNError, without the file's name, if there is none or it is
-    not of a family that is known."""
-    style = _style(metadata)
+    """The tokenizer in a file's metadata, byte-level BPE or sentencepiece's, for a model of `count`
+    tokens, with its chat template. Raises AHNError, without the file's name, if there is none or
+    it is not of a family that is known."""
+    pieces = metadata.get("tokenizer.ggml.model") == "llama"
+    style = Style([], bos=True) if pieces else _style(metadata)
     tokens, types = _tokens(metadata, count)
-    merges = _merges(metadata, set(tokens))
+    spaced = plain(metadata.get("tokenizer.ggml.add_space_prefix", True)) is not False
+    if pieces:
+        table = _pieces(tokens, types, _merges_by_score(metadata, tokens, types), spaced)
+    else:
+        table = _bpe(tokens, style, _merges(metadata, set(tokens)))
     ends = end_ids(metadata, count)
     roles = {role: _role(metadata, role, count) for role in ("bos", "eos", "padding", "unknown")}
     if roles["eos"] is None and ends:
@@ -120,7 +128,7 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
         raise AHNError(f"its chat template is {show(template)}, not a text")
     with foreign(lambda why: f"no usable tokenizer in it ({why})"):
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=_bpe(tokens, types, merges, style, ends),
+            tokenizer_object=_with_added(table, tokens, types, ends),
             bos_token=names["bos"],
             eos_token=names["eos"],
             pad_token=names["padding"],
@@ -130,7 +138,9 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
             chat_template=template or None,
             clean_up_tokenization_spaces=False,
         )
-        return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=ends)
+        streaming = partial(SPMStreamingDetokenizer, trim_space=spaced)
+        detokenizer = streaming if pieces else BPEStreamingDetokenizer
+        return TokenizerWrapper(tokenizer, detokenizer, eos_token_ids=ends)
 
 
 def _style(metadata: dict[str, Any]) -> Style:
@@ -139,24 +149,62 @@ def _style(metadata: dict[str, Any]) -> Style:
         return STYLES[kinds[1]]
     kind = ""
     if kinds[0] is not None:
-        known = ", ".join(f"gpt2/{name}" for name in STYLES)
+        known = ", ".join(("llama", *(f"gpt2/{name}" for name in STYLES)))
         kind = f", {show('/'.join(map(str, kinds)))} is none of {known}"
     raise AHNError(f"no usable tokenizer in it{kind}; the model needs the base's tokenizer.json")
 
 
-def _bpe(
-    tokens: list[str],
-    types: list[int],
-    merges: list[tuple[str, str]],
-    style: Style,
-    ends: list[int],
-) -> Tokenizer:
+def _bpe(tokens: list[str], style: Style, merges: list[tuple[str, str]]) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=style.whole_words))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(style.words)
     if style.normalizer is not None:
         bpe.normalizer = style.normalizer
     bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def _pieces(
+    tokens: list[str], types: list[int], merges: list[tuple[str, str]], spaced: bool
+) -> Tokenizer:
+    """As sentencepiece: spaces are letters, and what has no token becomes bytes. spaced: one is
+    put before a text."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    unknown = next(
+        (token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None
+    )
+    bpe = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    replaced = normalizers.Replace(" ", SPACE)
+    first = [normalizers.Prepend(SPACE)] if spaced else []
+    bpe.normalizer = normalizers.Sequence([*first, replaced])
+    strip = [decoders.Strip(" ", 1, 0)] if spaced else []
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return bpe
+
+
+def _merges_by_score(
+    metadata: dict[str, Any], tokens: list[str], types: list[int]
+) -> list[tuple[str, str]]:
+    """Pairs that make a piece, those of high scores first."""
+    scores = _listed(metadata, "scores")
+    if len(scores) != len(tokens) or not all(type(x) in (int, float) for x in scores):
+        raise AHNError("its tokenizer has no scores, or not one for each token")
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind <= 1}
+    ranked = sorted(range(len(tokens)), key=lambda i: -scores[i])
+    return [
+        (token[:n], token[n:])
+        for token in (tokens[i] for i in ranked if types[i] <= 1)
+        for n in range(1, len(token))
+        if token[:n] in normal and token[n:] in normal
+    ]
+
+
+def _with_added(bpe: Tokenizer, tokens: list[str], types: list[int], ends: list[int]) -> Tokenizer:
+    """Tokens that text becomes as a whole."""
     special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | set(ends)
     whole = special | {i for i, kind in enumerate(types) if kind == USER_DEFINED}
     bpe.add_tokens(

@@ -18,13 +18,11 @@ from ..platform import pip_install
 from . import gguf
 from .directory import Source
 from .ggufheader import Header, Tensor
+from .ggufmodels import ARCHITECTURES, names_of
 from .safetensors import FLOATS, STORED, TensorInfo
 
 GROUP = 32  # values per scale in Q4_0, Q4_1 and Q8_0
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # kept quantized
-
-# Architecture -> whether its files have query and key rows in llama.cpp's order.
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 
 # What only llama.cpp does to scaled positions, unless it is 1.
 FACTORS = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
@@ -50,12 +48,15 @@ class GGUFile:
     def config(self) -> dict[str, Any]:
         """The config.json that mlx_lm would read. Raises AHNError for other architectures."""
         kind = self._architecture()
-        if "rope_freqs.weight" in self._part:
-            raise AHNError(f"{self.file}: has rope_freqs, which nothing explains; use safetensors")
+        known = ARCHITECTURES[kind]
+        for name in self._part:
+            if name.startswith("rope_"):
+                stem = name.partition(".")[0]
+                raise AHNError(f"{self.file}: has {stem}, which nothing explains; use safetensors")
         heads = self._setting("attention.head_count")
         width = self._setting("embedding_length")
         config = {
-            "model_type": kind,
+            "model_type": known.family,
             "hidden_size": width,
             "num_hidden_layers": self._setting("block_count"),
             "intermediate_size": self._setting("feed_forward_length"),
@@ -64,13 +65,21 @@ class GGUFile:
             "head_dim": self._setting("attention.key_length", width // max(heads, 1)),
             "max_position_embeddings": self._setting("context_length"),
             "vocab_size": self._embedding().shape[0],
-            # The file's float32 has digits that the value was not written with.
-            "rms_norm_eps": float(f"{self._setting('attention.layer_norm_rms_epsilon'):.6g}"),
-            "rope_theta": float(f"{self._setting('rope.freq_base', 10000.0):.6g}"),
+            known.epsilon[0]: self._real(known.epsilon[1]),
+            "rope_theta": self._real("rope.freq_base", 10000.0),
             "tie_word_embeddings": "output.weight" not in self._part,
+            **known.fixed,
         }
+        for entry, key in known.settings.items():
+            whole = type(value := self._setting(key)) is int
+            config[entry] = value if whole else self._real(key)
+        if known.scaled_by_width is not None:
+            wide = known.scaled_by_width == config["num_hidden_layers"]
+            config["query_pre_attn_scalar"] = width // heads if wide else config["head_dim"]
         turned = self._setting("rope.dimension_count", config["head_dim"])
-        if turned != config["head_dim"]:
+        if known.partial:
+            config["partial_rotary_factor"] = turned / config["head_dim"]
+        elif turned != config["head_dim"]:
             raise AHNError(
                 f"{self.file}: rotates {turned} of the {config['head_dim']} values of a head, "
                 f"a {kind} model of mlx_lm rotates all"
@@ -141,6 +150,10 @@ class GGUFile:
     def _entry(self, key: str, default: Any = None) -> Any:
         return gguf.plain(self.metadata.get(f"{self._architecture()}.{key}", default))
 
+    def _real(self, key: str, default: float | None = None) -> float:
+        """The file's float32 has digits that the value was not written with."""
+        return float(f"{self._setting(key, default):.6g}")
+
     def _setting(self, key: str, default: float | None = None) -> Any:
         value = self._entry(key, default)
         if type(value) not in (int, float):
@@ -149,24 +162,22 @@ class GGUFile:
 
     def sources(self) -> dict[str, Source]:
         """mlx_lm's names, and what each will be read as."""
-        sources = {}
+        sources, config = {}, self.config()
+        try:
+            names = names_of(self._architecture(), config)
+        except AHNError as e:
+            raise AHNError(f"{self.file}: {e}") from None
         for name, part in self._part.items():
             tensor = part.tensors[name]
-            stem, _, last = name.rpartition(".")
-            *block, stored = stem.split(".")  # blk.3.attn_q
-            if (
-                stored not in gguf.NAMES
-                or last not in ("weight", "bias")
-                or len(block) not in (0, 2)
-            ):
+            stem, _, last = name.rpartition(".")  # blk.3.attn_q
+            if stem not in names or last not in ("weight", "bias"):
                 raise AHNError(f"{part.file}: unexpected tensor {show(name)}")
             if tensor.kind.name in BITS and len(tensor.shape) < 2:
                 raise AHNError(f"{part.file}: tensor {show(name)} is a vector, and quantized")
-            prefix = f"model.layers.{block[1]}." if block else ""
             for ending, dtype, shape in _readings(tensor, last):
                 info = TensorInfo(dtype, shape, tensor.begin, tensor.end)
                 source = Source(f"{stem}.{ending}", part.file, info)
-                sources[f"{prefix}{gguf.NAMES[stored]}.{ending}"] = source
+                sources[f"{names[stem]}.{ending}"] = source
         return sources
 
     def read(self, name: str) -> mx.array:
@@ -175,7 +186,10 @@ class GGUFile:
         stored = name if ending == "bias" else f"{stem}.weight"
         x = self._array(stored, ending)
         role = stem.rsplit(".", 1)[-1]
-        if role in ("attn_q", "attn_k") and ARCHITECTURES[self._architecture()]:
+        known = ARCHITECTURES[self._architecture()]
+        if role.endswith("norm") and ending == "weight" and known.offset:
+            x = (x.astype(mx.float32) - known.offset).astype(x.dtype)
+        if role in ("attn_q", "attn_k") and known.permuted:
             heads = self._setting("attention.head_count")
             if role == "attn_k":
                 heads = self._setting("attention.head_count_kv", heads)

@@ -76,7 +76,8 @@ def bench(**options: Any) -> None:
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(x.nbytes for _, x in parameters)
     counted_cache = sum(cost.cache_bytes(shape, "ahn", context + tokens + 1, dtype.size).values())
-    moved = weights + counted_cache
+    idle = cost.idle_bytes(shape, 8 * weights / shape.parameters)
+    moved = weights - idle + counted_cache
     prefill = sum(cost.flops(shape, "ahn", context).values())
     step = sum(cost.flops(shape, "ahn", 1, before=context).values())
     speed.record(options["name"], prefill / read)
@@ -116,5 +117,9 @@ def bench(**options: Any) -> None:
 
 def _held(cache: list[Any]) -> int:
     """Bytes of sinks, window, gates and state, without the copy of what leaves next."""
-    arrays = [x for c in cache for x in c.state if hasattr(x, "nbytes")]
-    return sum(x.nbytes for x in arrays)
+    from mlx.utils import tree_flatten
+
+    from ..reading.caches import each
+
+    arrays: Any = tree_flatten([c.state for c in each(cache)])
+    return sum(x.nbytes for _, x in arrays if hasattr(x, "nbytes"))

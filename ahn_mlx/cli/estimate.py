@@ -200,7 +200,10 @@ def _count(shape: Any, kind: str, tokens: int, options: dict[str, Any]) -> dict[
         "weight_bytes": weights,
         "cache_bytes": cache,
         # Weights and cache are read once, and the state is written as well.
-        "decode_bytes": weights + sum(cache.values()) + cache["state"],
+        "decode_bytes": weights
+        - cost.idle_bytes(shape, _bits(options))
+        + sum(cache.values())
+        + cache["state"],
         "rows": {
             gb: cost.rows_that_fit(sum(cache.values()), weights, int(USABLE * gb * 1e9))
             for gb in SERVERS
@@ -247,12 +250,14 @@ def _print(
         return {kind: c[key].get(name, 0) for kind, c in found.items()}
 
     table = [rows("prefill, PFLOP", 1e15, total("prefill_flops"))]
-    names = ("projections", "attention", "mlp", "head", "memory")
+    names = ["projections", "attention", "mlp", "head", "memory"]
+    names += ["recurrence"] if shape.beside.states else []
     table += [rows(f"  {name}", 1e15, part("prefill_flops", name)) for name in names]
     table += [rows("decode, GFLOP/token", 1e9, total("decode_flops"))]
     table += [rows("weights, GB", 1e9, {k: c["weight_bytes"] for k, c in found.items()})]
     table += [rows("cache, GB", 1e9, total("cache_bytes"))]
-    parts = ("keys, values", "gates", "state")
+    parts = ["keys, values", "gates", "state"]
+    parts += ["beside"] if "beside" in next(iter(found.values()))["cache_bytes"] else []
     table += [rows(f"  {name}", 1e9, part("cache_bytes", name)) for name in parts]
     table += [rows("decode, GB/token", 1e9, {k: c["decode_bytes"] for k, c in found.items()})]
     table += [["fits Macs from, GB", *(_fits(c) for c in found.values())]]

@@ -50,13 +50,14 @@ def info(file: Path, as_json: bool) -> None:
 def describe(file: Path) -> dict[str, Any]:
     """What a memory says of itself; sizes in bytes, times in seconds since 1970."""
     from ..checkpoints.safetensors import read_header
+    from ..reading.layout import kind_of, tokens_of
     from ..reading.memoryfile import read_facts
 
     facts, header = read_facts(file), read_header(file)
     parts = dict.fromkeys(("window, sinks, gates", "state", "trace", "tail", "tokens seen"), 0)
     for name, tensor in header.items():
         parts[_part(name)] += tensor.end - tensor.begin
-    windows = [layer for layer in facts["layers"] if len(layer) > 1]
+    windows = [layer for layer in facts["layers"] if kind_of(layer) == "window"]
     return {
         "file": str(file),
         "version": facts["version"],
@@ -70,7 +71,7 @@ def describe(file: Path) -> dict[str, Any]:
         "system": facts["system"],
         "tokens": facts["tokens"],
         "step": facts["step"],
-        "tail": max(0, facts["tokens"] - facts["layers"][0][0]),
+        "tail": max(0, facts["tokens"] - tokens_of(facts["layers"][0])),
         "turn": facts["turn"],
         "unfinished": "job" in facts,
         "saved": facts["saved"],

@@ -124,7 +124,8 @@ def _needs(shape: Any, config: dict[str, Any], weights: int) -> int:
     from ..measure import cost
 
     cache = cost.cache_bytes(shape, "ahn", shape.ahn.capacity + 1, NUMBER)
-    sizes = config["hidden_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
+    sizes = hidden, config.get("intermediate_size") or 4 * hidden
     return weights + sum(cache.values()) + cost.working_bytes(shape, *sizes, STEP, NUMBER)
 
 

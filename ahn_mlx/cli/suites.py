@@ -20,6 +20,7 @@ from .options import (
     needs_memory,
     quiet_option,
 )
+from .ranks import Together, is_first
 from .terminal import progress_bar, say, stop_between_steps, waiting, warn_slow
 
 LENGTHS = ("16k", "32k", "64k", "128k", "256k")
@@ -75,7 +76,7 @@ def _suite(name: str, examples: str, length: bool = False) -> click.Command:
         )(decorated)
     for option in reversed(_SUITE):
         decorated = option(decorated)
-    made: click.Command = click.command(name, cls=Command)(decorated)
+    made: click.Command = click.command(name, cls=Together)(decorated)
     return made
 
 
@@ -118,11 +119,16 @@ def _ask_suite(name: str, options: dict[str, Any]) -> None:
     if options["name"] in MODELS and MODELS[options["name"]].repo and name in PAPER_WINDOWS:
         for key, value in zip(("window", "sinks"), PAPER_WINDOWS[name], strict=True):
             options[key] = value if options[key] is None else options[key]
-    from ..evaluate.run import SuiteRun, check_given
+    from ..evaluate.run import SuiteRun, check_given, follow
 
-    check_given(suite, tasks, options["data"], options["prompts"])
+    if is_first():
+        check_given(suite, tasks, options["data"], options["prompts"])
     warn_slow()
     model, tokenizer = load_model(options)
+    if not is_first():
+        with stop_between_steps() as check:
+            follow(model, tokenizer, options["mixer"], check)
+        return
 
     given = ("out", "protocol", "mixer", "limit", "data", "prompts")
     settings = {key: options[key] for key in given}

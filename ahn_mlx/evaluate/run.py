@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoints.identity import model_identity
 from ..errors import AHNError, show
 from ..hub.datasets import dataset_file, dataset_revision
+from ..model.ranks import share
 from ..reading.generate import prefill_step
 from ..reading.memoryfile import base_facts
 from .mixers import mixing
@@ -68,6 +70,30 @@ def check_given(suite: Suite, tasks: list[Task], data: Path | None, prompts: Pat
             task.given(data)
     if prompts is not None:
         given_file("--prompts", prompts, prompts_name(suite.name))
+
+
+def follow(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    mixer: str,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """On the other processes that run a model: compute what rank 0's SuiteRun asks of it.
+    progress: called as often as there."""
+
+    def told() -> Any:
+        return model.ranks.share(lambda: None)
+
+    items, penalty = told()
+    if not items:
+        return
+    reading_speed(model)
+    asker = Asker(model, tokenizer, 0, "end", penalty)
+    with mixing(model, mixer):
+        while (asked := told()) is not None:
+            prompt, new = asked
+            asker.answer(prompt, new, lambda read: progress())
+            progress()
 
 
 @dataclass
@@ -210,6 +236,7 @@ class SuiteRun:
                     per_token = min(len(text), SAMPLE) / max(1, len(ids))
                 tokens += min(int(len(text) / per_token), self.suite.limit) + new
                 items += 1
+        share(self.model.ranks, lambda: [items, self.asker.penalty])  # for follow
         speed = reading_speed(self.model) if items else 1.0
         return Cost(items, tokens, tokens / speed)
 
@@ -237,6 +264,7 @@ class SuiteRun:
         with self.predictions.working(), mixing(self.model, self.mixer):
             for left in self.left:
                 self._ask_task(left, progress)
+            share(self.model.ranks, lambda: None)  # ends follow
 
     def _ask_task(self, left: Left, progress: Callable[[str, int], None]) -> None:
         task, new = left.task, left.task.max_new[self.protocol]
@@ -244,6 +272,7 @@ class SuiteRun:
         with self.predictions.appending(task.out) as append:
             for number, record in read_records(left.file, task.member, set(left.items)):
                 prompt = self.asker.prompt(fill(template, record), new, task.chat)
+                share(self.model.ranks, partial(list, (prompt, new)))  # with follow
                 pred = self.asker.answer(prompt, new, lambda read: progress(task.name, 0))
                 line = line_of(self.suite.name, self.protocol, task.name, record, pred)
                 append({**line, "item": number, "run": self.mark})

@@ -9,8 +9,8 @@ The paper's (its efficiency table): every weight matrix, the embedding's and the
 included, is applied to every token, and a recurrence costs nothing.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import AHNError
 from ..hub.published import MODELS, counts
@@ -18,6 +18,7 @@ from ..model.config import AHNConfig
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import mlx.nn as nn
 
 KINDS = ("full", "window", "ahn")
 
@@ -29,13 +30,27 @@ STEP = 256  # slots by which caches grow
 SPARE = 1 << 30  # bytes of a server for what a chunk computes with, and all that is no row
 
 
+class Beside(NamedTuple):
+    """What layers with a window or a recurrence of their own keep, whatever was read.
+
+    windows: of each its size in tokens, and numbers for one of them. states: numbers of all
+    recurrences; wide: those of them that are always float32.
+    """
+
+    windows: tuple[tuple[int, int], ...] = ()
+    states: int = 0
+    wide: int = 0
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model. Weights: number of elements, of all layers together.
 
-    hidden: width of what goes from layer to layer. projections: q, k, v and o. gates: what the
-    memory computes for each token. readout: what it computes where it is read. vectors: norms and
-    biases. tied: the head is the embedding.
+    layers: those whose attention sees all tokens, or has a memory instead. hidden: width of what
+    goes from layer to layer. projections: q, k, v and o. mlp: all else of the layers that each
+    token takes. experts: of which a token takes `taken`. gates: what the memory computes for each
+    token. readout: what it computes where it is read. vectors: norms and biases. tied: the head is
+    the embedding. beside: caches of layers of other kinds.
     """
 
     ahn: AHNConfig
@@ -52,6 +67,9 @@ class Shape:
     memory_vectors: int
     embedding: int
     tied: bool
+    experts: int = 0
+    taken: int = 0
+    beside: "Beside" = field(default_factory=lambda: Beside())
 
     @property
     def memory_layers(self) -> int:
@@ -61,7 +79,7 @@ class Shape:
     def parameters(self) -> int:
         """Of base and memory."""
         head = 0 if self.tied else self.embedding
-        base = self.projections + self.mlp + self.vectors + self.embedding + head
+        base = self.projections + self.mlp + self.experts + self.vectors + self.embedding + head
         return base + self.memory_parameters
 
     @property
@@ -98,35 +116,67 @@ def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """Count a config.json with AHN fields. Raises AHNError as build does."""
+    import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from ..model.augment import build, shape_of_attention
+    from ..model.augment import build, memory_layers, shape_of_attention
 
     model = build(config)
-    kind = config["model_type"]
-    if model.own_layers:
-        raise AHNError(f"{kind}: layers with a window or a state of their own are not counted")
-    groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "embedding")
-    found = dict.fromkeys(groups, 0)
+    model.set_dtype(mx.bfloat16)  # then what is wider is so always
+    groups = ("projections", "mlp", "gates", "readout", "vectors", "memory_vectors", "head")
+    found = dict.fromkeys((*groups, "embedding", "experts"), 0)
+    shares, beside = _try(model)
+    taken = 0
     parameters: Any = tree_flatten(model.parameters())
     for name, x in parameters:
-        if x.ndim == 3 and ".self_attn." not in name:
-            raise AHNError(f"{kind}: experts, of which a token takes some, are not counted")
-        found[_group(name, x)] += x.size
-    tied = not any(name.startswith("lm_head") for name, _ in parameters)
-    if not tied:
-        found["embedding"] //= 2  # the head has as many
+        if (share := shares.get(name.rpartition(".")[0])) is not None:
+            found["experts"] += x.size
+            taken += int(x.size * share)
+        else:
+            found[_group(name, x)] += x.size
+    head = found.pop("head")
+    if head:
+        found["mlp"] += head - found["embedding"]  # where they are not of one size
     attention = shape_of_attention(model)
     return Shape(
         ahn=model.ahn,
-        layers=len(model.layers),
+        layers=len([*memory_layers(model)]) + len(model.ahn.fa_layer_ids),
         hidden=model.args.hidden_size,
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
         head_dim=attention.head_dim,
-        tied=tied,
+        tied=not head,
+        taken=taken,
+        beside=beside,
         **found,
     )
+
+
+def _try(model: "nn.Module") -> tuple[dict[str, float], Beside]:
+    """What one token takes of each map of experts, by name, and what layers of other kinds keep.
+    Nothing is computed."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import ArraysCache, RotatingKVCache
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    from ..reading.caches import each, held
+
+    class Noting(SwitchLinear):
+        def __call__(self, x: mx.array, indices: mx.array, *more: Any, **named: Any) -> mx.array:
+            self.__dict__["taken"] = indices.shape[-1] / self.weight.shape[0]
+            return super().__call__(x, indices, *more, **named)
+
+    maps = {name: m for name, m in model.named_modules() if type(m) is SwitchLinear}
+    for m in maps.values():
+        m.__class__ = Noting
+    caches = model.make_cache()
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    shares = {name: m.__dict__.get("taken", 0.0) for name, m in maps.items()}
+    rings = [c for c in each(caches) if isinstance(c, RotatingKVCache)]
+    windows = tuple((c.max_size, sum(x.size // x.shape[2] for x in held(c))) for c in rings)
+    states = [x for c in each(caches) if isinstance(c, ArraysCache) for x in held(c)]
+    wide = sum(x.size for x in states if x.dtype == mx.float32)
+    return shares, Beside(windows, sum(x.size for x in states), wide)
 
 
 def _group(name: str, x: "mx.array") -> str:
@@ -139,7 +189,9 @@ def _group(name: str, x: "mx.array") -> str:
         return "readout" if reads else "gates"
     if ".self_attn." in name:
         return "projections"
-    return "mlp" if ".mlp." in name else "embedding"
+    if ".layers." in name:
+        return "mlp"
+    return "embedding" if ".embed_tokens." in name else "head"
 
 
 def pairs(kind: str, tokens: int, capacity: int) -> int:
@@ -152,19 +204,24 @@ def flops(shape: Shape, kind: str, tokens: int, before: int = 0) -> dict[str, in
     """FLOPs of reading `tokens` tokens after `before` others, for one row of logits.
 
     kind: "full", "window" (nothing remembers what leaves) or "ahn". A multiplication and an
-    addition are two. Elementwise operations, norms and softmax are not counted.
+    addition are two. Elementwise operations, norms and softmax are not counted. A recurrence of
+    the base counts as one of a memory that forgets.
     """
     _check(kind, tokens, before)
     end, capacity = before + tokens, shape.ahn.capacity
     full = shape.layers if kind == "full" else len(shape.ahn.fa_layer_ids)
     seen = {k: pairs(k, end, capacity) - pairs(k, before, capacity) for k in ("full", "window")}
     attended = full * seen["full"] + (shape.layers - full) * seen["window"]
+    for size, _ in shape.beside.windows:
+        attended += pairs("window", end, size) - pairs("window", before, size)
     counted = {
         "projections": 2 * shape.projections * tokens,
         "attention": 4 * shape.heads * shape.head_dim * attended,
-        "mlp": 2 * shape.mlp * tokens,
+        "mlp": 2 * (shape.mlp + shape.taken) * tokens,
         "head": 2 * shape.embedding,
     }
+    if recurrent := shape.beside.states:
+        counted["recurrence"] = 2 * PASSES["gated_deltanet"] * recurrent * tokens
     if kind == "ahn":
         evicted = max(0, end - max(before, capacity))
         states = shape.memory_layers * shape.heads * shape.head_dim**2
@@ -192,10 +249,13 @@ def cache_bytes(
 ) -> dict[str, int]:
     """Bytes of all caches after `tokens` tokens: keys and values, gates, state.
 
-    number: bytes of one that is not quantized. The state is float32.
+    number: bytes of one that is not quantized. The state is float32. Beside: of layers with a
+    window or a recurrence of their own.
     """
     _check(kind, tokens, 0)
     found = {"keys, values": 0, "gates": 0, "state": 0}
+    if shape.beside != Beside():
+        found["beside"] = 0
     if not tokens:
         return found
     full = shape.layers if kind == "full" else len(shape.ahn.fa_layer_ids)
@@ -207,6 +267,10 @@ def cache_bytes(
         row = kv_bits * shape.head_dim // 8 + 2 * number * (shape.head_dim // kv_group_size)
     rest = shape.layers - full
     found["keys, values"] = 2 * shape.kv_heads * (full * slots * plain + rest * held * row)
+    if "beside" in found:
+        own = sum(min(slots, size) * each for size, each in shape.beside.windows)
+        narrow, wide = shape.beside.states - shape.beside.wide, shape.beside.wide
+        found["beside"] = number * (own + narrow) + 4 * wide
     if kind == "ahn":
         found["gates"] = rest * shape.heads * held * GATES[shape.ahn.memory] * number
         if tokens > shape.ahn.capacity:
@@ -226,9 +290,14 @@ def paper_cache_bytes(shape: Shape, kind: str, tokens: int) -> int:
 def weight_bytes(shape: Shape, bits: float, memory_bytes: int = 2) -> int:
     """Bytes of all weights: matrices of the base at `bits` per element, the rest 16 bits."""
     head = 0 if shape.tied else shape.embedding
-    base = shape.projections + shape.mlp + shape.embedding + head
+    base = shape.projections + shape.mlp + shape.experts + shape.embedding + head
     rest = memory_bytes * shape.memory_parameters + 2 * shape.vectors
     return int(base * bits / 8) + rest
+
+
+def idle_bytes(shape: Shape, bits: float) -> int:
+    """Bytes of the weights that a token leaves alone: experts that it does not take."""
+    return int((shape.experts - shape.taken) * bits / 8)
 
 
 def working_bytes(shape: Shape, hidden: int, wide: int, step: int, number: int = 2) -> int:

@@ -20,7 +20,7 @@ import mlx_lm.models.cache
 import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import BaseModelArgs
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import CacheList, KVCache
 
 from ..errors import AHNError, show
 from .attention import AHNAttention
@@ -61,15 +61,15 @@ class AHNModel:
     ranks: Any = None  # of ranks.Ranks, where several processes run it
 
     def make_cache(self) -> list[Any]:
-        """One cache per layer: AHNCache; FullCache where full attention is kept; and mlx-lm's own
-        where a layer has another kind."""
+        """One cache per layer: AHNCache; FullCache where full attention is kept; mlx-lm's own where
+        a layer has another kind; and a CacheList of these where it has several."""
         full, kept = self.ahn.fa_layer_ids, set(self.kept_layers)
         caches: list[Any] = _plain_caches(super(), len(self.layers))  # type: ignore[attr-defined]
-        for i in range(len(caches)):
+        for i, cache in enumerate(caches):
             if i not in kept:
-                caches[i] = AHNCache(self.ahn.window, self.ahn.sinks)
-            elif i in full and type(caches[i]) is KVCache:
-                caches[i] = FullCache()
+                caches[i] = _instead(cache, AHNCache(self.ahn.window, self.ahn.sinks))
+            elif i in full:
+                caches[i] = _instead(cache, FullCache())
         return caches
 
     @property
@@ -80,8 +80,9 @@ class AHNModel:
 
     @property
     def own_layers(self) -> tuple[int, ...]:
-        """Of these, those that mlx-lm gives a cache of another kind."""
-        return tuple(i for i in self.kept_layers if i not in self.ahn.fa_layer_ids)
+        """Layers that mlx-lm gives a cache of another kind, be it beside a memory."""
+        caches = enumerate(self.make_cache())
+        return tuple(i for i, cache in caches if not isinstance(cache, AHNCache | KVCache))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Published parameter names to ours, after the base model's own clean-up."""
@@ -115,7 +116,7 @@ def augment(model: nn.Module, config: AHNConfig) -> nn.Module:
             f"model family {family!r} has {len(layers)} layers and {len(caches)} caches; a memory"
             " needs one for each"
         )
-    full = [i for i, cache in enumerate(caches) if type(cache) is KVCache]
+    full = [i for i, cache in enumerate(caches) if _sees_all(cache)]
     if not full:
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
         raise AHNError(
@@ -165,6 +166,25 @@ def _plain_caches(model: Any, layers: int) -> list[Any]:
     """What mlx-lm gives the layers of a plain model."""
     make = getattr(model, "make_cache", None)
     return list(make()) if make else [KVCache() for _ in range(layers)]
+
+
+def _sees_all(cache: Any) -> bool:
+    """Whether a cache is of attention to all tokens, or has one that is beside others."""
+    parts = cache.caches if isinstance(cache, CacheList) else [cache]
+    return [type(part) for part in parts].count(KVCache) == 1
+
+
+def _instead(cache: Any, new: Any) -> Any:
+    """With another cache for attention to all tokens; those beside it stay."""
+    if isinstance(cache, CacheList):
+        return CacheList(*(new if type(c) is KVCache else c for c in cache.caches))
+    return new if type(cache) is KVCache else cache
+
+
+def memory_cache(cache: Any) -> AHNCache:
+    """Of a layer that has a memory, and perhaps other caches beside it."""
+    parts = cache.caches if isinstance(cache, CacheList) else [cache]
+    return next(part for part in parts if isinstance(part, AHNCache))
 
 
 def _attention(layer: nn.Module) -> nn.Module:

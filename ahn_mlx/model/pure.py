@@ -26,10 +26,10 @@ def initial_state(model: nn.Module, rows: int = 1) -> list[mx.array]:
 
     Raises AHNError for a model with layers that keep full attention: they have no fixed size.
     """
-    if model.kept_layers:
-        layers = ", ".join(map(str, model.kept_layers))
+    if odd := sorted({*model.kept_layers, *model.own_layers}):
+        layers = ", ".join(map(str, odd))
         why = (
-            "have no memory (mlx-lm's own cache)"
+            "have a cache of mlx-lm's own"
             if model.own_layers
             else "keep full attention (fa_layer_ids), whose cache grows"
         )

@@ -12,12 +12,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.augment import dtype_of, shape_of_attention
+from ..model.cache import AHNCache
 from ..model.pipeline import own_layers
 from ..platform import default_dtype
+from .caches import each, quantized
 from .penalty import note, nothing_seen
 from .sampling import Cutter, Sampling
 from .template import Template
@@ -81,7 +84,7 @@ class Run:
         check_ids(self.prompt, self.model)
         self.cache = self.model.make_cache()
         if self.kv_bits is not None:
-            self.cache = [c.to_quantized(self.kv_group_size, self.kv_bits) for c in self.cache]
+            self.cache = quantized(self.cache, self.kv_bits, self.kv_group_size)
 
     def __iter__(self) -> Iterator[str]:
         mx.reset_peak_memory()
@@ -123,12 +126,13 @@ class Run:
 
     @property
     def full_attention_bytes(self) -> int:
-        """What a plain key/value cache would hold after as many tokens."""
+        """What the plain model's caches would hold after as many tokens."""
         fit = shape_of_attention(self.model)
         tokens = self.read + self.generated
         width = fit.n_kv_heads * fit.head_dim * dtype_of(self.model).size
-        layers = len(set(own_layers(self.model)) - set(self.model.own_layers))
-        return 2 * layers * width * tokens
+        caches = each(self.cache[i] for i in own_layers(self.model))
+        own = [c for c in caches if not isinstance(c, AHNCache | KVCache)]
+        return 2 * (len(caches) - len(own)) * width * tokens + sum(c.nbytes for c in own)
 
     def facts(self) -> dict[str, Any]:
         """The numbers for a program: tokens, seconds, bytes, and why the answer ended: "stop",

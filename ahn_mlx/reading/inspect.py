@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import AHNError
 from ..memory import DeltaNet, Mamba2, Memory
-from ..model.augment import memory_layers
+from ..model.augment import memory_cache, memory_layers
 from ..model.cache import AHNCache
 from ..model.trace import BLOCK
 from ..outputs import pages
@@ -50,8 +50,8 @@ def measure(session: Session) -> list[Layer]:
     """Raises AHNError if nothing has left the window, or nothing was counted."""
     layers: list[Layer] = []
     for i, attention in memory_layers(session.model):
-        cache = session.caches[i]
-        assert isinstance(cache, AHNCache) and cache.trace is not None
+        cache = memory_cache(session.caches[i])
+        assert cache.trace is not None
         if cache.memory is None:
             raise AHNError(
                 f"{session.tokens:,} tokens were read and all are still in the window of"

@@ -15,13 +15,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from ..checkpoints.safetensors import DTYPES, FLOATS, MAX_DIM, WRITTEN, not_finite
-from ..errors import AHNError, show
+from ..checkpoints.safetensors import DTYPES, FLOATS, WRITTEN, not_finite
+from ..errors import show
 from ..model.cache import AHNCache, grown_to, unpack
 from ..model.config import PUBLISHED_NAMES
 from ..model.pipeline import entire
 from ..model.trace import BLOCK
 from ..ops.ring import stay
+from . import own
+from .caches import each, held, make_caches
+from .shapes import ANY, Found, Wanted, compare, exactly
 
 PREVIEW = 200  # characters
 NAME = 200  # characters of a text's name
@@ -32,36 +35,6 @@ MAX_STEP = 1 << 16  # tokens read at a time
 MAX_TOKENS = 1 << 30  # MLX counts positions in int32
 MAX_ANSWER = 1 << 24  # tokens, which are not traced
 KV_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-
-Cache = AHNCache | KVCache
-
-
-def make_caches(model: nn.Module, kv_bits: int | None = None, group_size: int = 64) -> list[Cache]:
-    """Empty ones of each layer. Only windows are quantized, not full attention."""
-    if model.own_layers:
-        layers = ", ".join(map(str, model.own_layers))
-        raise AHNError(
-            f"layers {layers} keep a cache of mlx-lm's own ({_kinds(model)}), which cannot be saved"
-            " with a text; generate and compare run such a model"
-        )
-    caches: list[Cache] = model.make_cache()
-    if kv_bits is None:
-        return caches
-    return [c.to_quantized(group_size, kv_bits) if isinstance(c, AHNCache) else c for c in caches]
-
-
-def _kinds(model: nn.Module) -> str:
-    caches = model.make_cache()
-    return ", ".join(sorted({type(caches[i]).__name__ for i in model.own_layers}))
-
-
-def held(cache: Cache) -> tuple[mx.array, ...]:
-    """Keys, values and, of a window, gates; each of the first two three arrays if quantized."""
-    if isinstance(cache, AHNCache):
-        return cache.buffers or ()
-    keys, values = cache.keys, cache.values
-    return () if keys is None or values is None else (keys, values)
-
 
 # Facts
 
@@ -94,8 +67,13 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_layer(value: Any) -> bool:
-    """[offset, window, sinks, kv_bits, group_size], or [offset] where attention is full."""
-    if not isinstance(value, list) or len(value) not in (1, 5):
+    """[offset, window, sinks, kv_bits, group_size], or [offset] where attention is full; or what
+    own.py has of caches that are mlx-lm's own."""
+    if not isinstance(value, list) or not value:
+        return False
+    if isinstance(value[0], str):
+        return own.is_entry(value)
+    if len(value) not in (1, 5):
         return False
     if not all(type(n) is int or (i, n) == (3, None) for i, n in enumerate(value)):
         return False
@@ -162,6 +140,21 @@ OPTIONAL: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def kind_of(layer: list[Any]) -> str:
+    """What an entry of `layers` is of: "full", "window", or a cache of mlx-lm's own."""
+    return layer[0] if isinstance(layer[0], str) else "full" if len(layer) == 1 else "window"
+
+
+def version_of(layers: list[list[Any]]) -> int:
+    """The first version of the format that has such layers."""
+    return 3 if any(isinstance(layer[0], str) for layer in layers) else 2
+
+
+def tokens_of(layer: list[Any]) -> int:
+    """B, tokens at the last full step."""
+    return int(layer[1] if isinstance(layer[0], str) else layer[0])
+
+
 def check_facts(facts: Mapping[str, Any]) -> None:
     """Each is there, of its type and in its range."""
     required = FACTS if facts["version"] == 1 else {**FACTS, **SINCE_2}
@@ -172,6 +165,8 @@ def check_facts(facts: Mapping[str, Any]) -> None:
             raise ValueError(f"it does not say its {name}")
     if ("job" in facts) != ("done" in facts):
         raise ValueError("it says either job or done, not both")
+    if facts["version"] != 1 and facts["version"] != version_of(facts["layers"]):
+        raise ValueError(f"its layers are not of version {facts['version']}")
     if facts["system"] and not facts["chat"]:
         raise ValueError("it says a system message and that there is no chat")
 
@@ -179,27 +174,7 @@ def check_facts(facts: Mapping[str, Any]) -> None:
 # Arrays
 
 
-class Wanted(NamedTuple):
-    """Allowed dtypes, as a file names them, and sizes of each dimension."""
-
-    dtypes: tuple[str, ...]
-    shape: tuple[range, ...]
-
-    def __str__(self) -> str:
-        sizes = (f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in self.shape)
-        return f"{' or '.join(self.dtypes)} [{', '.join(sizes)}]"
-
-
-def exactly(n: int) -> range:
-    return range(n, n + 1)
-
-
-ANY = range(1, MAX_DIM + 1)
 SEEN = "seen"  # one bit for each token of the vocabulary; files of before have none
-
-
-# Dtype, as a file names it, and shape.
-Found = tuple[str, tuple[int, ...]]
 
 
 class Kept(NamedTuple):
@@ -214,27 +189,38 @@ class Kept(NamedTuple):
 def of_model(model: nn.Module, facts: Mapping[str, Any]) -> list[Kept]:
     """Of each layer, as this model makes it. Raises ValueError if bits or layers do not fit."""
     model = entire(model)
-    full = {i for i, layer in enumerate(facts["layers"]) if len(layer) == 1}
-    if full != set(model.ahn.fa_layer_ids) or len(facts["layers"]) != len(model.layers):
-        raise ValueError("its layers are not this model's")
     kv_bits, group_size = _quantized(facts)
     caches = make_caches(model, kv_bits, group_size)
+    kinds = [_kind_of_cache(cache) for cache in each(caches)]
+    if kinds != [kind_of(layer) for layer in facts["layers"]]:
+        raise ValueError("its layers are not this model's")
     try:
         model(mx.zeros((1, 1), dtype=mx.uint32), cache=caches)  # never evaluated
     except ValueError as e:
         raise ValueError(f"keys and values of {kv_bits} bits do not fit this model ({e})") from None
     kept, ranks = [], 1 if model.ranks is None else model.ranks.size
-    for layer, cache in zip(model.layers, caches, strict=True):
-        buffers = held(cache)
-        plain = unpack(buffers, *_quantized(facts)) if isinstance(cache, AHNCache) else buffers
+    for cache, layer in zip(each(caches), facts["layers"], strict=True):
+        buffers, kind = held(cache), kind_of(layer)
+        if own.kind_of(cache) is not None:
+            size = own.entry(cache, tokens_of(layer))[2:4]
+            if layer[2:4] != size:
+                raise ValueError(f"a layer says {show(layer)}, which is not this model's")
+            kept.append(Kept(ANY, ANY, own.of_one_token(cache)))
+            continue
         wanted = tuple(
             Wanted((WRITTEN[x.dtype],), tuple(map(exactly, (B, ranks * heads, *rest))))
             for x in buffers
             for B, heads, *rest in (x.shape,)
         )
-        H = exactly(ranks * layer.self_attn.n_heads) if isinstance(cache, AHNCache) else ANY
+        # Gates are of the heads that the memory has.
+        H = exactly(ranks * buffers[-1].shape[1]) if kind == "window" else ANY
+        plain = unpack(buffers, kv_bits, group_size) if kind == "window" else buffers
         kept.append(Kept(H, exactly(plain[0].shape[-1]), wanted))
     return kept
+
+
+def _kind_of_cache(cache: Any) -> str:
+    return own.kind_of(cache) or ("window" if isinstance(cache, AHNCache) else "full")
 
 
 def of_any_model(facts: Mapping[str, Any]) -> list[Kept]:
@@ -242,15 +228,17 @@ def of_any_model(facts: Mapping[str, Any]) -> list[Kept]:
     one = (exactly(1), ANY, ANY, ANY)
     plain, code = Wanted(FLOATS, one), Wanted(("U32",), one)
     stored = (plain,) if _quantized(facts)[0] is None else (code, plain, plain)
+    buffers = {"full": (plain, plain), "window": (*stored, *stored, plain)}
     return [
-        Kept(ANY, ANY, (plain, plain) if len(layer) == 1 else (*stored, *stored, plain))
+        Kept(ANY, ANY, buffers[kind] if (kind := kind_of(layer)) in buffers else own.of_any(layer))
         for layer in facts["layers"]
     ]
 
 
 def _quantized(facts: Mapping[str, Any]) -> tuple[int | None, int]:
     """Bits and group size of the first layer with a window; no others are allowed."""
-    return next((tuple(layer[3:]) for layer in facts["layers"] if len(layer) > 1), (None, 64))
+    windows = (layer for layer in facts["layers"] if kind_of(layer) == "window")
+    return next((tuple(layer[3:]) for layer in windows), (None, 64))
 
 
 def tail_of(facts: Mapping[str, Any]) -> str:
@@ -267,10 +255,18 @@ def expected(facts: Mapping[str, Any], tail: int, kept: list[Kept]) -> dict[str,
     offset, capacity, old = tokens - tail, window + sinks, facts["version"] == 1
     arrays = {tail_of(facts): Wanted(("U32",), (exactly(tail),))} if tail or old else {}
     for i, (layer, one) in enumerate(zip(facts["layers"], kept, strict=True)):
-        right = [offset, window, sinks, *_quantized(facts)] if len(layer) > 1 else [offset]
+        name, kind = f"layers.{i}.", kind_of(layer)
+        windowed = kind == "window"
+        right = [offset, window, sinks, *_quantized(facts)] if windowed else [offset]
+        if kind not in ("full", "window"):
+            right = own.right(layer, offset, tail)
         if layer != right or offset < 0:
             raise ValueError(f"layer {i} says {show(layer)}, where {show(right)} is right")
-        name, windowed = f"layers.{i}.", len(layer) > 1
+        if kind not in ("full", "window"):
+            arrays |= own.arrays(name, layer, one.buffers, offset, step)
+            if tail:
+                arrays |= own.arrays(f"{name}tail.", layer, one.buffers, tokens, step)
+            continue
         # MLX-LM's cache has room for what came last, and grows in steps of its own.
         slots = range(offset, offset + step + KVCache.step)
         if windowed:
@@ -287,9 +283,10 @@ def expected(facts: Mapping[str, Any], tail: int, kept: list[Kept]) -> dict[str,
 
 
 def _buffers(name: str, slots: range, kept: Kept) -> dict[str, Wanted]:
+    shapes = ((dtypes, shape) for dtypes, shape in kept.buffers if shape is not None)
     return {
         f"{name}{j}": Wanted(dtypes, (rows, heads, slots, width))
-        for j, (dtypes, (rows, heads, _, width)) in enumerate(kept.buffers)
+        for j, (dtypes, (rows, heads, _, width)) in enumerate(shapes)
     }
 
 
@@ -307,12 +304,12 @@ def _memory(name: str, tokens: int, window: int, sinks: int, kept: Kept) -> dict
     return arrays
 
 
-def check_arrays(found: Mapping[str, Found], facts: Mapping[str, Any], kept: list[Kept]) -> None:
+def check_arrays(found: dict[str, Found], facts: Mapping[str, Any], kept: list[Kept]) -> None:
     """Names, dtypes and shapes, whole numbers among the facts too."""
     name, step, old = tail_of(facts), facts["step"], facts["version"] == 1
     tail = 0
     if old or (name in found and step > 1):
-        _compare(name, found, Wanted(("U32",), (range(0 if old else 1, step),)))
+        compare(name, found, Wanted(("U32",), (range(0 if old else 1, step),)))
         tail = found[name][1][0]
     wanted = expected(facts, tail, kept)
     if SEEN in found:
@@ -320,16 +317,12 @@ def check_arrays(found: Mapping[str, Found], facts: Mapping[str, Any], kept: lis
     for name in sorted(found.keys() - wanted.keys()):
         raise ValueError(f"array {show(name)} belongs to no memory like this")
     for name in wanted:
-        _compare(name, found, wanted[name])
-
-
-def _compare(name: str, found: Mapping[str, Found], wanted: Wanted) -> None:
-    if name not in found:
-        raise ValueError(f"array {name} is missing")
-    (dtype, shape), sizes = found[name], wanted.shape
-    fits = len(shape) == len(sizes) and all(n in r for n, r in zip(shape, sizes, strict=True))
-    if dtype not in wanted.dtypes or not fits:
-        raise ValueError(f"array {name} is {dtype} {list(shape)}, not {wanted}")
+        compare(name, found, wanted[name])
+    for i, layer in enumerate(facts["layers"]):
+        if kind_of(layer) == own.ROTATING:
+            states = [("", facts["tokens"] - tail), ("tail.", facts["tokens"])]
+            for place, (part, tokens) in zip(layer[4:], states, strict=False):
+                own.check_place(f"layers.{i}.{part}", layer, place, tokens, found)
 
 
 def check_values(
@@ -374,7 +367,7 @@ def _check_traces(
     found: dict[int, np.ndarray[Any, Any]] = {}
     for i, layer in enumerate(facts["layers"]):
         name = f"layers.{i}.{part}trace."
-        if len(layer) == 1 or f"{name}0" not in arrays:
+        if kind_of(layer) != "window" or f"{name}0" not in arrays:
             continue
         strengths, heads = (np.asarray(arrays[f"{name}{j}"]) for j in (0, 1))
         whose = f"the trace of layer {i}" + (" after the tail" if part else "")

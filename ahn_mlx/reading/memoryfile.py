@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.directory import check_depth, load_safetensors
@@ -32,12 +33,12 @@ from ..model.cache import AHNCache
 from ..model.ranks import share
 from ..model.trace import Trace
 from ..outputs.files import OutFile
-from . import layout
-from .layout import Cache
+from . import layout, own
+from .caches import Cache, Own, each, held, joined, make_caches
 from .penalty import Seen, pack, unpack
-from .tail import Tail, before, changed, redo, undo
+from .tail import Before, Tail, before, changed, redo, undo
 
-VERSION = 2
+VERSIONS = (1, 2, 3)
 AGAIN = "digest the text again"
 HEADER = 1 << 20  # bytes of it that tell what a file is
 MAX_FACTS = 1 << 24  # characters, which a long system message may have when it is escaped
@@ -65,7 +66,7 @@ def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
 def save(
     file: Path,
     model: nn.Module,
-    caches: list[Cache],
+    caches: list[Any],
     tail: Tail,
     seen: Seen | None,
     facts: Mapping[str, Any],
@@ -74,9 +75,9 @@ def save(
     were, if that is known. Raises AHNError if what
     is written could not be loaded, if it would replace what is no memory, and when the disk is
     full."""
-    arrays, layers = _contents(caches, tail)
+    arrays, layers = _contents(each(caches), tail)
     arrays |= {} if seen is None else {layout.SEEN: pack(seen)}
-    known = {**facts, "version": VERSION, "layers": layers}
+    known = {**facts, "version": layout.version_of(layers), "layers": layers}
     if model.ranks is not None:
         arrays = model.ranks.gathered(arrays, model)
         model.ranks.check()  # before they take the place of what is saved
@@ -102,30 +103,44 @@ def _write(
             writer.put(name, x)
 
 
-def _contents(
-    caches: list[Cache], tail: Tail
-) -> tuple[dict[str, mx.array], list[list[int | None]]]:
+def _contents(caches: list[Cache], tail: Tail) -> tuple[dict[str, mx.array], list[list[Any]]]:
     """Arrays by name, and the numbers of each layer."""
     arrays: dict[str, mx.array] = {}
-    layers: list[list[int | None]] = []
+    layers: list[list[Any]] = []
+    read = next(c.offset for c in caches if isinstance(c, AHNCache | KVCache)) - len(tail.ids)
     if tail.ids:
         arrays["tail"] = mx.array(tail.ids, dtype=mx.uint32)
     for i, cache in enumerate(caches):
         name = f"layers.{i}."
+        if isinstance(cache, Own):
+            found, layer = _own(name, cache, tail.before[i] if tail.ids else None, read)
+            arrays |= found
+            layers.append(layer)
+            continue
         if tail.ids:
             past = tail.before[i]
+            assert isinstance(past, Before)
             tokens = changed(cache, past.offset)
             arrays |= {f"{name}tail.{j}": x for j, x in enumerate(tokens)}
             if isinstance(cache, AHNCache) and cache.offset > cache.capacity:
                 arrays |= _memory(f"{name}tail.", cache)
             cache = undo(cache, past)
-        arrays |= {f"{name}{j}": x for j, x in enumerate(layout.held(cache))}
+        arrays |= {f"{name}{j}": x for j, x in enumerate(held(cache))}
         if isinstance(cache, AHNCache):
-            layers.append([cache.offset, cache.window, cache.sinks, cache.bits, cache.group_size])
+            layers.append([read, cache.window, cache.sinks, cache.bits, cache.group_size])
             arrays |= _memory(name, cache)
         else:
-            layers.append([cache.offset])
+            layers.append([read])
     return arrays, layers
+
+
+def _own(name: str, cache: Own, before: Any, read: int) -> tuple[dict[str, mx.array], list[Any]]:
+    """Of a cache of mlx-lm's own, and of what it was before the tail, if there is one."""
+    after = None if before is None else cache
+    past: Own = cache if before is None else before
+    arrays = {f"{name}{j}": x for j, x in enumerate(held(past))}
+    arrays |= {f"{name}tail.{j}": x for j, x in enumerate(() if after is None else held(after))}
+    return arrays, own.entry(past, read, after)
 
 
 def _memory(name: str, cache: AHNCache) -> dict[str, mx.array]:
@@ -158,7 +173,7 @@ def verify(file: Path) -> None:
 
 def load(
     file: Path, model: nn.Module, tokenizer: TokenizerWrapper
-) -> tuple[list[Cache], Tail, Seen | None, dict[str, Any]]:
+) -> tuple[list[Any], Tail, Seen | None, dict[str, Any]]:
     """Caches, their tail, which tokens there were and facts; the file is never modified. Of a
     file of version 1 the tail has no layers: its ids are not read yet.
 
@@ -183,10 +198,10 @@ def load(
     tail = Tail(tuple(ids))
     if ids and facts["version"] > 1:
         tail = tail._replace(before=tuple(before(cache, len(ids)) for cache in caches))
-        caches = [_after(i, cache, len(ids), arrays) for i, cache in enumerate(caches)]
+        caches = [_after(i, cache, len(ids), arrays, facts) for i, cache in enumerate(caches)]
     packed = arrays.get(layout.SEEN)
     seen = None if packed is None else unpack(packed, model.args.vocab_size)
-    return caches, tail, seen, facts
+    return joined(make_caches(model), caches), tail, seen, facts
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:
@@ -212,10 +227,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
         if not isinstance(facts, dict) or "version" not in facts:
             raise ValueError("it does not say its version")
         version = facts["version"]
-        if type(version) is int and version in (1, VERSION):
+        if type(version) is int and version in VERSIONS:
             layout.check_facts(facts)
             return facts, {name: (x.dtype, x.shape) for name, x in header.items()}, metadata
-    raise AHNError(f"{file}: version {show(version)}, this program reads {VERSION}; upgrade")
+    raise AHNError(f"{file}: version {show(version)}, this program reads {VERSIONS[-1]}; upgrade")
 
 
 def _arrays(
@@ -234,6 +249,8 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     """Of one layer, from arrays that have been checked."""
     name = f"layers.{i}."
     buffers = _numbered(name, arrays)
+    if isinstance(layer[0], str):
+        return own.restored(layer, layer[1], buffers)
     if len(layer) == 1:
         full = FullCache()
         if buffers:
@@ -246,14 +263,18 @@ def _cache(i: int, layer: list[Any], arrays: Mapping[str, mx.array]) -> Cache:
     return cache
 
 
-def _after(i: int, cache: Cache, n: int, arrays: Mapping[str, mx.array]) -> Cache:
+def _after(
+    i: int, cache: Cache, n: int, arrays: Mapping[str, mx.array], facts: Mapping[str, Any]
+) -> Cache:
     """The cache of one layer after its tail of n tokens."""
-    name = f"layers.{i}.tail."
+    name, layer = f"layers.{i}.tail.", facts["layers"][i]
+    if isinstance(cache, Own):
+        return own.restored(layer, layer[1] + n, _numbered(name, arrays), layer[-1])
     return redo(cache, n, _numbered(name, arrays), *_memory_of(name, arrays))
 
 
 def _numbered(name: str, arrays: Mapping[str, mx.array]) -> tuple[mx.array, ...]:
-    return tuple(arrays[f"{name}{j}"] for j in range(7) if f"{name}{j}" in arrays)
+    return tuple(arrays[f"{name}{j}"] for j in range(8) if f"{name}{j}" in arrays)
 
 
 def _memory_of(name: str, arrays: Mapping[str, mx.array]) -> tuple[mx.array | None, Trace | None]:

@@ -24,12 +24,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoints.identity import model_identity
 from ..errors import AHNError
 from ..hub.zoo import ZOO
+from ..model.augment import memory_cache, memory_layers
 from ..model.cache import AHNCache
 from ..model.ranks import share
 from ..model.trace import Trace
 from . import memoryfile
+from .caches import each, fork, joined, make_caches
 from .generate import prefill_step
-from .layout import MAX_SPACE, MAX_STEP, MAX_TEXTS, NAME, PREVIEW, Cache, make_caches
+from .layout import MAX_SPACE, MAX_STEP, MAX_TEXTS, NAME, PREVIEW
 from .penalty import Seen, note, nothing_seen
 from .sampling import Cutter, Sampling
 from .tail import Tail, before, undo
@@ -93,10 +95,9 @@ class Session:
         self.step = prefill_step() if step is None else step
         if not 1 <= self.step <= MAX_STEP:
             raise AHNError(f"step must be from 1 to {MAX_STEP:,} tokens, not {self.step}")
-        self.caches: list[Cache] = make_caches(model, kv_bits, kv_group_size)
-        for layer, cache in zip(model.layers, self.caches, strict=True):
-            if isinstance(cache, AHNCache):
-                cache.trace = Trace.start(layer.self_attn.n_heads)
+        self.caches: list[Any] = make_caches(model, kv_bits, kv_group_size)
+        for i, attention in memory_layers(model):
+            memory_cache(self.caches[i]).trace = Trace.start(attention.n_heads)
         self.tail = Tail()
         # Which tokens were read and said; None if a file does not say it.
         self.seen: Seen | None = nothing_seen(model.args.vocab_size)
@@ -121,7 +122,8 @@ class Session:
     @property
     def tokens(self) -> int:
         """Tokens read and generated so far."""
-        return self.caches[0].offset
+        counts = (c.offset for c in each(self.caches) if isinstance(c, AHNCache | KVCache))
+        return int(next(counts))
 
     @property
     def nbytes(self) -> int:
@@ -194,17 +196,20 @@ class Session:
     def _go_back_and_read(self, ids: list[int], progress: Callable[[int], None]) -> None:
         waiting, known = [*self.tail.ids, *ids], len(self.tail.ids)
         if known:
-            pairs = zip(self.caches, self.tail.before, strict=True)
             self._whole = False
-            self.caches, self.tail = [undo(*pair) for pair in pairs], Tail()
+            self.caches, self.tail = self._before_tail(self.caches), Tail()
         full = len(waiting) // self.step * self.step
         for start in range(0, full, self.step):
             self._read_step(waiting[start : start + self.step])
             progress(start + self.step - known)
         if rest := waiting[full:]:
-            past = tuple(before(cache, len(rest)) for cache in self.caches)
+            past = tuple(before(cache, len(rest)) for cache in each(self.caches))
             self._read_step(rest)
             self.tail = Tail(tuple(rest), past)
+
+    def _before_tail(self, caches: list[Any]) -> list[Any]:
+        pairs = zip(each(caches), self.tail.before, strict=True)
+        return joined(caches, [undo(*pair) for pair in pairs])
 
     def _read_step(self, ids: list[int]) -> None:
         self._whole = False
@@ -235,10 +240,10 @@ class Session:
         if not hasattr(_thread, "end"):
             _thread.end = _End()
         ids = share(self.model.ranks, lambda: self._question(question))
-        caches = _fork(self.caches)
+        caches = fork(self.caches)
         if not ids:  # the text goes on from its last tokens
             ids = list(self.tail.ids)
-            caches = [undo(*pair) for pair in zip(caches, self.tail.before, strict=False)]
+            caches = self._before_tail(caches) if ids else caches
         check_ids(ids, self.model)
         if not ids:
             raise AHNError("nothing to continue from; ask something, or read a text first")
@@ -299,7 +304,7 @@ class Session:
         True
         """
         other = copy.copy(self)
-        other.caches = _fork(self.caches)
+        other.caches = fork(self.caches)
         other._answering = False
         return other
 
@@ -402,17 +407,3 @@ def _listed(name: str) -> str:
 def _absolute(name: str) -> str:
     """What finds a model from any directory: a directory's whole path; other names as they are."""
     return os.path.abspath(name) if name not in ZOO and os.path.isdir(name) else name
-
-
-def _fork(caches: list[Cache]) -> list[Cache]:
-    """Caches of their own on the same arrays: MLX copies a buffer that two of them hold
-    before one writes to it."""
-    forks: list[Cache] = []
-    for cache in caches:
-        other = copy.copy(cache)
-        if isinstance(other, KVCache) and not other.empty():
-            # It assigns to slices, which changes the very array object.
-            keys, values, offset = cache.state
-            other.state = mx.array(keys), mx.array(values), offset
-        forks.append(other)
-    return forks

@@ -13,9 +13,10 @@ from mlx_lm.models.cache import KVCache
 from ..model.cache import AHNCache, grown_to
 from ..model.trace import Trace
 from ..ops.ring import read_slots, slot_of, stay, write_slots
-from .layout import Cache, held
+from .caches import Cache, Own, fork, held
 
 Buffers = tuple[mx.array, ...]
+Plain = AHNCache | KVCache  # that are no layer's own
 
 
 class Before(NamedTuple):
@@ -30,14 +31,19 @@ class Before(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """Ids of the tokens since the last full step, and each layer before them."""
+    """Ids of the tokens since the last full step, and each cache before them; all of it where it
+    is mlx-lm's own, whose size is fixed."""
 
     ids: tuple[int, ...] = ()
-    before: tuple[Before, ...] = ()
+    before: tuple[Before | Cache, ...] = ()
 
 
-def before(cache: Cache, n: int) -> Before:
+def before(cache: Cache, n: int) -> Before | Cache:
     """What undo needs once n more tokens have come. It is computed before the call returns."""
+    if isinstance(cache, Own):
+        past: Cache = fork([cache])[0]
+        mx.eval(held(past))
+        return past
     buffers = held(cache)
     room = buffers[0].shape[2] if buffers else 0
     slots = [slot for slot in _slots(cache, cache.offset, cache.offset + n) if slot < room]
@@ -46,20 +52,24 @@ def before(cache: Cache, n: int) -> Before:
     return Before(cache.offset, room, contents, *_memory(cache))
 
 
-def undo(cache: Cache, past: Before) -> Cache:
+def undo(cache: Cache, past: Before | Cache) -> Cache:
     """Another cache: this one before the tail."""
+    if not isinstance(past, Before):
+        other: Cache = fork([past])[0]
+        return other
+    assert isinstance(cache, AHNCache | KVCache)
     slots = [slot for slot in _slots(cache, past.offset, cache.offset) if slot < past.room]
     buffers = tuple(x[:, :, : past.room] for x in held(cache)) if past.room else ()
     return _with(cache, past.offset, _put(buffers, past.contents, slots), past.memory, past.trace)
 
 
-def changed(cache: Cache, offset: int) -> Buffers:
+def changed(cache: Plain, offset: int) -> Buffers:
     """What is kept of the tokens from `offset` on, in their order, of each buffer."""
     return read_slots(held(cache), mx.array([_slots(cache, offset, cache.offset)]))
 
 
 def redo(
-    cache: Cache, n: int, tokens: Buffers, memory: mx.array | None, trace: Trace | None
+    cache: Plain, n: int, tokens: Buffers, memory: mx.array | None, trace: Trace | None
 ) -> Cache:
     """Another cache: this one after a tail of n tokens. tokens: as `changed` gives them.
     memory, trace: after it, None if it changed neither."""
@@ -89,7 +99,7 @@ def redo(
     )
 
 
-def _slots(cache: Cache, first: int, end: int) -> list[int]:
+def _slots(cache: Plain, first: int, end: int) -> list[int]:
     """Where those of the tokens first ... end - 1 are that stay until the last of them."""
     if isinstance(cache, KVCache):
         return list(range(first, end))
@@ -101,12 +111,12 @@ def _put(buffers: Buffers, contents: Buffers, slots: list[int]) -> Buffers:
     return write_slots(buffers, contents, mx.array([slots])) if slots else buffers
 
 
-def _memory(cache: Cache) -> tuple[mx.array | None, Trace | None]:
+def _memory(cache: Plain) -> tuple[mx.array | None, Trace | None]:
     return (cache.memory, cache.trace) if isinstance(cache, AHNCache) else (None, None)
 
 
 def _with(
-    cache: Cache, offset: int, buffers: Buffers, memory: mx.array | None, trace: Trace | None
+    cache: Plain, offset: int, buffers: Buffers, memory: mx.array | None, trace: Trace | None
 ) -> Cache:
     """A cache with the settings of this one."""
     if isinstance(cache, KVCache):

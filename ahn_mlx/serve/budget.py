@@ -8,6 +8,9 @@ from mlx.utils import tree_flatten
 
 from ..errors import AHNError
 from ..measure.cost import rows_that_fit
+from ..model.augment import shape_of_attention
+from ..model.cache import AHNCache
+from ..reading.caches import each, most_bytes
 from ..reading.session import Session
 from .engine import Engine
 
@@ -18,11 +21,14 @@ def row_bytes(engine: Engine, fresh: Session) -> int:
     def measure() -> int:
         caches: list[Any] = fresh.fork().caches
         engine.model(mx.array([[0]]), cache=caches)
-        total = 0
-        for cache in caches:
+        total, D = 0, shape_of_attention(engine.model).head_dim
+        for cache in each(caches):
+            if not isinstance(cache, AHNCache):
+                total += most_bytes(cache, fresh.step)
+                continue
+            assert cache.buffers is not None
             slots = cache.buffers[0].shape[2]
             H = cache.buffers[-1].shape[1]
-            D = engine.model.layers[0].self_attn.head_dim
             total += sum(x.nbytes for x in cache.buffers) // slots * (cache.capacity + 1)
             total += 4 * H * D * D
         return total

@@ -75,6 +75,7 @@ class Engine:
         # must not depend on who else is answered.
         exact = dtype_of(model) == mx.float32
         self._width = rows if exact else 0
+        self._alone = bool(model.own_layers)
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -287,6 +288,8 @@ class Engine:
 
     def _step(self, rows: list[Caches], tokens: list[int]) -> mx.array:
         """Logits [n, V] of the tokens after these."""
+        if self._alone:
+            return self._step_alone(rows, tokens)
         width = self._width or len(rows)
         order, layers = self._together.layers(rows, width)
         ids = mx.array([[tokens[i]] for i in order] + [[0]] * (width - len(order)))
@@ -295,9 +298,20 @@ class Engine:
         mx.eval(logits, self._together.held())
         return logits
 
+    def _step_alone(self, rows: list[Caches], tokens: list[int]) -> mx.array:
+        """As _step, where layers have caches that only mlx-lm knows: one row after the other."""
+        said = [
+            self.model(mx.array([[token]]), cache=caches)[0, -1:]
+            for caches, token in zip(rows, tokens, strict=True)
+        ]
+        logits = mx.concatenate(said)
+        mx.eval(logits, [[c.state for c in caches] for caches in rows])
+        return logits
+
     def leave(self, caches: Caches) -> None:
         """A conversation has its caches again."""
-        self._together.leave(caches)
+        if not self._alone:
+            self._together.leave(caches)
 
     def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
         """Choose and deliver a token of each. logits: [n, V]."""

@@ -272,8 +272,8 @@ def _read_facts(directory: Path) -> tuple[dict[str, Any], int, float]:
         theirs = {field.name: found[field.name] for field in fields(Settings)}
         for field in fields(Settings):
             value = theirs[field.name]
-            endless = field.type in (int, float) and not 0 <= value < 1 << 63
-            if type(value) is not field.type or endless:
+            number = field.type in (int, float)
+            if type(value) is not field.type or (number and not 0 <= value < 1 << 63):
                 raise ValueError(f"its {field.name} is {show(value)}")
         if theirs["loss"] not in losses.NAMES:
             raise ValueError(f"its loss is {theirs['loss']!r}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import CacheList
 
 from ..model.attention import AHNAttention
 from ..model.augment import hidden_states, memory_layers
@@ -79,6 +80,8 @@ class Call(NamedTuple):
         """The layer's output, where `cache` stands for the one that it was called with."""
 
         def own(value: Any) -> Any:
+            if isinstance(value, tuple):  # of a layer that has several
+                return tuple(map(own, value))
             return cache if isinstance(value, AHNCache) else value
 
         named = {name: own(value) for name, value in self.named.items()}
@@ -96,10 +99,16 @@ def walk(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[Call]]:
         calls.append(Call(positional, named))
         return x
 
-    layers = dict(memory_layers(model))
-    caches = [AHNCache(1, 0) if i in layers else None for i in range(len(model.layers))]
+    caches = [_stand_in(cache) for cache in model.make_cache()]
     _instead(model, tokens, caches, note)
     return seen[0], calls
+
+
+def _stand_in(cache: Any) -> Any:
+    """What is recognised in a layer's arguments; where it has no memory, no cache."""
+    if isinstance(cache, CacheList):
+        return tuple(map(_stand_in, cache.caches))
+    return AHNCache(1, 0) if isinstance(cache, AHNCache) else None
 
 
 def finish(model: nn.Module, tokens: mx.array, x: mx.array) -> mx.array:

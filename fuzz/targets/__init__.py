@@ -6,9 +6,9 @@ from pathlib import Path
 # Seeds are what tests are made of.
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 
+from ..names import NAMES
 from ..oracle import Target
 from . import checkpoints, documents, evaluation, ggufs, http, memories, templates
-from .names import NAMES
 
 _ALL: list[Target] = [
     target

@@ -1,0 +1,317 @@
+"""Operations and memories against their equations, written again in float64 with NumPy: bounds
+at both sides, sizes that all differ, 16-bit numbers, and windows longer than a tile."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_model import IDS, tiny
+
+from ahn_mlx import AHNConfig
+from ahn_mlx.memory import MEMORIES, Router
+from ahn_mlx.memory.layers import decay_init
+from ahn_mlx.model.division import heads_of_each, layers_of_each, rows_of_each
+from ahn_mlx.ops import band, chunks, delta, mamba2, window
+from ahn_mlx.ops.exp import exp, fast_exp
+
+B, T, HKV, G, D = 2, 37, 3, 2, 8
+H = HKV * G
+
+
+def delta_rule(q, k, v, g, beta, M):
+    """kn = k / sqrt(|k|^2 + 1e-6); M <- exp(g) M; M <- M + kn (beta (v - M^T kn))^T."""
+    q, k, v, g, beta, M = (np.array(x, dtype=np.float64) for x in (q, k, v, g, beta, M))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    k, q = (x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6) for x in (k, q))
+    read = []
+    for t in range(q.shape[1]):
+        M = np.exp(g[:, t])[..., None, None] * M
+        change = beta[:, t][..., None] * (v[:, t] - np.einsum("bhkv,bhk->bhv", M, k[:, t]))
+        M = M + k[:, t][..., None] * change[..., None, :]
+        read.append(np.einsum("bhkv,bhk->bhv", M, q[:, t]) / np.sqrt(q.shape[-1]))
+    return np.stack(read, axis=1), M
+
+
+def ssd(q, k, v, dt, A, M):
+    """kn = k / max(|k|, 1e-12); M <- exp(dt A) M + dt v kn^T."""
+    q, k, v, dt, A, M = (np.array(x, dtype=np.float64) for x in (q, k, v, dt, A, M))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    k, q = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (k, q))
+    read = []
+    for t in range(q.shape[1]):
+        M = np.exp(dt[:, t] * A)[..., None, None] * M
+        M = M + (dt[:, t][..., None] * v[:, t])[..., None] * k[:, t][..., None, :]
+        read.append(np.einsum("bhvk,bhk->bhv", M, q[:, t]))
+    return np.stack(read, axis=1), M
+
+
+def close(found, expected, tolerance=2e-5):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == mx.float32 and a.shape == b.shape
+        assert np.abs(np.array(a) - b).max() <= tolerance * np.abs(b).max()
+
+
+def drawn(length=T, size=1.0):
+    """Keys and queries of about that length, and all else."""
+    q, k = (size * D**-0.5 * mx.random.normal((B, length, h, D)) for h in (H, HKV))
+    v, M = mx.random.normal((B, length, HKV, D)), mx.random.normal((B, H, D, D))
+    gate, decay = (mx.random.uniform(shape=(B, length, H)) for _ in range(2))
+    return q, k, v, -0.2 * decay, gate, M
+
+
+# From where nothing but the epsilon counts to where it counts no more.
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("length", [1, 9, T])
+def test_delta_rules_are_their_equation(size, length):
+    q, k, v, g, beta, M = drawn(length, size)
+    expected = delta_rule(q, k, v, g, beta, M)
+    close(delta.gated_delta_rule(q, k, v, g, beta, M), expected)
+    close(delta.sequential(q, k, v, g, beta, M), expected)
+    close(delta.at_once(q, k, v, g, beta, M, 8), expected)
+    close(delta.mlx_fast(q, k, v, g, beta, M), expected)
+    expected = delta_rule(q, k, v, 0 * g, beta, M)
+    close(delta.delta_rule(q, k, v, beta, M), expected)
+    close(delta.sequential(q, k, v, None, beta, M), expected)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 1.0])
+@pytest.mark.parametrize("length", [1, 9, T])
+def test_mamba2_is_its_equation(size, length):
+    q, k, v, _, dt, M = drawn(length, size)
+    A = -mx.linspace(0.1, 3.0, H)
+    expected = ssd(q, k, v, dt, A, M)
+    close(mamba2.ssd(q, k, v, dt, A, M), expected)
+    close(mamba2.sequential(q, k, v, dt, A, M), expected)
+    close(mamba2.at_once(q, k, v, dt, A, M, 8), expected)
+
+
+def test_nothing_is_learned_from_a_key_of_zeros():
+    q, k, v, g, gate, M = drawn(9)
+    k = mx.zeros_like(k)
+    _, state = mamba2.ssd(q, k, v, gate, -mx.ones(H))
+    assert not mx.any(state)
+    _, state = delta.delta_rule(q, k, v, gate, M)
+    assert mx.array_equal(state, M)
+
+
+@pytest.mark.parametrize("length", [1, 2, T])
+def test_16_bits_come_in_and_32_go_out(length):
+    q, k, v, g, beta, M = drawn(length)
+    half = [x.astype(mx.bfloat16) for x in (q, k, v, g, beta)]
+    close(delta.gated_delta_rule(*half, M), delta_rule(*(x.astype(mx.float32) for x in half), M))
+    dt, A = half[4], -mx.linspace(0.1, 3.0, H)
+    expected = ssd(*(x.astype(mx.float32) for x in (*half[:3], dt)), A, M)
+    close(mamba2.ssd(*half[:3], dt, A, M), expected)
+
+
+def attention(q, k, v, W, S, scale, near=None):
+    """Token t of the last ones sees j <= t with j < S or t - j < W; sinks by `near`."""
+    q, k, v, near = (np.array(x, dtype=np.float64) for x in (q, k, v, q if near is None else near))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    L, K = q.shape[2], k.shape[2]
+    t, j = np.arange(K - L, K)[:, None], np.arange(K)[None]
+    far, sinks = (np.einsum("bhld,bhkd->bhlk", x, k) * scale for x in (q, near))
+    scores = np.where((j < S) & (t >= W + S), sinks, far)
+    scores = np.where((j <= t) & ((j < S) | (t - j < W)), scores, -np.inf)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("bhlk,bhkd->bhld", p / p.sum(axis=-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize(
+    ("W", "S", "L"), [(1, 0, 70), (63, 1, 130), (64, 0, 200), (65, 70, 300), (200, 5, 333)]
+)
+def test_windows_longer_than_a_tile_are_their_equation(W, S, L, clamped):
+    q, far = (2 * mx.random.normal((2, 6, L, 8)) for _ in range(2))
+    k, v = (2 * mx.random.normal((2, 3, L, 8)) for _ in range(2))
+    near = mx.where(mx.arange(L)[:, None] < W + S, q, far) if clamped else None
+    expected = attention(q, k, v, W, S, 0.3, near)
+    of = {"window": W, "sinks": S, "scale": 0.3, "q_sink": near}
+    forms = [window.tiled(q, k, v, offset=0, **of), band.banded(q, k, v, tile=64, **of)]
+    if L < 100:
+        forms.append(window.sequential(q, k, v, offset=0, **of))
+    for found in forms:
+        assert found.dtype == mx.float32
+        assert np.abs(np.array(found) - expected).max() < 2e-4
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_attention_by_two_queries_with_a_mask(length):
+    q, near = (mx.random.normal((2, 6, length, 8)) for _ in range(2))
+    k, v = (mx.random.normal((2, 3, 50, 8)) for _ in range(2))
+    mask = np.arange(50)[None] >= np.arange(length)[:, None]
+    keys, values = (np.repeat(np.array(x), 2, axis=1) for x in (k, v))
+    scores = np.einsum("bhld,bhkd->bhlk", np.array(q), keys)
+    scores[..., :4] = np.einsum("bhld,bhkd->bhlk", np.array(near), keys[:, :, :4])
+    p = np.exp(0.5 * scores) * mask
+    expected = np.einsum("bhlk,bhkd->bhld", p / p.sum(axis=-1, keepdims=True), values)
+    for form in (window.attend, window.few_launches):
+        found = form(q, k, v, 0.5, mx.array(mask), near, 4)
+        assert np.abs(np.array(found) - expected).max() < 1e-5
+        # In 16 bits nothing is summed in 16 bits.
+        half = [x.astype(mx.bfloat16) for x in (q, k, v)]
+        found = form(*half, 0.5, mx.array(mask), near.astype(mx.bfloat16), 4)
+        assert found.dtype == mx.bfloat16
+        assert np.abs(np.array(found.astype(mx.float32)) - expected).max() < 0.06
+
+
+def test_exp_to_its_bounds():
+    x = -mx.array([0.0, 1e-6, 0.5, 1.0, 19.9, 30.0, 39.9])
+    relative = np.abs(np.array(fast_exp(x)) / np.exp(np.array(x, dtype=np.float64)) - 1)
+    assert relative[:5].max() < 1e-5 and relative.max() < 1e-4
+    least = fast_exp(mx.array([-40.0, -40.1, -50.0, -mx.inf])).tolist()
+    assert len(set(least)) == 1
+    half = exp(x.astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16
+    given = np.array(x.astype(mx.bfloat16).astype(mx.float32))
+    assert np.allclose(np.array(half.astype(mx.float32)), np.exp(given), rtol=0.01, atol=0)
+    # exp itself may be of either kind.
+    assert np.allclose(np.array(exp(x)), np.exp(np.array(x)), rtol=1e-4, atol=0)
+
+
+def test_chunks_are_powers_of_two_from_eight_on():
+    sizes = {T: chunks.chunk_size(T, 64) for T in (1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 1000)}
+    assert sizes == {
+        **{1: 8, 7: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 64, 1000: 64}
+    }
+    x = mx.random.normal((2, 9, 6, 5)).astype(mx.bfloat16)
+    cut = chunks.to_chunks(x, 2, 8)
+    assert cut.shape == (2, 3, 2, 2, 8, 5) and cut.dtype == mx.float32
+    assert mx.array_equal(cut[1, 2, 1, 1, 0], x[1, 8, 5].astype(mx.float32))
+    assert not mx.any(cut[:, :, :, 1, 1:])
+    assert mx.array_equal(chunks.from_chunks(cut, 9), x.astype(mx.float32))
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 11, 23])
+def test_pieces_are_the_whole_in_order(n):
+    x = mx.arange(4 * n - 1)[None]
+    parts = chunks.pieces(x, 4, 1)
+    assert [p.shape[1] for p in parts] == [4] * (n - 1) + [3]
+    assert mx.array_equal(mx.concatenate(parts, axis=1), x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("kind", list(MEMORIES))
+@pytest.mark.parametrize("number", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("own", [mx.float32, mx.bfloat16])
+def test_gates_are_their_equation_in_the_dtype_of_the_text(kind, number, own):
+    """Also where the memory itself is float32, as in training."""
+    heads, width = 3, 10
+    memory = MEMORIES[kind](width, heads, 4)
+    for name in ("a_proj", "b_proj", "dt_proj", "g_proj"):
+        if name in memory:
+            memory[name].weight = mx.random.normal((heads, width))
+            if "bias" in memory[name]:
+                memory[name].bias = mx.random.normal((heads,))
+    memory.set_dtype(own)
+    h = mx.random.normal((2, 5, width)).astype(number)
+    gates, z = memory.project(h, memory.derive())
+    assert gates.dtype == number
+    assert z.dtype == (number if own == number else mx.float32)
+    memory.set_dtype(mx.float32)
+    x = np.array(h.astype(mx.float32), dtype=np.float64)
+
+    def linear(name):
+        part = {k: np.array(v, dtype=np.float64) for k, v in memory[name].parameters().items()}
+        return x @ part["weight"].T + part.get("bias", 0.0)
+
+    if kind == "mamba2":
+        expected = [softplus(linear("dt_proj") + np.array(memory.dt_bias))]
+    else:
+        expected = [sigmoid(linear("b_proj"))]
+    if kind == "gated_deltanet":
+        steps = softplus(linear("a_proj") + np.array(memory.dt_bias))
+        expected.append(-np.exp(np.array(memory.A_log)) * steps)
+    expected = np.stack(expected, axis=-1)
+    most = 1e-5 if number == own == mx.float32 else 0.03
+    assert gates.shape == expected.shape == (2, 5, heads, memory.gate_count)
+    assert np.allclose(np.array(gates.astype(mx.float32)), expected, rtol=most, atol=most)
+    assert np.allclose(np.array(z.astype(mx.float32)), linear("g_proj"), rtol=most, atol=2 * most)
+
+
+@pytest.mark.parametrize("kind", list(MEMORIES))
+@pytest.mark.parametrize("length", [1, 5])
+def test_what_is_read_is_normed_and_gated(kind, length):
+    """Delta rules by the head, then the gate; Mamba2 gates, then norms all heads together."""
+    memory = MEMORIES[kind](10, 3, 4)
+    memory[("norm" if kind == "mamba2" else "o_norm")].weight = mx.random.normal(
+        (12 if kind == "mamba2" else 4,)
+    )
+    o, z = 0.01 * mx.random.normal((2, length, 3, 4)), mx.random.normal((2, length, 3))
+    x, gate = np.array(o, dtype=np.float64), np.array(z, dtype=np.float64)[..., None]
+    gate, weight = gate * sigmoid(gate), np.array(memory.norm_weight)
+    if kind == "mamba2":
+        x = (x * gate).reshape(2, length, 12)
+    x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * weight
+    x = x.reshape(2, length, 3, 4) if kind == "mamba2" else x * gate
+    found = memory.gated(o, z, mx.float32)
+    assert np.allclose(np.array(found), x.swapaxes(1, 2), rtol=1e-4, atol=1e-5)
+    assert memory.gated(o, z, mx.bfloat16).dtype == mx.bfloat16
+
+
+def test_a_fresh_memory_decays_from_slow_to_fast():
+    """Rates from 1 to 16, steps from 0.001 to 0.1, each head its own."""
+    rates, steps = decay_init(5)
+    assert np.allclose(np.exp(np.array(rates)), np.linspace(1, 16, 5), rtol=1e-5)
+    assert np.allclose(softplus(np.array(steps)), np.geomspace(1e-3, 0.1, 5), rtol=1e-4)
+
+
+def test_a_router_is_its_equation():
+    router = Router(3)
+    router.alpha, router.beta = mx.array([0.5, -1.0, 2.0]), mx.array([0.1, 0.2, -0.3])
+    n = np.array([1, 16, 100, 5000])
+    found = router(mx.array(n), 16)
+    ratio = np.log(n / 16)
+    for head, (a, b) in enumerate(zip((0.5, -1.0, 2.0), (0.1, 0.2, -0.3), strict=True)):
+        assert np.allclose(np.array(found[head, :, 0]), sigmoid(a * ratio + b), rtol=1e-5)
+    assert found.shape == (3, 4, 1)
+    assert router(mx.array(n[:, None]), 16).shape == (4, 3, 1, 1)
+
+
+@pytest.mark.parametrize("memory", list(MEMORIES))
+def test_a_model_of_16_bits_keeps_16_bits(memory):
+    """Window, gates and logits; the state alone has 32."""
+    _, model = tiny(memory=memory, window=10, sinks=3, router=True)
+    model.set_dtype(mx.bfloat16)
+    cache = model.make_cache()
+    for part in (IDS[:, :40], IDS[:, 40:41], IDS[:, 41:50]):
+        assert model(part, cache=cache).dtype == mx.bfloat16
+        for layer in cache:
+            assert [x.dtype for x in layer.buffers] == 3 * [mx.bfloat16]
+            assert layer.memory.dtype == mx.float32
+
+
+@pytest.mark.parametrize("memory", list(MEMORIES))
+def test_a_router_counts_sinks_in_training_alone(memory):
+    """With beta 0 and alpha 1 it is n / (n + W), of the window in use and of all in training."""
+    _, model = tiny(memory=memory, window=10, sinks=6, router=True)
+    attention = model.layers[0].self_attn
+    attention.router.alpha = mx.ones(4)
+    heads = {}
+    for training in (False, True):
+        model.train(training)
+        x = mx.random.normal((1, 40, 64), key=mx.random.key(0))
+        heads[training] = attention.heads(x, model.make_cache()[0])
+    attention.ahn.o_proj.weight = mx.zeros_like(attention.ahn.o_proj.weight)
+    alone = attention.heads(x, model.make_cache()[0])
+    n = mx.arange(1, 25).reshape(1, 1, -1, 1)
+    used, trained = ((heads[t] - alone)[:, :, 16:] for t in (False, True))
+    assert mx.allclose(used * (n + 10), trained * (n + 16), rtol=1e-3, atol=1e-4)
+    assert mx.abs(used).max() > 1e-2
+
+
+def test_parts_of_a_divided_model():
+    assert [rows_of_each(100, n) for n in (1, 3, 100, 101)] == [100, 34, 1, 1]
+    assert [heads_of_each(12, n) for n in (1, 3, 12)] == [12, 4, 1]
+    assert layers_of_each(3, 3) == [range(2, 3), range(1, 2), range(0, 1)]
+    assert layers_of_each(7, 2) == [range(3, 7), range(0, 3)]
+
+
+def test_settings_at_their_bounds():
+    assert (AHNConfig(window=1, sinks=0).window, AHNConfig(window=1, sinks=0).sinks) == (1, 0)

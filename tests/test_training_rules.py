@@ -1,0 +1,446 @@
+"""What a step of training and a comparison do, by hand: rates, decay, order, losses, verdicts.
+Each number here follows from a formula that is written again, or from another way to it."""
+
+import dataclasses
+import itertools
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from test_model import IDS, tiny
+from test_training import SETTINGS, base_model, place, sequences  # noqa: F401
+
+from ahn_mlx import AHNError
+from ahn_mlx.measure import compare as measured
+from ahn_mlx.measure import ranks
+from ahn_mlx.measure.cost import Shape
+from ahn_mlx.memory import MEMORIES
+from ahn_mlx.model.augment import head
+from ahn_mlx.model.config import AHNConfig
+from ahn_mlx.train import layerwise, loop, losses, metrics
+from ahn_mlx.train.data import Sequences
+from ahn_mlx.train.schedule import Schedule
+from ahn_mlx.train.settings import Window, batch_of
+from ahn_mlx.train.streams import Stream, silenced, study, teach
+
+
+def changed(**values):
+    return dataclasses.replace(SETTINGS, **values)
+
+
+def test_rates_rise_with_the_warm_up_and_fall_to_a_tenth():
+    rate = Schedule(changed(lr=1e-3, steps=13, warmup=3)).of(2.0)
+    found = [float(rate(mx.array(step)).item()) for step in range(15)]
+    falls = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 10)) for n in range(11)]
+    assert found == pytest.approx([2e-3 * x for x in (0.25, 0.5, 0.75, *falls, 0.1)])
+
+
+def test_rates_without_a_warm_up_and_with_nothing_else():
+    rate = Schedule(changed(lr=1e-3, steps=10, warmup=0)).of(1.0)
+    expected = [1e-3, 1e-3 * 0.55, 1e-4]
+    assert [rate(mx.array(n)).item() for n in (0, 5, 10)] == pytest.approx(expected)
+    rate = Schedule(changed(lr=1e-3, steps=4, warmup=9)).of(1.0)
+    found = [rate(mx.array(n)).item() for n in range(4)]
+    assert found == pytest.approx([1e-3 * x for x in (0.2, 0.4, 0.6, 0.8)])
+
+
+def test_how_far_a_run_is():
+    schedule = Schedule(changed(steps=4))
+    assert (schedule.step, schedule.seconds, schedule.share, schedule.done) == (0, 0, 0, False)
+    schedule.resume(3, 7.5)
+    assert (schedule.share, schedule.seconds, schedule.done) == (0.75, 7.5, False)
+    schedule.resume(4, 8.0)
+    assert schedule.done and schedule.said() == "4 of 4 steps"
+    assert Schedule(changed(steps=0)).done
+    clock = [100.0]
+    timed = Schedule(changed(steps=0, minutes=2.0), lambda: clock[0])
+    timed.resume(1, 30.0)
+    clock[0] = 103.0
+    timed.begin()
+    clock[0] = 105.0
+    timed.begin()
+    assert timed.seconds == 32.0 and timed.share == 0.25
+    timed.agreed = 119.0
+    assert not timed.done
+    timed.agreed = 500.0
+    assert timed.done and timed.share == 1.0
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2"])
+def test_weights_decay_by_their_own_rates(place, memory):  # noqa: F811
+    """Along a gradient of 0 nothing else happens, from the first, small step on."""
+    model, tokenizer = base_model(place, memory)
+    for decay in (0.0, 0.5):
+        settings = changed(lr=1e-3, warmup=3, weight_decay=decay)
+        trainer = loop.Trainer(model, sequences(place, tokenizer), settings)
+        before = {n: mx.random.normal(x.shape) for n, x in trainer.parameters.items()}
+        trainer.parameters = dict(before)
+        nothing = loop._tree({n: mx.zeros_like(x) for n, x in before.items()})
+        after = trainer.updated(nothing)
+        assert after.keys() == before.keys()
+        rates = set()
+        for name, x in before.items():
+            factor = {"gain": 400, "o_proj.weight": 200, "q_proj.weight": 10}.get(
+                name.split(".ahn.")[1], 1
+            )
+            left = 1 - decay * factor * 1e-3 / 4
+            assert mx.allclose(after[name], left * x, rtol=1e-5, atol=0), name
+            rates.add(factor)
+        assert {1, 200, 400} <= rates
+
+
+def test_a_first_step_is_as_long_as_its_rate(place):  # noqa: F811
+    """AdamW, corrected for its short memory: along the sign of the gradient, whatever its size."""
+    model, tokenizer = base_model(place)
+    trainer = loop.Trainer(model, sequences(place, tokenizer), changed(lr=1e-3, warmup=1))
+    before = dict(trainer.parameters)
+    after = trainer.updated(loop._tree({n: mx.full(x.shape, 7.0) for n, x in before.items()}))
+    name = next(n for n in before if n.endswith("a_proj.weight"))
+    assert mx.allclose(before[name] - after[name], mx.array(0.5e-3), rtol=1e-2)
+
+
+def test_accumulated_gradients_are_a_mean(place, monkeypatch):  # noqa: F811
+    model, tokenizer = base_model(place)
+    data, given = sequences(place, tokenizer), []
+    for accumulate in (1, 4):
+        trainer = loop.Trainer(model, data, changed(accumulate=accumulate, warmup=0))
+        ones = {n: mx.full(x.shape, 3.0) for n, x in trainer.parameters.items()}
+        monkeypatch.setattr(trainer, "_gradients", lambda *_, g=ones: (mx.array(2.0), g))
+        monkeypatch.setattr(
+            trainer, "updated", lambda g, t=trainer: given.append(g) or t.parameters
+        )
+        assert trainer.train_step() == 2.0 and trainer.step == 1
+    for tree in given:
+        assert all(mx.allclose(x, mx.array(3.0)) for _, x in tree_flatten(tree))
+
+
+def test_the_order_of_the_texts_follows_the_seed(place):  # noqa: F811
+    tokenizer = base_model(place)[1]
+    path = (str(place / "held.txt"),)
+    orders = {}
+    for seed in (0, 1):
+        data = Sequences(path, tokenizer, 128, seed)
+        for epoch in (0, 1):
+            rows = [data[epoch * data.count + n] for n in range(data.count)]
+            orders[seed, epoch] = [tuple(row[0].tolist()) for row in rows]
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert len({tuple(sorted(order)) for order in orders.values()}) == 1
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_checkpointing_runs_each_layer_again(place, asked):  # noqa: F811
+    """Forward once, and once more for the gradient: then nothing of a layer was kept."""
+    model, tokenizer = base_model(place)
+    data = sequences(place, tokenizer, length=40)
+    trainer = loop.Trainer(model, data, changed(seq_len=40, grad_checkpoint=asked))
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, x):
+            calls.append(x.shape)
+            return self.inner(x)
+
+    for layer in model.layers:
+        layer.mlp = Counted(layer.mlp)
+    tokens = data[0]
+    teacher = teach(model, tokens)
+    mx.eval(teacher)
+    calls.clear()
+    _, gradients = trainer.gradients_of(teacher, tokens, 12, 4)
+    mx.eval(gradients)
+    assert len(calls) == (2 if asked else 1) * len(model.layers)
+
+
+def test_sequences_of_a_step_have_as_many_tokens():
+    settings = changed(seq_len=100, batch_size=3)
+    found = [batch_of(settings, Window(8, 0, n)) for n in (100, 101, 150, 151, 300, 301, 50)]
+    assert found == [3, 2, 2, 1, 1, 1, 6]
+
+
+@pytest.mark.parametrize("number", [mx.float32, mx.bfloat16])
+def test_divergence_is_its_sum(number):
+    p, q = (5 * mx.random.normal((3, 4, 50)).astype(number) for _ in range(2))
+    a, b = (np.array(x.astype(mx.float32), dtype=np.float64) for x in (p, q))
+    a, b = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (a, b))
+    found = losses.divergence(p, q)
+    assert found.dtype == mx.float32
+    assert np.allclose(np.array(found), (np.exp(a) * (a - b)).sum(axis=-1), rtol=1e-3, atol=1e-4)
+    assert mx.abs(losses.divergence(p, p + 3)).max() < (1e-4 if number == mx.float32 else 1)
+
+
+def test_losses_count_what_is_behind_the_window_and_labelled():
+    _, model = tiny(window=10, sinks=3)
+    taught, hidden = (mx.random.normal((2, 20, 64)) for _ in range(2))
+    labels = np.random.default_rng(0).integers(0, 100, (2, 20))
+    labels[0, 15] = labels[1, 19] = -100
+    p, q = (np.array(nn.log_softmax(head(model, x), axis=-1)) for x in (taught, hidden))
+    rows = [(b, t) for b in range(2) for t in range(13, 20) if labels[b, t] != -100]
+    teacher, student = Stream(taught, []), Stream(hidden, [])
+    expected = np.mean([(np.exp(p[at]) * (p[at] - q[at])).sum() for at in rows])
+    found = losses.kl(model, teacher, student, mx.array(labels), 13)
+    assert found.item() == pytest.approx(expected, rel=1e-3)
+    # Each label by the position that is counted before it; within one sequence, or of both.
+    for loss, pairs in (
+        (losses.ce, list(itertools.pairwise(rows))),
+        (losses.ce_apart, [(a, b) for a, b in itertools.pairwise(rows) if a[0] == b[0]]),
+    ):
+        own = [[-q[a][labels[b]] for a, b in pairs if a[0] == n] for n in range(2)]
+        expected = np.mean(own[0] + own[1]) if loss is losses.ce else np.mean([*map(np.mean, own)])
+        found = loss(model, teacher, student, mx.array(labels), 13)
+        assert found.item() == pytest.approx(expected, rel=1e-3)
+    assert losses.kl(model, teacher, student, mx.array(labels), 20).item() == 0
+
+
+def test_distilled_heads_are_of_length_one():
+    ours, theirs = ([mx.random.normal((2, 3, 9, 4)) for _ in range(2)] for _ in range(2))
+    each = []
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = (np.array(x)[:, :, 5:].transpose(0, 2, 1, 3).reshape(2, 4, 12) for x in (a, b))
+        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+        each.append(((a - b) ** 2).mean())
+    nothing = mx.zeros((2, 9, 1))
+    found = losses.distill(nn.Module(), Stream(nothing, theirs), Stream(nothing, ours), nothing, 5)
+    assert found.item() == pytest.approx(np.mean(each), rel=1e-4)
+
+
+def bucket(nll, kl, **error):
+    kinds = ("full", "window", "memory")
+    error = {
+        "nll": 0.1,
+        "kl": 0.1,
+        "gap": 0.1,
+        **{k.removeprefix("of_"): x for k, x in error.items()},
+    }
+    of_kl = dict(zip(kinds[1:], kl, strict=True))
+    return measured.Bucket(4, 9, 5, dict(zip(kinds, nll, strict=True)), of_kl, error)
+
+
+def test_the_part_of_the_gap_that_is_closed():
+    total = bucket((2.0, 3.0, 2.25), (0.8, 0.2))
+    found = measured.Comparison([], total, [])
+    assert found.gap_closed == pytest.approx(0.75) and found.ratio == pytest.approx(0.25)
+    worse = measured.Comparison([], bucket((2.0, 3.0, 3.5), (0.2, 0.8)), [])
+    assert worse.gap_closed == pytest.approx(-0.5) and worse.ratio == pytest.approx(4)
+
+
+def test_verdicts_at_their_bounds():
+    judged = [measured.judge(d, 0.25) for d in (-0.51, -0.5, 0.0, 0.5, 0.51, math.nan)]
+    assert judged == ["helps", "noise", "noise", "noise", "harms", "noise"]
+    assert bucket((0, 0, 0), (0.8, 0.2), of_kl=0.29).verdict == "helps"
+    assert bucket((0, 0, 0), (0.8, 0.2), of_kl=0.31).verdict == "noise"
+    assert bucket((0, 0, 0), (0.2, 0.8), of_kl=0.29).verdict == "harms"
+    gaps = [bucket((2.0, window, 2.0), (1, 1), of_gap=0.25).has_gap for window in (2.5, 2.51, 1.0)]
+    assert gaps == [False, True, False]
+
+
+def test_buckets_are_means_and_their_errors_standard_ones():
+    table = mx.random.normal((3, 5, 7)).astype(mx.float32)
+    found, x = measured._bucket(table, 16, 23), np.array(table, dtype=np.float64)
+    assert (found.first, found.end, found.tokens) == (16, 23, 21)
+    means = dict(zip(("full", "window", "memory"), x.mean(axis=(0, 2)), strict=False))
+    assert found.nll == pytest.approx(means, rel=1e-4)
+    assert found.kl == pytest.approx({"window": x[:, 3].mean(), "memory": x[:, 4].mean()}, rel=1e-4)
+    for name, (a, b) in {"nll": (2, 1), "kl": (4, 3), "gap": (1, 0)}.items():
+        error = (x[:, a] - x[:, b]).std(ddof=1) / math.sqrt(21)
+        assert found.error[name] == pytest.approx(error, rel=1e-4)
+    assert math.isnan(measured._error(mx.ones(1))) and measured._error(mx.ones(2)) == 0
+
+
+def test_segments_lie_evenly_in_a_text():
+    ids = list(range(100))
+    found = measured.segments(ids, [7, 8], 12, 4)
+    assert [x.shape for x in found] == 4 * [(1, 12)]
+    rows = [x[0].tolist() for x in found]
+    assert [row[:3] for row in rows] == [[7, 8, 0], [7, 8, 30], [7, 8, 60], [7, 8, 90]]
+    assert rows[-1][-1] == 99
+    assert measured.segments(ids, [], 100, 1)[0][0].tolist() == ids
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2"])
+def test_comparing_takes_the_router_as_it_is_used(memory):
+    """Not as in training, which counts sinks; one segment after the other."""
+    _, model = tiny(memory=memory, window=10, sinks=6, router=True)
+    for layer in model.layers:
+        layer.self_attn.router.alpha = mx.ones(4)
+    texts = [IDS[:, :49], IDS[:, 11:]]
+    result = measured.compare(model, texts, 10, 6)
+    model.eval()
+    said = []
+    for tokens in texts:
+        full = teach(model, tokens).hidden[0, 16:-1]
+        full = nn.log_softmax(head(model, full), axis=-1)
+        mine = nn.log_softmax(model(tokens)[0, 16:-1], axis=-1)
+        said.append((mx.exp(full) * (full - mine)).sum(axis=-1))
+    assert result.total.kl["memory"] == pytest.approx(mx.stack(said).mean().item(), rel=1e-3)
+    assert [(b.first, b.end) for b in result.buckets] == [(16, 32), (32, 48)]
+    with silenced(model):
+        alone = [model(tokens)[0, 16:-1] for tokens in texts]
+    for n, tokens in enumerate(texts):
+        full = nn.log_softmax(head(model, teach(model, tokens).hidden[0, 16:-1]), axis=-1)
+        q = nn.log_softmax(alone[n], axis=-1)
+        kl = (mx.exp(full) * (full - q)).sum(axis=-1).sum().item()
+        assert result.ratios[n] == pytest.approx(said[n].sum().item() / kl, rel=1e-3)
+    with pytest.raises(AHNError, match="segments of 17 tokens"):
+        measured.compare(model, [IDS[:, :17]], 10, 6)
+    assert measured.compare(model, [IDS[:, :18]], 10, 6).total.tokens == 1
+
+
+def test_a_student_in_training_and_in_use_differ_by_the_router_alone():
+    _, model = tiny(window=10, sinks=6, router=True)
+    for layer in model.layers:
+        layer.self_attn.router.alpha = mx.ones(4)
+    used = study(model, IDS, 10, 6, inference=True).hidden
+    trained = study(model, IDS, 10, 6).hidden
+    assert mx.allclose(used[:, :16], trained[:, :16], atol=1e-5)
+    assert mx.abs(used - trained).max() > 1e-3
+    for layer in model.layers:
+        layer.self_attn.router.alpha = mx.zeros(4)
+    used = study(model, IDS, 10, 6, inference=True).hidden
+    assert mx.allclose(used, study(model, IDS, 10, 6).hidden, atol=1e-4)
+
+
+def test_a_silent_memory_speaks_again_even_after_a_failure():
+    _, model = tiny(window=10, sinks=3)
+    before = model(IDS)
+    with pytest.raises(KeyError), silenced(model):
+        assert mx.abs(model(IDS) - before).max() > 1e-3
+        raise KeyError
+    assert mx.array_equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_output_matrices_are_a_ridge_regression(projected):
+    """Towards the best multiple of the identity, or 0; two texts of unequal length as one."""
+    read, missed = ([mx.random.normal((3, n, 4)) for n in (30, 17)] for _ in range(2))
+    found = layerwise._matrices(tuple(read), tuple(missed), projected)
+    r, m = (np.concatenate([np.array(x, dtype=np.float64) for x in y], 1) for y in (read, missed))
+    for h in range(3):
+        scale = (r[h] * m[h]).sum() / (r[h] ** 2).sum() if projected else 0.0
+        gram = r[h].T @ r[h]
+        ridge = gram + 0.2 * np.diag(gram).mean() * np.eye(4)
+        expected = scale * np.eye(4) + np.linalg.solve(ridge, r[h].T @ (m[h] - scale * r[h]))
+        assert np.allclose(np.array(found[h]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gates_that_are_fitted_come_nearer():
+    h, read = mx.random.normal((40, 6)), mx.random.normal((3, 40, 4))
+    weight, w = mx.random.normal((3, 4, 4)), mx.random.normal((3, 6))
+    missed = (read @ weight) * nn.silu(h @ w.T).T[..., None]
+
+    def error(w):
+        return ((read @ weight) * nn.silu(h @ w.T).T[..., None] - missed).square().sum().item()
+
+    start = w + 0.3
+    found = layerwise._fit_gate(
+        start, h, (read[:, :25], read[:, 25:]), (missed[:, :25], missed[:, 25:]), weight
+    )
+    assert error(found) < 0.1 * error(start)
+
+
+def test_first_gates_are_as_strong_as_they_say(place):  # noqa: F811
+    """Slow to fast decay from head to head; gates that are open where a text is as usual."""
+    x = mx.random.normal((6,))
+    direction = x / x.square().sum()
+    for kind in ("gated_deltanet", "deltanet", "mamba2"):
+        memory = MEMORIES[kind](6, 3, 4)
+        layerwise._constant_gates(memory, direction)
+        gates, z = memory.project(x[None, None], memory.derive())
+        assert np.allclose(np.array(z), 1.27846454 if kind == "mamba2" else 1.0, rtol=1e-4)
+        decays = np.geomspace(1e-4, 1e-3, 3)
+        if kind == "gated_deltanet":
+            assert np.allclose(np.array(gates[0, 0, :, 1]), -decays, rtol=1e-2)
+        if kind == "mamba2":
+            assert np.allclose(np.array(gates[0, 0, :, 0]), 0.1, rtol=1e-4)
+            assert np.allclose(np.exp(np.array(memory.A_log)) * 0.1, decays, rtol=1e-3)
+
+
+def test_sizes_are_powers_of_two():
+    matrix = mx.stack([mx.zeros((4, 4)), mx.full((4, 4), -3.1), mx.full((4, 4), 0.26)])
+    found = loop._sizes(matrix).flatten().tolist()
+    assert found == [2.0**-10, 4.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("line", "good"),
+    [
+        ('{"step": 0, "loss": 1.5}', True),
+        ('{"step": 9007199254740991, "loss": -1.5}', True),
+        ('{"step": 9007199254740992, "loss": 1.5}', False),
+        ('{"step": -1, "loss": 1.5}', False),
+        ('{"step": true, "loss": 1.5}', False),
+        ('{"step": 1.0, "loss": 1.5}', False),
+        ('{"step": 1, "loss": 1}', False),
+        ('{"step": 1, "loss": NaN}', False),
+        ('{"step": 1, "loss": Infinity}', False),
+        ('{"step": 1}', False),
+        ('{"loss": 1.5}', False),
+        ("[1, 1.5]", False),
+        ("", False),
+    ],
+)
+def test_a_line_of_metrics_says_its_numbers_or_is_named(tmp_path, line, good):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "loss": 0.5}\n' + line + "\n")
+    if good:
+        assert [x["loss"] for x in metrics.read_metrics(file)] == [0.5, float(line[-5:-1])]
+    else:
+        with pytest.raises(AHNError, match="line 2 says no step and loss"):
+            metrics.read_metrics(file)
+    file.write_text('{"step": 0, "loss": 0.5}\n' + line)  # the last one may be cut short
+    assert len(metrics.read_metrics(file)) == 1 + good
+    assert metrics.read_metrics(tmp_path / "absent") == []
+
+
+SHAPE = Shape(
+    ahn=AHNConfig(memory="mamba2", window=8, fa_layer_ids=(0, 4)),
+    layers=5,
+    hidden=12,
+    heads=12,
+    kv_heads=6,
+    head_dim=2,
+    projections=5 * 300,
+    mlp=5 * 90,
+    gates=3 * 60,
+    readout=3 * 120,
+    vectors=5 * 7,
+    memory_vectors=3 * 11,
+    embedding=100 * 12,
+    tied=False,
+)
+
+
+def test_parts_of_a_model_by_heads_and_by_layers():
+    part = ranks.part(SHAPE, 3, 1, False)
+    assert (part.heads, part.kv_heads, part.projections, part.mlp) == (4, 2, 500, 150)
+    assert (part.gates, part.readout, part.embedding) == (60, 120, 34 * 12)
+    assert (part.layers, part.vectors, part.memory_vectors) == (5, 35, 33)
+    # Rank 0 of two has the last three layers, 2 to 4; of the five, 1 to 3 remember.
+    last, first = (ranks.part(SHAPE, 2, rank, True) for rank in (0, 1))
+    assert (last.layers, last.memory_layers, first.layers, first.memory_layers) == (3, 2, 2, 1)
+    assert (last.projections, first.projections) == (900, 600)
+    assert (last.gates, first.gates, last.memory_vectors, first.memory_vectors) == (120, 60, 22, 11)
+    assert (last.readout, last.vectors, last.mlp) == (240, 21, 270)
+    assert last.embedding == first.embedding == 1200
+    middle = ranks.part(SHAPE, 5, 2, True)
+    assert (middle.layers, middle.embedding, middle.tied) == (1, 0, True)
+
+
+def test_what_ranks_send():
+    """Twice round a ring, a part of each sum at a time; the logits once."""
+    found = ranks.sent(SHAPE, "full", 2, False, 2)
+    assert found.payload == 11 * 12 * 2 + 4 + 4 + 50 * 2
+    assert found.ring == 11 * (2 * 6 * 2) + 2 * (2 * 4) + 50 * 2
+    with_memory = ranks.sent(SHAPE, "ahn", 3, False, 2)
+    plain = ranks.sent(SHAPE, "full", 3, False, 2)
+    assert with_memory.payload - plain.payload == 3 * 4
+    assert with_memory.ring - plain.ring == 3 * 2 * 2 * 4
+    assert plain.ring == 11 * 2 * 2 * 4 * 2 + 2 * (2 * 2 * 4) + 2 * 34 * 2
+    line = ranks.sent(SHAPE, "ahn", 5, True, 2)
+    assert line == (24 + 4, 24 + 2 * 4 * 4)
