@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +91,8 @@ def follow(
     asker = Asker(model, tokenizer, 0, "end", penalty)
     with mixing(model, mixer):
         while (asked := told()) is not None:
-            asker.answer(*asked, lambda read: progress())
+            prompt, new = asked
+            asker.answer(prompt, new, lambda read: progress())
             progress()
 
 
@@ -270,7 +272,7 @@ class SuiteRun:
         with self.predictions.appending(task.out) as append:
             for number, record in read_records(left.file, task.member, set(left.items)):
                 prompt = self.asker.prompt(fill(template, record), new, task.chat)
-                share(self.model.ranks, lambda asked=(prompt, new): asked)  # with follow
+                share(self.model.ranks, partial(tuple, [prompt, new]))  # with follow
                 pred = self.asker.answer(prompt, new, lambda read: progress(task.name, 0))
                 line = line_of(self.suite.name, self.protocol, task.name, record, pred)
                 append({**line, "item": number, "run": self.mark})
