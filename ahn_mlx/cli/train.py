@@ -12,7 +12,7 @@ from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
 from ..platform import enough_memory
-from .command import Command, Word
+from .command import Several, Word
 from .options import complete_file, complete_model, is_given, no_effect, quiet_option
 from .terminal import progress_bar, say, stop_between_steps
 
@@ -22,7 +22,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 MOST = 1 << 31  # of any whole number: steps, sequences, tokens
 
 
-@click.command(cls=Command)
+@click.command(cls=Several)
 @click.argument("data", cls=Word, needed=True, nargs=-1, metavar="DATA...")
 @no_effect(
     *("memory", "layerwise"),
