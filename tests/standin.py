@@ -29,8 +29,9 @@ class StandIn:
     many requests are answered 503 first. portal: a page of HTML is the answer to everything;
     pages: to requests for these files. sizes: what is listed instead of a file's size.
     asked: (method, path, Range header) of all requests. stored: large files that were
-    uploaded, by checksum. old: what a commit had, while it lasted. private: what a repository
-    that was made is.
+    uploaded, by checksum. old: what a commit had, while it lasted. private: whether a repository
+    was made so. breaks: the connection breaks in the middle of the answer to that request from
+    now on, the first being 1.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class StandIn:
         self.stored: dict[str, bytes] = {}
         self.old: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
+        self.breaks = 0
         self.hold = threading.Event()  # downloads of weights wait for it
         self.hold.set()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -95,6 +97,15 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # who asked has left
             super().handle()
 
+    def parse_request(self) -> bool:
+        whole = super().parse_request()
+        self.hub.breaks -= 1
+        if self.hub.breaks == 0:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+            self.close_connection = True
+            return False
+        return whole
+
     def do_GET(self) -> None:
         self._answer()
 
@@ -117,11 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
-            if repo in self.hub.repos:
-                return self._fail(409, "RepoExists")
-            self.hub.repos[repo] = {}
-            self.hub.private[repo] = asked.get("visibility", "public") == "private"
-            return self._json({"url": f"{self.hub.url}/{repo}"})
+            status = 409 if repo in self.hub.repos else 200
+            if status == 200:
+                self.hub.repos[repo] = {}
+                # As its clients before 1.0 say it, and as later ones do.
+                private = asked.get("private") or asked.get("visibility") == "private"
+                self.hub.private[repo] = bool(private)
+            return self._send(status, json.dumps({"url": f"{self.hub.url}/{repo}"}).encode())
         if self.path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if self.path.endswith("/preupload/main"):
@@ -181,7 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(403, "GatedRepo")
         commit = self.hub.commit(repo)
         if api and len(parts) == 4:
-            return self._json({"id": repo, "sha": commit, "siblings": []})
+            private = self.hub.private.get(repo, False)
+            return self._json({"id": repo, "sha": commit, "siblings": [], "private": private})
         revision = parts[5] if api else parts[3]
         files = self.hub.repos[repo]
         if revision not in ("main", commit):

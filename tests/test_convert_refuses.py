@@ -274,6 +274,7 @@ def test_interrupted_between_renames(parts, monkeypatch):
             raise KeyboardInterrupt
         return rename(self, target)
 
+    monkeypatch.setattr(directories, "_exchange", lambda a, b: False)  # a disk that cannot
     monkeypatch.setattr(directories.Path, "rename", fail)
     with pytest.raises(KeyboardInterrupt):
         convert(base, ahn, out, "bfloat16", force=True)

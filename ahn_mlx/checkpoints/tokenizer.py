@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load
 
 from ..errors import AHNError, foreign
-from .directory import copy_files, has_bom, read_json
+from .directory import check_member, copy_files, has_bom, read_json
 from .ggufile import GGUFile
 
 TOKENIZER_FILES = (
@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     *("vocab.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+READ = (".json", ".jinja", ".txt", ".model")
 # Left unsaid, transformers asks whether to run a directory's own code, and takes a piped text for
 # the answer.
 NO_CODE = {"trust_remote_code": False}
@@ -70,6 +71,9 @@ def _numbers(found: Any) -> Iterator[int]:
 
 
 def _of_directory(path: Path) -> TokenizerWrapper:
+    for file in sorted(path.iterdir()):
+        if file.suffix in READ:  # by transformers, which looks at no link and waits for any pipe
+            check_member(file)
     names = (*TOKENIZER_FILES, "config.json")
     with foreign(lambda why: f"{path}: no usable tokenizer ({why}); copy the base's files"):
         if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):
