@@ -3,6 +3,8 @@ what its part of a model computes beside the whole."""
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -23,16 +25,27 @@ CONFIG = {
 }
 
 
-def environments(n: int, directory: Path) -> list[dict[str, str]]:
-    """Of n processes that are to find each other, on ports that are free."""
-    held = [socket.socket() for _ in range(n)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in held]
-    for one in held:
+def free_ports(n: int) -> list[int]:
+    """Below those that a system gives to connections: a rank that tries to reach one of those
+    before it is listened on may reach itself."""
+    held: dict[int, socket.socket] = {}
+    while len(held) < n:
+        port, one = random.randrange(10_000, 32_768), socket.socket()
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:  # it is taken, perhaps by one of ours
+            one.close()
+        else:
+            held[port] = one
+    for one in held.values():
         one.close()
+    return list(held)
+
+
+def environments(n: int, directory: Path) -> list[dict[str, str]]:
+    """Of n processes that are to find each other."""
     file = directory / "hosts.json"
-    file.write_text(json.dumps(hosts))
+    file.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
     quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return [
         {**os.environ, **quiet, "MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)}
@@ -41,45 +54,71 @@ def environments(n: int, directory: Path) -> list[dict[str, str]]:
 
 
 Stop = tuple[int, int, str]  # a rank, a signal for it, and the file that it comes after
+Ended = list[Any]  # a process's exit code, stdout, stderr
+
+# Seconds for one call, and for the others after one has failed.
+MOST, AFTER = 400.0, 60.0
 
 
-def run(*calls: tuple[Any, ...], timeout: float = 600) -> list[list[Any]]:
-    """Calls one after the other, each as so many processes: [exit code, stdout, stderr] of each.
+def run(*calls: tuple[Any, ...]) -> list[list[Ended]]:
+    """Calls one after the other, each as so many processes: how each of them ended.
 
     A call is a number and arguments of the command line, or goldens for what this file compares;
     and perhaps a Stop. All are forks of one process that has imported everything: that takes
     longer than all else.
     """
     told = json.dumps([[n, list(map(str, arguments)), *stop] for n, arguments, *stop in calls])
-    done = subprocess.run(
-        [sys.executable, __file__, told], capture_output=True, text=True, timeout=timeout
-    )
+    done = subprocess.run([sys.executable, __file__, told], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def fork(directory: Path, n: int, arguments: list[str], stop: Stop | None = None) -> list[Any]:
-    """What became of n processes, which this one waits for."""
-    children = []
+def report(ended: list[Ended]) -> str:
+    """What each rank said, for a test that fails."""
+    return "".join(
+        f"\n-- rank {rank}: exit code {code}\n{said}{wrong}"
+        for rank, (code, said, wrong) in enumerate(ended)
+    )
+
+
+def fork(directory: Path, n: int, arguments: list[str], stop: Stop | None = None) -> list[Ended]:
+    """How n processes ended, which this one waits for."""
+    children, files = [], []
     for rank, environment in enumerate(environments(n, directory)):
-        files = [directory / f"{rank}.{name}" for name in ("out", "err")]
+        files.append([directory / f"{rank}.{name}" for name in ("out", "err")])
         child = os.fork()
         if child == 0:
             os.environ.update(environment)
-            for number, file in enumerate(files, 1):
+            for number, file in enumerate(files[-1], 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             become(arguments)
-        children.append((child, files))
-    if stop is not None:
-        rank, signal, file = stop
-        begun = os.path.getmtime(file) if os.path.exists(file) else 0.0
-        while not os.path.exists(file) or os.path.getmtime(file) == begun:
-            time.sleep(0.01)
-        os.kill(children[rank][0], signal)
+        children.append(child)
+    codes = wait(children, stop)
     return [
-        [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *(f.read_text() for f in files)]
-        for child, files in children
+        [codes[child], *(f.read_text() for f in pair)]
+        for child, pair in zip(children, files, strict=True)
     ]
+
+
+def wait(children: list[int], stop: Stop | None) -> dict[int, int]:
+    """The exit code of each. What hangs is killed."""
+    until, codes = time.monotonic() + MOST, {}
+    begun = os.path.getmtime(stop[2]) if stop and os.path.exists(stop[2]) else 0.0
+    while len(codes) < len(children):
+        for child in children:
+            pid, status = (0, 0) if child in codes else os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    until = min(until, time.monotonic() + AFTER)
+        if stop and os.path.exists(stop[2]) and os.path.getmtime(stop[2]) != begun:
+            os.kill(children[stop[0]], stop[1])
+            stop = None
+        if time.monotonic() > until:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return codes
 
 
 def become(arguments: list[str]) -> None:

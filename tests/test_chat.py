@@ -81,7 +81,9 @@ class Terminal:
     def code(self) -> int:
         self.child.expect(pexpect.EOF)
         self.child.close()
-        return self.child.exitstatus
+        # As a shell has it: a Ctrl-C that falls into Python's own end kills it.
+        ended = self.child.exitstatus
+        return 128 + self.child.signalstatus if ended is None else ended
 
 
 def talk(*args: object, said: str = "") -> Result:

@@ -1,7 +1,6 @@
 """Layers divided among processes, against one process; tests/pipelined.py is what they run."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -10,9 +9,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from checkpoints import REPO
-from several import environments
+from several import environments, report, wait
 from several import run as several
-from test_ranks import TEXT, arrays_of, directory, first, one, place  # noqa: F401, fixtures
+from test_ranks import (  # noqa: F401, fixtures
+    TEXT,
+    arrays_of,
+    check_stopped,
+    directory,
+    first,
+    one,
+    place,
+)
 
 from ahn_mlx import AHNError
 from ahn_mlx.model.division import heads_of_each, layers_of_each
@@ -23,14 +30,20 @@ PROGRAM = REPO / "tests/pipelined.py"
 def run(n, folder, *parts):
     """What each rank prints."""
     command = [sys.executable, str(PROGRAM), str(folder), *parts]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    files = [[folder / f"{rank}.{name}" for name in ("out", "err")] for rank in range(n)]
     ranks = [
-        subprocess.Popen(command, env=environment, cwd=REPO, **pipes)
-        for environment in environments(n, folder)
+        subprocess.Popen(
+            command, env=environment, cwd=REPO, stdout=out.open("w"), stderr=err.open("w")
+        )
+        for environment, (out, err) in zip(environments(n, folder), files, strict=True)
     ]
-    said = [rank.communicate(timeout=600) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * n, said
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    codes = wait([rank.pid for rank in ranks], None)
+    ended = [
+        [codes[rank.pid], *(f.read_text() for f in pair)]
+        for rank, pair in zip(ranks, files, strict=True)
+    ]
+    assert not any(codes.values()), report(ended)
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
 
 
 def check_logits(found):
@@ -108,13 +121,8 @@ def test_commands_divide_layers_and_lose_nothing_when_a_rank_ends(directory, pla
         (2, ("ask", "one.ahn", *asks, "--pipeline")),
         (2, ("generate", "book.txt", *asks, "--pipeline", "--model", directory)),
     )
-    assert [code for code, *_ in stopped] == [130, 130], stopped
-    read = re.search(r"stopped after ([\d,]+) of", stopped[0][2])
-    assert read and f"going on after {read[1]} tokens" in killed[0][2], (stopped, killed)
-    assert [code for code, *_ in killed] == [2, -signal.SIGKILL], killed
-    assert killed[0][2].splitlines()[-1].startswith("error: another rank has ended")
-    assert "Traceback" not in killed[0][2]
-    assert [code for code, *_ in last] == [0, 0], last
+    check_stopped(stopped, killed)
+    assert [code for code, *_ in last] == [0, 0], report(last)
     ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(x, theirs[name]).item() for name, x in ours.items())

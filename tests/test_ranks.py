@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import suites
 from checkpoints import CHAT_TEMPLATE, GOLDEN, make_base
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
-from several import CONFIG, random_model, run
+from several import CONFIG, random_model, report, run
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.convert import convert
@@ -32,11 +33,12 @@ def converted(variant: str, directory: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("n", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_parts_compute_what_the_whole_does(n, tmp_path):
     goldens = [converted(name, tmp_path) for name in GOLDENS] if n == 2 else []
-    for code, said, wrong in run((n, (*goldens,)))[0]:
-        assert code == 0, wrong
+    ended = run((n, (*goldens,)))[0]
+    for code, said, _ in ended:
+        assert code == 0, report(ended)
         cases, refused = json.loads(said)
         for case in cases:
             print(n, case)
@@ -69,9 +71,8 @@ def one(*arguments: object) -> str:
 
 def first(ended: list[Any]) -> str:
     """What the first of several prints; all others are silent."""
-    (code, said, wrong), *others = ended
-    assert code == 0, wrong
-    assert others == [[0, "", ""]] * len(others)
+    (code, said, _), *others = ended
+    assert code == 0 and others == [[0, "", ""]] * len(others), report(ended)
     return str(said)
 
 
@@ -116,18 +117,24 @@ def test_a_rank_that_ends_ends_the_others_and_nothing_that_was_read_is_lost(dire
     stopped, killed, last = run(
         (2, call, (1, signal.SIGINT, partial)), (2, call, (1, signal.SIGKILL, partial)), (3, call)
     )
-    # Ctrl-C on one stops all after the same step.
-    assert [code for code, *_ in stopped] == [130, 130], stopped
-    read = re.search(r"stopped after ([\d,]+) of", stopped[0][2])
-    assert read and f"going on after {read[1]} tokens" in killed[0][2], killed
-    assert [code for code, *_ in killed] == [2, -signal.SIGKILL]
-    assert killed[0][2].splitlines()[-1].startswith("error: another rank has ended")
-    assert "Traceback" not in killed[0][2]
-    assert [code for code, *_ in last] == [0, 0, 0], last
+    check_stopped(stopped, killed)
+    assert [code for code, *_ in last] == [0, 0, 0], report(last)
     one(*reads, "one.ahn")
     ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
     for name, x in theirs.items():
         assert mx.allclose(ours[name], x, rtol=1e-3, atol=1e-3).item(), name
+
+
+def check_stopped(stopped: list[Any], killed: list[Any]) -> None:
+    """Of two processes, of which one got a Ctrl-C and then, as they went on, one was killed."""
+    said = report(stopped) + report(killed)
+    # Ctrl-C on one stops all after the same step.
+    assert [code for code, *_ in stopped] == [130, 130], said
+    read = re.search(r"stopped after ([\d,]+) of", stopped[0][2])
+    assert read and f"going on after {read[1]} tokens" in killed[0][2], said
+    assert [code for code, *_ in killed] == [2, -signal.SIGKILL], said
+    assert killed[0][2].splitlines()[-1].startswith("error: another rank has ended"), said
+    assert "Traceback" not in killed[0][2], said
 
 
 def test_answers_and_scores_are_those_of_one(directory, place):
@@ -161,8 +168,18 @@ def close(a: Any, b: Any) -> bool:
     return str(a) == str(b) or bool(abs(a - b) <= 1e-3 * max(1, abs(b)))  # also NaN
 
 
-def test_what_is_one_process_says_so(directory, monkeypatch):
+def test_what_is_one_process_says_so_before_it_does_anything(monkeypatch):
     monkeypatch.setenv("MLX_RANK", "0")
-    for command in (("serve", "--port", "0"), ("bench",)):
-        with pytest.raises(AHNError, match="is one process; start it without"):
-            one(*command, "--model", directory)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for command in (
+            ("serve", "--port", port, "--model", "absent"),
+            ("bench", "absent"),
+            ("convert", "absent", "-o", "out"),
+            ("memory", "info", "absent.ahn"),
+            ("eval", "lm-eval", "--model", "absent", "--", "--tasks", "arc_easy"),
+        ):
+            with pytest.raises(AHNError, match="is one process; start it without"):
+                one(*command)
+    with pytest.raises(AHNError, match="absent"):  # it may be several, and looks for its files
+        one("train", "absent.txt", "-o", "out")

@@ -22,14 +22,14 @@ from .options import (
     sampling_of,
     sampling_options,
 )
-from .ranks import Together, pipeline_option, share
+from .ranks import OnRanks, pipeline_option, share
 from .terminal import Left, say, waiting, warn_slow
 from .words import memory_and_question
 
 EXAMPLE = 'ahn-mlx ask book.ahn "Who is the captain?"'
 
 
-@click.command(cls=Together)
+@click.command(cls=OnRanks)
 @click.argument("words", metavar="[FILE] [QUESTION]", nargs=-1, shell_complete=complete_file)
 @click.option("--memory", "file", type=click.Path(path_type=Path), help="The same as FILE.")
 @click.option("-p", "--prompt", help="The same as QUESTION.")

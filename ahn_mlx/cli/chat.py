@@ -20,11 +20,11 @@ from .options import (
     sampling_options,
     window_bits_options,
 )
-from .ranks import Together, pipeline_option
+from .ranks import OnRanks, pipeline_option
 from .terminal import say, warn_slow
 
 
-@click.command(cls=Together)
+@click.command(cls=OnRanks)
 @click.argument("memory", cls=Word, metavar="FILE")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),

@@ -13,7 +13,8 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from ..errors import nearest, show
+from ..errors import AHNError, nearest, show
+from ..platform import launched_rank
 
 QUIET = "ahn_mlx.quiet"  # of a context: whether --quiet was given
 # Of the last version: the old spelling, and the new one where a command has it.
@@ -98,7 +99,12 @@ def _is_typed(ctx: click.Context, name: str) -> bool:
 
 
 class Command(click.Command):
-    """A command that knows what people type instead of its options."""
+    """A command that knows what people type instead of its options.
+
+    alone: whether it is one process, and refuses to be one of several.
+    """
+
+    alone = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # of the shell's completion
@@ -123,8 +129,16 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it. With --quiet what anyone says on stderr is dropped; errors are said later."""
+        if self.alone and launched_rank() is not None:
+            raise AHNError(f"{ctx.command_path} is one process; start it without mlx.launch")
         with redirect_stderr(io.StringIO()) if ctx.meta.get(QUIET) else nullcontext():
             return super().invoke(ctx)
+
+
+class Several(Command):
+    """A command that mlx.launch may start as several processes."""
+
+    alone = False
 
 
 def _refuse_dashes(args: list[str], options: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from .options import (
     quiet_option,
     text_option,
 )
-from .ranks import Together, is_first, share
+from .ranks import OnRanks, is_first, share
 from .terminal import progress_bar, say
 from .words import read_typed
 
@@ -43,7 +43,7 @@ SENTENCES = {
 ERRORS = "±: standard error over tokens; noise: less than two of them away from 0"
 
 
-@click.command(cls=Together)
+@click.command(cls=OnRanks)
 @click.argument("text", cls=Word, needed=True, metavar="TEXT")
 @no_effect(
     *("segments", "seq_len"),

@@ -29,12 +29,12 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .ranks import Together, is_first, pipeline_option, share
+from .ranks import OnRanks, is_first, pipeline_option, share
 from .terminal import day, in_bytes, progress_bar, say, stop_between_steps, warn_slow
 from .words import is_there, looks_like_file, memory_name, read_typed
 
 
-@click.command(cls=Together)
+@click.command(cls=OnRanks)
 @click.argument("prompt_file", cls=Word, nargs=-1, metavar="FILE...")
 @no_effect(
     *("window", "sinks", "dtype", "q_bits", "kv_bits", "kv_group_size", "system"),

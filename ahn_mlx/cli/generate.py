@@ -27,7 +27,7 @@ from .options import (
     template_options,
     window_bits_options,
 )
-from .ranks import Together, pipeline_option, share
+from .ranks import OnRanks, pipeline_option, share
 from .terminal import Answer, is_piped_in, progress_bar, say, stop_between_steps, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
 
@@ -35,7 +35,7 @@ from .words import files_and_question, looks_like_file, read_typed
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@click.command(cls=Together)
+@click.command(cls=OnRanks)
 @click.argument("words", nargs=-1, metavar="[FILE]... [QUESTION]", shell_complete=complete_file)
 @no_effect("verbose", when=lambda options: is_given("quiet"), why="with --quiet")
 @loading_options

@@ -11,10 +11,10 @@ from click.shell_completion import CompletionItem
 
 from ..errors import AHNError
 from ..hub.published import CONVERTED, DEFAULT, has_bits_to_choose
-from ..platform import default_dtype, enough_memory, launched_rank
+from ..platform import default_dtype, enough_memory
 from ..reading.sampling import Sampling, complaint
 from .command import QUIET, spelling
-from .ranks import Together, here
+from .ranks import here
 from .terminal import say, waiting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -255,13 +255,7 @@ def _option(name: str) -> str:
 
 
 def load_model(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer of the loading options. Raises AHNError also where several processes
-    were started for a command that is one."""
-    running = click.get_current_context(silent=True)
-    alone = running is not None and not isinstance(running.command, Together)
-    if alone and launched_rank() is not None:
-        assert running is not None
-        raise AHNError(f"{running.command_path} is one process; start it without mlx.launch")
+    """Model and tokenizer of the loading options."""
     with waiting(f"loading {options['name']}"):
         from ..hub import zoo
 

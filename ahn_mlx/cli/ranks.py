@@ -12,7 +12,7 @@ import click
 
 from ..errors import AHNError
 from ..platform import launched_rank
-from .command import Command
+from .command import Several
 
 if TYPE_CHECKING:
     from ..model.ranks import Ranks
@@ -54,8 +54,8 @@ pipeline_option = click.option(
 )
 
 
-class Together(Command):
-    """A command that several processes can run as one."""
+class OnRanks(Several):
+    """A command that several processes run as one."""
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
         if launched_rank():

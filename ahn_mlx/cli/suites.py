@@ -20,7 +20,7 @@ from .options import (
     needs_memory,
     quiet_option,
 )
-from .ranks import Together, is_first
+from .ranks import OnRanks, is_first
 from .terminal import progress_bar, say, stop_between_steps, waiting, warn_slow
 
 LENGTHS = ("16k", "32k", "64k", "128k", "256k")
@@ -76,7 +76,7 @@ def _suite(name: str, examples: str, length: bool = False) -> click.Command:
         )(decorated)
     for option in reversed(_SUITE):
         decorated = option(decorated)
-    made: click.Command = click.command(name, cls=Together)(decorated)
+    made: click.Command = click.command(name, cls=OnRanks)(decorated)
     return made
 
 

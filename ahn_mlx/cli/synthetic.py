@@ -24,7 +24,7 @@ from .options import (
     quiet_option,
     text_option,
 )
-from .ranks import Together, is_first, share
+from .ranks import OnRanks, is_first, share
 from .suites import agree
 from .terminal import progress_bar, warn_slow
 
@@ -72,7 +72,7 @@ def _begin(options: dict[str, Any], lows: dict[str, int]) -> tuple[OutFile | Non
     return out, found
 
 
-@click.command(cls=Together)
+@click.command(cls=OnRanks)
 @click.option("--documents", default=14, show_default=True, help="Read by each mixer.")
 @click.option("--needles", default=8, show_default=True, help="Facts in each.")
 @click.option("--tokens", default=915, show_default=True, help="Of each document.")
@@ -220,7 +220,7 @@ def _made(name: str, tasks: tuple[str, ...], about: str, *more: str) -> click.Co
     decorated = click.option(
         "--length", default=2048, show_default=True, help="Tokens of prompt and answer."
     )(decorated)
-    made: click.Command = click.command(name, cls=Together)(decorated)
+    made: click.Command = click.command(name, cls=OnRanks)(decorated)
     return made
 
 

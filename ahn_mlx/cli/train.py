@@ -14,7 +14,7 @@ from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
 from ..outputs.parts import working_on
 from ..platform import enough_memory
-from .command import Command, Word
+from .command import Several, Word
 from .options import complete_file, complete_model, is_given, no_effect, quiet_option
 from .terminal import progress_bar, say, stop_between_steps
 
@@ -24,7 +24,7 @@ KINDS = ("gated_deltanet", "deltanet", "mamba2")
 MOST = 1 << 31  # of any whole number: steps, sequences, tokens
 
 
-@click.command(cls=Command)
+@click.command(cls=Several)
 @click.argument("data", cls=Word, needed=True, nargs=-1, metavar="DATA...")
 @no_effect(
     *("memory", "layerwise"),
