@@ -18,7 +18,7 @@ MINUTES := 10
 MODULE :=
 SINCE := origin/main
 
-.PHONY: demo test test-slow fuzz mutate clean
+.PHONY: demo test test-slow test-faults fuzz mutate clean
 
 demo: .venv/.demo
 	@echo "Chapters 11 to 14 of Pride and Prejudice go through a window of 1,024 + 64 tokens."
@@ -38,6 +38,10 @@ test: .venv/.test
 
 test-slow: .venv/.test
 	$(PYTEST) -m slow
+
+# Fifty kills and twenty full disks of each command, every kind of path: an hour.
+test-faults: .venv/.test
+	$(PYTEST) -m long -s
 
 fuzz: .venv/.fuzz
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m fuzz --minutes $(MINUTES)

@@ -76,7 +76,7 @@ def test_a_killed_command_loses_nothing(place, name):
     assert killed(place, name, SOME)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fifty_kills(place, name):
     kills = killed(place, name, MANY)
@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line(place, name):
         assert filled(place, name, SOME)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_full_disks(place, name):
     if name != "upload":
@@ -147,7 +147,7 @@ def test_a_connection_that_breaks(place, name):
     broken(place, name, SOME)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pull", "upload"])
 def test_each_connection_that_breaks(place, name):
     broken(place, name, MANY)
@@ -192,7 +192,7 @@ def starved(place: Place, name: str, room: int) -> None:
     assert run.status == 0 and place.contents() == final, run.said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="macOS has no such limit")
 @pytest.mark.parametrize("room", [1 << 20, 1 << 26])
 @pytest.mark.parametrize("name", CASES)

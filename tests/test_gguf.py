@@ -175,6 +175,11 @@ def test_other_quantizations_take_the_package(kind, tmp_path, monkeypatch):
     values, size = ggml.GGML_QUANT_SIZES[number]
     raw = np.random.default_rng(0).integers(0, 64, (4, 512 // values * size)).astype(np.uint8)
     writer = ggml.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    for add in ("head_count", "head_count_kv", "embedding_length", "block_count"):
+        getattr(writer, f"add_{add}")(1)
+    writer.add_feed_forward_length(32)
+    writer.add_rope_freq_base(1e4)
+    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tensor("token_embd.weight", raw, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -204,7 +204,7 @@ def test_a_path_that_is_none_is_one_line(place, n):
             check(place, command, parameter, KINDS[(i // len(KINDS) + n) % len(KINDS)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("command", "parameter"), parameters())
 def test_every_path_that_is_none_is_one_line(place, command, parameter, kind):

@@ -149,7 +149,7 @@ def test_a_killed_server_loses_nothing(place: Place) -> None:
     assert kills(place, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fifty_kills(place: Place) -> None:
     done = kills(place, 50)
     print(f"serve: {done} kills before the end of the work")

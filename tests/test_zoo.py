@@ -44,7 +44,7 @@ def test_unpermute_undoes_llama_cpp() -> None:
         (lambda raw: raw[:4] + bytes(100), "GGUF version 0"),
         # One tensor has the name of another, or of none.
         (lambda raw: raw.replace(b"blk.7.attn_norm", b"blk.6.attn_norm", 1), "is there twice"),
-        (lambda raw: raw.replace(b"blk.7.attn_norm", b"blk.x.attn_norm", 1), "layers.x"),
+        (lambda raw: raw.replace(b"blk.7.attn_norm", b"blk.x.attn_norm", 1), "unexpected.*blk.x"),
     ],
 )
 def test_a_damaged_base_is_named(

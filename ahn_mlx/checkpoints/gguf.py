@@ -108,10 +108,11 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
     style = Style([], bos=True) if pieces else _style(metadata)
     tokens, types = _tokens(metadata, count)
     spaced = plain(metadata.get("tokenizer.ggml.add_space_prefix", True)) is not False
-    if pieces:
-        table = _pieces(tokens, types, _merges_by_score(metadata, tokens, types), spaced)
-    else:
-        table = _bpe(tokens, style, _merges(metadata, set(tokens)))
+    with foreign(_unusable):
+        if pieces:
+            table = _pieces(tokens, types, _merges_by_score(metadata, tokens, types), spaced)
+        else:
+            table = _bpe(tokens, style, _merges(metadata, set(tokens)))
     ends = end_ids(metadata, count)
     roles = {role: _role(metadata, role, count) for role in ("bos", "eos", "padding", "unknown")}
     if roles["eos"] is None and ends:
@@ -126,7 +127,7 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
     template = plain(metadata.get("tokenizer.chat_template"))
     if not isinstance(template, str | None):
         raise AHNError(f"its chat template is {show(template)}, not a text")
-    with foreign(lambda why: f"no usable tokenizer in it ({why})"):
+    with foreign(_unusable):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=_with_added(table, tokens, types, ends),
             bos_token=names["bos"],
@@ -141,6 +142,10 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
         streaming = partial(SPMStreamingDetokenizer, trim_space=spaced)
         detokenizer = streaming if pieces else BPEStreamingDetokenizer
         return TokenizerWrapper(tokenizer, detokenizer, eos_token_ids=ends)
+
+
+def _unusable(why: str) -> str:
+    return f"no usable tokenizer in it ({why})"
 
 
 def _style(metadata: dict[str, Any]) -> Style:
