@@ -25,6 +25,11 @@ from ahn_mlx.reading.template import Template, TemplateError
 THINK = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 TRIMMED = CHATML.replace("m.content", "m.content | trim")
 PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+# At one end only.
+LEFT, RIGHT = (
+    CHATML.replace("m.content", f"(m.content.{trim}() if m.role == 'user' else m.content)")
+    for trim in ("lstrip", "rstrip")
+)
 SYSTEM_LAST = (
     "{% set sys = messages[0].content if messages[0].role == 'system' else '' %}"
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and sys %}{{ sys }}"
@@ -86,6 +91,8 @@ WHOLE = {
     "chatml": CHATML,
     "think": THINK,
     "trimmed": TRIMMED,
+    "trimmed left": LEFT,
+    "trimmed right": RIGHT,
     "parts": PARTS,
     "reasons": REASONS,
     "dated": DATED,
