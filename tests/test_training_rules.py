@@ -444,3 +444,19 @@ def test_what_ranks_send():
     assert plain.ring == 11 * 2 * 2 * 4 * 2 + 2 * (2 * 2 * 4) + 2 * 34 * 2
     line = ranks.sent(SHAPE, "ahn", 5, True, 2)
     assert line == (24 + 4, 24 + 2 * 4 * 4)
+
+
+def test_a_stream_is_read_in_steps_and_judged_in_rows(monkeypatch):
+    monkeypatch.setattr(measured, "STEP", 16)
+    monkeypatch.setattr(measured, "ROWS", 7)
+    _, model = tiny(window=10, sinks=3)
+    (found,) = measured.stream(model, IDS, 21)
+    assert (found.first, found.end) == (21, 59)
+    with silenced(model):
+        said = {"window": model(IDS)}
+    said["memory"] = model(IDS)
+    for kind, logits in said.items():
+        nll = nn.losses.cross_entropy(logits[0, 21:-1], IDS[0, 22:]).mean().item()
+        assert found.nll[kind] == pytest.approx(nll, rel=1e-4)
+    assert teach(model, IDS).heads == []
+    assert ranks.sent(SHAPE, "full", 2, False) == ranks.sent(SHAPE, "full", 2, False, 2)
