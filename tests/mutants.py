@@ -41,7 +41,10 @@ ENOUGH = 0.9
 LONGEST = 30.0
 # What each test reaches, from run to run.
 KEPT = ROOT / ".mutants"
-LIBRARIES = "coverage hypothesis mlx.nn mlx_lm.utils mlx_lm.generate transformers mlx.optimizers"
+LIBRARIES = (
+    "coverage hypothesis mlx.nn mlx.optimizers mlx_lm.utils mlx_lm.generate mlx_lm.sample_utils"
+    " mlx_lm.models.llama mlx_lm.models.qwen2 mlx_lm.models.qwen3 tokenizers click tqdm"
+)
 # A failure need not become the smallest one.
 PROFILE = """
 from hypothesis import Phase, settings

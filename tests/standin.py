@@ -29,7 +29,9 @@ class StandIn:
     many requests are answered 503 first. portal: a page of HTML is the answer to everything;
     pages: to requests for these files. sizes: what is listed instead of a file's size.
     asked: (method, path, Range header) of all requests. stored: large files that were
-    uploaded, by checksum.
+    uploaded, by checksum. old: what a commit had, while it lasted. private: whether a repository
+    was made so. breaks: the connection breaks in the middle of the answer to that request from
+    now on, the first being 1.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,9 @@ class StandIn:
         self.closing = threading.Event()
         self.asked: list[tuple[str, str, str]] = []
         self.stored: dict[str, bytes] = {}
+        self.old: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.breaks = 0
         self.hold = threading.Event()  # downloads of weights wait for it
         self.hold.set()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -66,7 +71,9 @@ class StandIn:
         """Serve the files of directories; returns the commit."""
         content = {f.name: f.read_bytes() for d in directories for f in sorted(d.iterdir())}
         self.repos[repo] = {**content, **{k.replace("__", "."): v for k, v in files.items()}}
-        return self.commit(repo)
+        commit = self.commit(repo)
+        self.old[commit] = dict(self.repos[repo])
+        return commit
 
     def commit(self, repo: str) -> str:
         names = sorted((name, git_sha1(data)) for name, data in self.repos[repo].items())
@@ -90,6 +97,15 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # who asked has left
             super().handle()
 
+    def parse_request(self) -> bool:
+        whole = super().parse_request()
+        self.hub.breaks -= 1
+        if self.hub.breaks == 0:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+            self.close_connection = True
+            return False
+        return whole
+
     def do_GET(self) -> None:
         self._answer()
 
@@ -112,10 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
-            if repo in self.hub.repos:
-                return self._fail(409, "RepoExists")
-            self.hub.repos[repo] = {}
-            return self._json({"url": f"{self.hub.url}/{repo}"})
+            status = 409 if repo in self.hub.repos else 200
+            if status == 200:
+                self.hub.repos[repo] = {}
+                # As its clients before 1.0 say it, and as later ones do.
+                private = asked.get("private") or asked.get("visibility") == "private"
+                self.hub.private[repo] = bool(private)
+            return self._send(status, json.dumps({"url": f"{self.hub.url}/{repo}"}).encode())
         if self.path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if self.path.endswith("/preupload/main"):
@@ -175,15 +194,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(403, "GatedRepo")
         commit = self.hub.commit(repo)
         if api and len(parts) == 4:
-            return self._json({"id": repo, "sha": commit, "siblings": []})
+            private = self.hub.private.get(repo, False)
+            return self._json({"id": repo, "sha": commit, "siblings": [], "private": private})
         revision = parts[5] if api else parts[3]
+        files = self.hub.repos[repo]
         if revision not in ("main", commit):
-            return self._fail(404, "RevisionNotFound")
+            if revision not in self.hub.old:
+                return self._fail(404, "RevisionNotFound")
+            files, commit = self.hub.old[revision], revision
         if api and parts[4] == "revision":
             return self._json({"id": repo, "sha": commit, "siblings": []})
         if api:
-            return self._json([self._entry(*item) for item in self.hub.repos[repo].items()])
-        self._file(repo, "/".join(parts[4:]), commit)
+            return self._json([self._entry(*item) for item in files.items()])
+        self._file(files, "/".join(parts[4:]), commit)
 
     def _entry(self, name: str, data: bytes) -> dict[str, Any]:
         entry = {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
@@ -198,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": oid, "size": size, "pointerSize": len(pointer)}
         return entry
 
-    def _file(self, repo: str, name: str, commit: str) -> None:
-        data = self.hub.repos[repo].get(name)
+    def _file(self, files: dict[str, bytes], name: str, commit: str) -> None:
+        data = files.get(name)
         if data is None:
             return self._fail(404, "EntryNotFound")
         lfs = name.endswith(LFS)

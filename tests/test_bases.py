@@ -7,8 +7,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import GDN, IDS, edit_config, edit_tensors, make_base, memory_of, talking_model
+from checkpoints import (
+    GDN,
+    IDS,
+    edit_config,
+    edit_tensors,
+    make_base,
+    memory_of,
+    read_json,
+    talking_model,
+)
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
 
 import ahn_mlx
 from ahn_mlx import AHNError, load_model
@@ -119,6 +129,13 @@ def test_names_of_bases(tmp_path, monkeypatch):
     for name in ("ahn-gdn-3b", "ahn-dn-7b", "some/repo"):
         assert bases.find_base(name) == tmp_path
     assert fetched == [*(MODELS[n].base.repo for n in ("ahn-gdn-3b", "ahn-dn-7b")), "some/repo"]
+    # A directory of a repository's name is meant; ours stands for what it stands for.
+    monkeypatch.chdir(tmp_path)
+    for name in ("ahn-gdn-3b", "some/repo", DEFAULT):
+        Path(name).mkdir(parents=True)
+    assert bases.find_base("ahn-gdn-3b") == Path("ahn-gdn-3b")
+    assert bases.find_base("some/repo") == Path("some/repo")
+    assert bases.find_base(DEFAULT).suffix == ".gguf"
     gguf = tmp_path / "a.gguf"
     gguf.touch()
     assert bases.find_base(str(gguf)) == gguf
@@ -139,6 +156,9 @@ def test_the_small_base_by_name():
     [
         ({"0.ahn.fn.o_proj.weight": None}, r"tensor model\.layers\.0\.ahn\.fn\.o_proj"),
         ({"0.ahn.fn.a_proj.weight": mx.zeros((3, 3))}, "does not fit this model"),
+        ({"0.ahn.fn.dt_bias": mx.zeros((1,))}, "dt_bias does not fit this model"),
+        ({"1.ahn.fn.o_proj.weight": mx.zeros((4, 16, 8))}, "o_proj.* does not fit this model"),
+        ({"model.layers.0.ahn.fn.x_proj.weight": mx.ones((4, 4))}, "x_proj.* does not fit"),
         ({"0.ahn.fn.o_proj.weight": mx.full((4, 16, 16), mx.nan)}, "holds NaN"),
         ({"model.norm.weight": mx.ones((64,))}, "holds a whole model, not a memory"),
     ],
@@ -148,6 +168,35 @@ def test_a_memory_that_does_not_fit(place, damage, said):
     with pytest.raises(AHNError, match=said) as error:
         ahn_mlx.load(place / "base", ahn=place / "ahn")
     assert str(place / "ahn") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_memory_of_half_precision_takes_the_models(place, dtype):
+    """Its decays are float32 always."""
+    tensors = mx.load(str(place / "ahn/model.safetensors"))
+    half = {name: x.astype(mx.bfloat16) for name, x in tensors.items()}
+    mx.save_safetensors(str(place / "ahn/model.safetensors"), half)
+    model, _ = ahn_mlx.load(place / "base", ahn=place / "ahn", dtype=dtype)
+    found = {name: x.dtype for name, x in tree_flatten(model.parameters())}
+    decays = {name for name in found if name.endswith(("A_log", "dt_bias"))}
+    assert len(decays) == 2 * 3 and {found.pop(name) for name in decays} == {mx.float32}
+    # None: of the fast one on the CPU.
+    assert dtype is None or set(found.values()) == {getattr(mx, dtype)}
+    assert (model.origin.dtype, model.origin.q_bits) == (dtype, None)
+
+
+def test_bits_of_a_published_name_are_remembered(place, monkeypatch):
+    """Whoever asks a saved memory loads the model of these."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    models = place / "ahn-mlx/models"
+    ahn = read_json(place / "talking/model")["ahn"]
+    for window, end in ((20, ""), (24, "-4bit"), (28, "-8bit")):
+        made = shutil.copytree(place / "talking/model", models / f"ahn-gdn-3b{end}")
+        edit_config(made, ahn={**ahn, "window": window})
+    for bits, window in ((None, 24), (4, 24), (8, 28), (0, 20)):
+        model, _ = ahn_mlx.load("ahn-gdn-3b", q_bits=bits)
+        assert (model.origin.name, model.origin.q_bits) == ("ahn-gdn-3b", bits)
+        assert model.ahn.window == window
 
 
 def test_a_whole_model_is_no_memory(place):

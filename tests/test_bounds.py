@@ -1,5 +1,7 @@
 """What is kept, how much of it, and what of a kept file is believed: at the very bound."""
 
+import math
+
 import pytest
 from checkpoints import talking_model
 
@@ -7,6 +9,7 @@ from ahn_mlx import AHNError, Session, load
 from ahn_mlx.measure import speed
 from ahn_mlx.measure.cost import SPARE
 from ahn_mlx.serve.budget import check_rows
+from ahn_mlx.serve.parameters import APIError, Field, parse
 from ahn_mlx.serve.shelf import Kept, Shelf
 
 
@@ -20,6 +23,58 @@ def test_what_was_asked_for_last_stays_longest(tmp_path):
     shelf.put(Kept(session.fork()), "c")
     assert shelf.get("b") is None and len(shelf) == 2
     assert shelf.get("a") is not None and shelf.get("c") is not None
+    # One that is found by two names is there once.
+    shelf.put(Kept(session.fork(), (1, 2, 3)), "d", "e")
+    assert shelf.get("a") is None and shelf.get("c") is not None
+    assert shelf.get("d") is shelf.get("e") is not None
+    assert (len(shelf), shelf.nbytes) == (2, 2 * session.nbytes)
+    assert shelf.get("d").tokens == session.tokens + 3
+    small, right = Shelf(session.nbytes - 1), Shelf(session.nbytes)
+    for one in (small, right):
+        one.put(Kept(session), "a")
+    assert small.get("a") is None and right.get("a") is not None
+    right.clear()
+    assert (len(right), right.nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "taken", "refused"),
+    [
+        (Field("integer", low=1, high=3), [1, 3, 2.0], [0, 4, 2.5, True, "2", 1e400]),
+        (Field("number", low=0, high=2), [0, 2, 0.5], [-0.1, 2.1, math.nan, math.inf, False, "1"]),
+        (Field("number"), [-1e300, 10**30], [-math.inf, math.nan]),
+        (Field("string", low=2, high=3), ["ab", "abc"], ["a", "abcd", 5, ["ab"]]),
+        (Field("array", low=1, high=2), [[0], [0, 0]], [[], [0, 0, 0], "a", {"a": 1}]),
+        (Field("text or array", low=1, high=2), ["a", [1, 2]], ["", [], "abc", [1, 2, 3], 5]),
+        (Field("object", high=1), [{}, {"a": 1}], [{"a": 1, "b": 2}, [], "a"]),
+        (Field("boolean"), [True, False], [0, 1, "true"]),
+        (Field("string", choices=("a", "b")), ["a", "b"], ["c", "", "ab"]),
+    ],
+)
+def test_a_parameter_is_taken_up_to_its_bounds(field, taken, refused):
+    for value in taken:
+        found = parse({"x": value}, {"x": field})["x"]
+        assert found == value and (field.kind != "integer" or type(found) is int)
+    for value in refused:
+        with pytest.raises(APIError) as error:
+            parse({"x": value}, {"x": field}, "body: ")
+        assert (error.value.param, error.value.status) == ("x", 400)
+        assert "body: x must be" in error.value.message
+
+
+def test_parameters_have_their_defaults_and_no_others_are_there():
+    table = {"a": Field("integer", 7, low=9), "b": Field("string", required=True)}
+    assert parse({"b": "x", "c": None}, table) == {"a": 7, "b": "x"}
+    assert parse({"b": "x", "a": None}, table) == {"a": 7, "b": "x"}
+    for body, param, code in (
+        ({"b": "x", "c": 0}, "c", "unsupported"),
+        ({"a": 9}, "b", "missing"),
+        ({"b": None}, "b", "missing"),
+        ({"b": 5}, "b", "invalid_type"),
+    ):
+        with pytest.raises(APIError) as error:
+            parse(body, table)
+        assert (error.value.param, error.value.code) == (param, code)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

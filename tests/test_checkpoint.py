@@ -10,7 +10,7 @@ import pytest
 from checkpoints import BOM, GDN, GOLDEN, IDS, model_dir, read_json, same
 
 from ahn_mlx.checkpoints.baseconfig import read_config
-from ahn_mlx.checkpoints.directory import read_headers, read_tensors
+from ahn_mlx.checkpoints.directory import INDEX, read_headers, read_tensors
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import load_model
 from ahn_mlx.errors import AHNError
@@ -308,6 +308,20 @@ def test_config_is_not_json(tmp_path, text):
     with pytest.raises(AHNError, match=r"config.json: not valid JSON") as error:
         describe(tmp_path)
     one_line(error)
+
+
+def test_an_index_may_be_larger_than_a_config(tmp_path):
+    path = model_dir(tmp_path)
+    room = " " * (4 << 20)
+    index(path, {"a": "model.safetensors"})
+    (path / INDEX).write_text((path / INDEX).read_text() + room)
+    assert read_tensors(path)
+    sound = (path / "config.json").read_text()
+    (path / "config.json").write_text(sound + room[len(sound) :])
+    assert read_config(path)["model_type"]
+    (path / "config.json").write_text(sound + room)
+    with pytest.raises(AHNError, match=r"config\.json: larger than 4 MB"):
+        read_config(path)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def test_shards_out(tmp_path, monkeypatch):
     assert "model.embed_tokens.weight" in first and not any(".layers.2." in n for n in first)
 
 
+def test_a_shard_is_filled_to_its_last_byte(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
+    sizes = {"a": 60, "b": 40, "c": 1, "d": 99, "e": 150, "f": 100, "g": 1}
+    assert shards._shards(sizes) == [["a", "b"], ["c", "d"], ["e"], ["f"], ["g"]]
+    names = [f"model.layers.{i}.x" for i in (0, 2, 10, 11)]
+    assert sorted(names, key=shards.by_layer) == names
+
+
 def is_decay(name: str) -> bool:
     return name.endswith((".A_log", ".dt_bias"))
 

@@ -103,6 +103,7 @@ def test_integers(parts):
     [
         *[("hidden_size", 128), ("num_attention_heads", 8), ("num_key_value_heads", 4)],
         *[("model_type", "qwen3"), ("num_hidden_layers", 2), ("rope_theta", 1e4)],
+        ("intermediate_size", 160),
     ],
 )
 def test_another_base(parts, field, value):
@@ -273,6 +274,7 @@ def test_interrupted_between_renames(parts, monkeypatch):
             raise KeyboardInterrupt
         return rename(self, target)
 
+    monkeypatch.setattr(directories, "_exchange", lambda a, b: False)  # a disk that cannot
     monkeypatch.setattr(directories.Path, "rename", fail)
     with pytest.raises(KeyboardInterrupt):
         convert(base, ahn, out, "bfloat16", force=True)

@@ -71,6 +71,20 @@ def test_end_tokens_on_the_way_back(tmp_path):
     assert read_json(tmp_path / "back")["eos_token_id"] == 7
 
 
+@pytest.mark.parametrize(("in_base", "ends"), [(None, [7]), (5, [5]), (0, [0])])
+def test_ends_of_the_memorys_config_count_where_the_base_has_none(in_base, ends, tmp_path):
+    base = make_base(tmp_path / "base")
+    memory = memory_of(base, tmp_path / "memory")
+    edit_config(base, eos_token_id=in_base)
+    edit_config(memory, eos_token_id=7)
+    for path, value in ((base, 0.5), (memory, 0.9)):
+        (path / "generation_config.json").write_text(json.dumps({"temperature": value}))
+    convert(base, memory, tmp_path / "out")
+    assert read_json(tmp_path / "out")["eos_token_id"] == ends
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written == {"eos_token_id": ends, "temperature": 0.5}
+
+
 def test_text_of_an_end_token(tmp_path):
     base = make_base(tmp_path / "base", eos_token_id="<|end|>")
     with pytest.raises(AHNError, match=r"config.json: eos_token_id is '<\|end\|>'.*not know"):

@@ -315,3 +315,21 @@ def test_parts_of_a_divided_model():
 
 def test_settings_at_their_bounds():
     assert (AHNConfig(window=1, sinks=0).window, AHNConfig(window=1, sinks=0).sinks) == (1, 0)
+
+
+def test_a_query_projection_begins_as_none():
+    """With heads that divide the width: what it reads by is the raw query."""
+    memory = MEMORIES["gated_deltanet"](20, 4, 3, query_projection=True)
+    assert memory.q_proj.weight.shape == (4, 3, 5)
+    assert mx.array_equal(memory.q_proj.weight[2], mx.eye(3, 5))
+    (_, plain), (_, projected) = (
+        tiny(window=10, sinks=3, query_projection=with_it) for with_it in (False, True)
+    )
+    assert "q_proj" in projected.layers[1].self_attn.ahn
+    for mine, other in zip(projected.layers, plain.layers, strict=True):
+        weights = {"o_proj": {"weight": other.self_attn.ahn.o_proj.weight}}
+        rest = ("a_proj", "b_proj", "g_proj")
+        weights |= {name: other.self_attn.ahn[name].parameters() for name in rest}
+        mine.self_attn.ahn.update(weights)
+    assert mx.allclose(projected(IDS), plain(IDS), atol=1e-4)
+    assert all(x.dtype == mx.float32 for x in (memory.q_proj.weight, plain(IDS)))

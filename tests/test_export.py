@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import mlx_lm
 import pytest
+import yaml
 from checkpoints import GDN, GOLDEN, byte_tokenizer, edit_config, read_json, same
 
 from ahn_mlx import AHNError
@@ -150,6 +151,34 @@ def test_card(quantized):
     ):
         assert part in text
     assert str(quantized.parent) not in text
+
+
+@pytest.mark.parametrize(
+    ("licences", "said"),
+    [
+        (("mit", "mit"), "mit"),
+        (("mit", "apache-2.0"), "other"),
+        (("mit", ""), "other"),
+        (("", ""), "other"),
+    ],
+)
+def test_a_card_names_a_licence_that_all_parts_have(licences, said, tmp_path):
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "out")
+    commit = "0123" * 10
+    origins = [
+        card.Origin("base", "a/base", commit, licences[0]),
+        card.Origin("memory", "mine", "", licences[1]),
+    ]
+    text = card.card(tmp_path / "out", "me/mine", origins)
+    (tmp_path / "README.md").write_text(text)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["license"], front["base_model"]) == (said, ["a/base"])
+    assert card.read_origins(tmp_path) == origins
+    assert card.base_model(tmp_path) == "a/base"
+    for part, licence in zip(("base", "memory"), licences, strict=True):
+        assert f"| licence of the {part} | {licence or 'see there'} |" in text
+    assert "| quantization | none |" in text
+    assert f"| base | a/base at {commit} |" in text and "| memory | mine |" in text
 
 
 def test_card_quotes_what_anyone_wrote(tmp_path):

@@ -386,6 +386,13 @@ def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
     kind = ggml.GGMLQuantizationType.Q8_0
     writer = ggml.GGUFWriter(tmp_path / "a.gguf", "qwen2")
     packed = ggml.quantize(np.ones(32, np.float32), kind)
+    for add in ("head_count", "head_count_kv", "embedding_length", "block_count"):
+        getattr(writer, f"add_{add}")(1)
+    for add in ("feed_forward_length", "context_length", "vocab_size"):
+        getattr(writer, f"add_{add}")(32)
+    writer.add_rope_freq_base(1e4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("token_embd.weight", np.ones((32, 32), np.float32))
     writer.add_tensor("output_norm.weight", packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -393,3 +400,18 @@ def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(AHNError, match="is a vector, and quantized"):
         GGUFile(tmp_path / "a.gguf").sources()
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "added", "vocab.json"])
+def test_numbers_of_tokens_that_would_fill_the_memory(tmp_path: Path, where: str) -> None:
+    made = table()
+    big = 4_000_000_000
+    if where == "tokenizer.json":
+        made["model"]["vocab"] |= {"b": big}
+    if where == "added":
+        made["added_tokens"] = [{"id": big, "content": "<x>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    if where == "vocab.json":
+        (tmp_path / where).write_text(json.dumps({"a": 0, "b": big}))
+    with pytest.raises(AHNError, match="json: a token has the number 4,000,000,000"):
+        load_tokenizer(tmp_path, {})

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
+from huggingface_hub import constants
 from standin import StandIn
 
+from ahn_mlx import AHNError
 from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.load import load_model
-from ahn_mlx.hub import published, zoo
+from ahn_mlx.hub import disk, download, published, zoo
 
 NAME = "ahn-gdn-3b"
 BASE = published.MODELS[NAME].base.repo
@@ -85,6 +87,22 @@ def machine(tmp_path: Path, hub: StandIn) -> Machine:
     return Machine(tmp_path, hub)
 
 
+@pytest.fixture
+def here(tmp_path: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The hub of this process, which is a user's machine."""
+    files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (
+        ("ENDPOINT", hub.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", files),
+        ("HF_HUB_CACHE", str(tmp_path / "hf/hub")),
+        ("HF_HUB_DISABLE_XET", True),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    return hub
+
+
 def test_the_cost_of_a_repository(machine: Machine, hub: StandIn) -> None:
     said = machine.run("estimate", "--model", BASE, "--context", "1000", "--window", "99")
     assert "window 99" in said
@@ -142,9 +160,32 @@ def test_pull_brings_it_up_to_date(machine: Machine, hub: StandIn) -> None:
     new = hub.add(AHN, GDN / "ahn_only", README__md=b"# newer\n")
     machine.run("pull", NAME)
     assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == new != old
-    # And back, pinned; the hub still has the old revision in the user's cache alone.
+    # And back, pinned, from what is in the user's cache.
     machine.run("pull", NAME, "--revision", old, HF_HUB_OFFLINE="1")
     assert card.read_origins(machine.models / f"{NAME}-4bit")[1].revision == old
+
+
+def test_each_part_comes_at_the_revision_that_was_asked_for(here: StandIn, tmp_path: Path) -> None:
+    models = tmp_path / "cache/ahn-mlx/models"
+    old = [here.commit(BASE), here.commit(AHN)]
+    tokenizer, more = byte_tokenizer(tmp_path / "same"), {"README__md": b"# newer\n"}
+    new = [here.add(BASE, GDN / "base", tokenizer, **more), here.add(AHN, GDN / "ahn_only", **more)]
+    for wanted, made_of in (
+        ({"base_revision": old[0]}, [old[0], new[1]]),
+        ({"revision": old[1]}, [new[0], old[1]]),
+        ({"revision": old[1], "base_revision": old[0]}, old),
+        ({}, new),
+    ):
+        download.pull(NAME, **wanted)
+        origins = card.read_origins(models / f"{NAME}-4bit")
+        assert [origin.revision for origin in origins] == made_of
+    old, new = (here.add("me/mine", GDN / "ahn_only", note__txt=note) for note in (b"1", b"2"))
+    for wanted, commit in ((old, old), (None, new), (old, old)):
+        found = download.pull("me/mine", revision=wanted)
+        assert found == models / "me--mine" and found.resolve().name == commit
+    with pytest.raises(AHNError, match="has no revision v9"):
+        download.pull("me/mine", revision="v9")
+    assert found.resolve().name == old
 
 
 def test_repository_that_is_converted_already(machine: Machine, hub: StandIn, tmp_path) -> None:
@@ -187,6 +228,22 @@ def test_upload(machine: Machine, hub: StandIn) -> None:
     ask = ("generate", "--model", "me/mine", "--prompt", "Hello", "--max-tokens", "2")
     machine.run(*ask, HF_TOKEN="secret")
     assert [p for _, p, _ in hub.asked if p.endswith("me/mine/resolve/main/ahn_model.py")] == []
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_is_uploaded_is_as_private_as_was_asked(
+    private: bool, here: StandIn, tmp_path: Path
+) -> None:
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "model")
+    for name in ("README.md", ".secret"):
+        (tmp_path / "model" / name).write_text("mine")
+    assert download.upload(tmp_path / "model", "me/mine", private) == f"{here.url}/me/mine"
+    assert here.private == {"me/mine": private}
+    sent = here.repos["me/mine"]
+    assert ".secret" not in sent and b"--model me/mine" in sent["README.md"]
+    with pytest.raises(AHNError, match="not a converted model"):
+        download.upload(GDN / "ahn_only", "me/other", private)
+    assert "me/other" not in here.repos
 
 
 # --- what goes wrong ---
@@ -345,15 +402,31 @@ def test_file_names_that_lead_out(machine: Machine, hub: StandIn, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["../x", "a/../b", "x/..", "ahn-gdn-4b", "a/b/c", "-/-", "./x"])
 def test_names_that_are_none(name: str, tmp_path: Path, monkeypatch) -> None:
-    from ahn_mlx import AHNError
-    from ahn_mlx.hub import download as hub
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(AHNError, match="no model "):
-        hub.resolve(name)
+        download.resolve(name)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AHNError, match="comes inside the package"):
-        hub.find(published.DEFAULT)
+        download.find(published.DEFAULT)
+
+
+def test_what_is_on_a_machine_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    models = tmp_path / "ahn-mlx/models"
+    assert disk.variants(NAME) == disk.on_disk() == []
+    ours = [NAME, f"{NAME}-4bit", f"{NAME}-8bit"]
+    others = ["ahn-gdn-7b", "me--small", "me--small-4bit"]
+    for name in (*ours, *others, f".{NAME}-4bit.01ab.part", f"{NAME}-xbit"):
+        (models / name).mkdir(parents=True)
+    for name in ("a-file", f".{NAME}-4bit.lock"):
+        (models / name).touch()
+    assert disk.variants(NAME) == [models / name for name in ours]
+    assert disk.variants("me/small") == [models / "me--small"]
+    assert disk.on_disk() == sorted(models / name for name in (*ours, *others, f"{NAME}-xbit"))
+    assert [disk.model_dir(NAME, bits).name for bits in (0, 4, 8)] == ours
+    assert disk.model_dir(NAME).name == ours[1]
+    assert download.remove(NAME) == [models / name for name in ours]
+    assert disk.variants(NAME) == [] and (models / "ahn-gdn-7b").is_dir()
 
 
 def wait(condition) -> None:

@@ -13,12 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from checkpoints import talking_model
+from checkpoints import byte_bpe, chat_tokenizer, talking_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from tokenizers import normalizers
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model
 from ahn_mlx.checkpoints.load import cast
@@ -704,6 +705,47 @@ def test_the_system_message_comes_back(loaded, tmp_path):
         assert again.template.system == "Be brief."
         assert again.encode("Hi") == session.encode("Hi")
         assert memoryfile.read_facts(tmp_path / "a.ahn")["system"] == "Be brief."
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_file_says_what_its_base_is(loaded, tmp_path, dtype):
+    for quantized in (False, True):
+        model = small(dtype=dtype, quantized=quantized)
+        Session(model, loaded[1]).save(tmp_path / "a.ahn")
+        base = {"dtype": str(dtype).removeprefix("mlx.core."), "bits": 4 if quantized else None}
+        assert contents(tmp_path / "a.ahn")[0]["base"] == base
+
+
+def test_a_session_without_a_template_comes_back_without(loaded, tmp_path):
+    session = Session(*loaded, step=16, chat=False)
+    session.read("It was the best of times.")
+    session.save(tmp_path / "a.ahn")
+    again = Session.load(tmp_path / "a.ahn", *loaded)
+    assert again.template is None
+    assert again.tokenizer.decode(again.encode(" It was")) == " It was"
+
+
+@pytest.mark.parametrize("more", [[], ["worst"]], ids=["cut otherwise", "a word more"])
+def test_another_tokenizer_is_refused(loaded, tmp_path, more):
+    """Also one with the same tokens that cuts texts otherwise, or one that only has more."""
+    model = small()
+    plain = byte_bpe()
+    Session(model, chat_tokenizer(bpe=plain)).save(tmp_path / "a.ahn")
+    Session.load(tmp_path / "a.ahn", model, chat_tokenizer(bpe=byte_bpe()))
+    other = byte_bpe()
+    if not more:
+        other.normalizer = normalizers.Lowercase()
+    with pytest.raises(memoryfile.OtherModel, match="of another tokenizer"):
+        Session.load(tmp_path / "a.ahn", model, chat_tokenizer(bpe=other, plain=tuple(more)))
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
+def test_a_memory_is_of_a_base_with_its_settings(loaded, tmp_path, field):
+    model = small()
+    Session(model, loaded[1]).save(tmp_path / "a.ahn")
+    setattr(model.args, field, 2 * getattr(model.args, field))
+    with pytest.raises(memoryfile.OtherModel, match=r"\(settings differ\)"):
+        Session.load(tmp_path / "a.ahn", model, loaded[1])
 
 
 @pytest.mark.parametrize("settings", [{"sink_positions": "absolute"}, {"memory": "deltanet"}])

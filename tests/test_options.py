@@ -1,10 +1,12 @@
 """An option that changes nothing is refused, before anything is read or loaded."""
 
+import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-from checkpoints import GDN, talking_model
+from checkpoints import GDN, make_base, memory_of, talking_model
 from click.testing import CliRunner
 
 from ahn_mlx import AHNError, Session, load
@@ -144,6 +146,38 @@ def test_train_takes_what_the_checkpoint_keeps(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where --out is made
     with pytest.raises(AHNError, match="no-such"):
         run(*train, "--window", 9, "--sinks", 2, "--model", "no-such", *options)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> tuple[Path, list[object]]:
+    """Heads that can be quantized: two layers, one head of keys of 32 numbers."""
+    place = tmp_path_factory.mktemp("wide")
+    base = make_base(place / "base", vocab_size=256)
+    return place, ["--model", base, "--ahn", memory_of(base, place / "memory")]
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 32)])
+def test_a_window_is_kept_in_the_bits_that_were_asked_for(wide, tmp_path, bits, group):
+    place, model = wide
+    (tmp_path / "a.txt").write_text(TEXT * 2)
+    command = ["generate", "--prompt-file", tmp_path / "a.txt", "--max-tokens", 1, "--json", *model]
+    quantized = ["--kv-bits", bits, "--kv-group-size", group]
+    plain, small = (
+        json.loads(run(*command, *more).splitlines()[-1])["cache_bytes"] for more in ([], quantized)
+    )
+    # Codes, and a scale and a bias in float32 for each group, instead of 32 numbers in float32.
+    spared = 4 * 32 - (32 * bits // 8 + 32 // group * 2 * 4)
+    # Keys and values, two layers: 4 sinks, a window of 60, and what leaves it next.
+    assert plain - small == 2 * 2 * (4 + 60 + 1) * spared
+    said = "Hi\n/save chat.ahn\n/quit\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        run("digest", "--prompt-file", "a.txt", "-o", "book.ahn", *quantized, *model)
+        run("chat", "--max-tokens", 1, *quantized, *model, said=said)
+    for name in ("book.ahn", "chat.ahn"):
+        _, metadata = mx.load(str(tmp_path / name), format="safetensors", return_metadata=True)
+        layers = json.loads(metadata["ahn"])["layers"]
+        assert [layer[3:] for layer in layers] == [[bits, group]] * 2
 
 
 # --- where a model is now ---

@@ -16,7 +16,9 @@ from click.testing import CliRunner
 
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.cli import cli
-from ahn_mlx.outputs.files import OutFile, parts_of
+from ahn_mlx.outputs import directories
+from ahn_mlx.outputs.files import OutFile
+from ahn_mlx.outputs.parts import parts_of, working_on
 from ahn_mlx.reading import memoryfile
 
 TEXT = "It is a far, far better thing that I do, than I have ever done. "
@@ -272,6 +274,50 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         part.write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_writers_have_left_vanishes_and_nothing_that_is_written_now(tmp_path):
+    file = tmp_path / "a.txt"
+    out = OutFile(file, "a text of ours", lambda file: True)
+    left = tmp_path / ".a.txt.0123abcd.part"
+    left.write_text("half")
+    other = tmp_path / ".b.txt.0123abcd.part"
+    other.write_text("of another")
+    with out.writing() as first:
+        assert not left.exists()
+        first.write_text("first")
+        with out.writing() as second:
+            second.write_text("second")
+            assert first.exists()
+        assert file.read_text() == "second"
+    assert file.read_text() == "first"
+    assert sorted(tmp_path.iterdir()) == [other, file]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_directory_is_replaced_and_nothing_is_left(tmp_path, monkeypatch, atomic):
+    out = tmp_path / "model"
+    if not atomic:
+        monkeypatch.setattr(directories, "_exchange", lambda a, b: False)
+    left = tmp_path / ".model.0123abcd.part"
+    left.mkdir()
+    (left / "half").touch()
+    for n in range(2):
+        with directories.replacing(out, force=True) as part:
+            assert not left.exists()
+            for name in ("config.json", "model.safetensors"):
+                (part / name).write_text(str(n))
+        assert (out / "config.json").read_text() == str(n)
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_one_works_on_a_thing_at_a_time(tmp_path):
+    for path in (tmp_path, tmp_path / "book.ahn"):
+        with working_on(path), pytest.raises(AHNError, match="another process"), working_on(path):
+            pass
+        with working_on(path):
+            assert len(list(tmp_path.iterdir())) == 1
+        assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_are_told_from_other_files(tmp_path):

@@ -15,7 +15,7 @@ from ahn_mlx.evaluate import normalize
 from ahn_mlx.evaluate.prompts import FILES, TEMPLATES, Prompts, fill, read_prompts
 from ahn_mlx.evaluate.protocol import Asker, checkpoint_penalty
 from ahn_mlx.evaluate.records import spaced
-from ahn_mlx.evaluate.results import model_facts, paper_row, score_of
+from ahn_mlx.evaluate.results import Score, model_facts, paper_row, rows_of, score_of, table_of
 from ahn_mlx.evaluate.suites import label_of, suite_of
 from ahn_mlx.hub.datasets import checked_text
 
@@ -198,6 +198,23 @@ def test_labels_of_the_hub_become_what_scorers_compare_with() -> None:
 def test_the_bootstrap_is_the_standard_error_of_the_mean() -> None:
     score = score_of([0.0, 1.0] * 50)
     assert score.score == 50 and abs(score.standard_error - 5) < 0.5
+
+
+def test_an_average_is_of_all_tasks_of_the_paper_alike() -> None:
+    suite = suite_of("longbench", "ahn", "")
+    tasks = {name: Score(10.0 * i, 5 * i + 1, 0.5 * i) for i, name in enumerate(suite.usual, 1)}
+    tasks["trec"] = Score(99.0, 1000, 9.0)  # none of them
+    found = table_of(suite, tasks, {"qmsum": 1.5, "average": 2.5}, ["a"])
+    assert (found["average"], found["paper_average"]) == (35.0, 2.5)
+    assert found["average_error"] == round(0.5 * (1 + 4 + 9 + 16 + 25 + 36) ** 0.5 / 6, 2) == 0.79
+    assert found["tasks"]["qmsum"]["paper"] == 1.5 and found["tasks"]["trec"]["paper"] is None
+    assert rows_of(found)[-1] == ["average", "", "35.00", "0.79", "2.50"]
+    one = table_of(suite, {**tasks, "qmsum": Score(50.0, 1, None)}, {}, [])
+    assert (one["average"], one["average_error"]) == (35.0, None)
+    del tasks["qmsum"]
+    part = table_of(suite, tasks, {}, [])
+    assert part["average"] is part["average_error"] is part["paper_average"] is None
+    assert len(rows_of(part)) == 6
 
 
 def test_without_jieba_its_tasks_are_refused_in_a_sentence(monkeypatch) -> None:

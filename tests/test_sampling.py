@@ -4,13 +4,17 @@ import random
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from checkpoints import talking_model
 
 import ahn_mlx
 from ahn_mlx import AHNError, Session
 from ahn_mlx.reading.generate import Run
+from ahn_mlx.reading.penalty import note, nothing_seen
 from ahn_mlx.reading.sampling import Cutter, Sampling
+from ahn_mlx.serve.sampling import Sampler, Wish
 
 INF, NAN = float("inf"), float("nan")
 
@@ -38,6 +42,8 @@ def test_what_no_answer_can_be_drawn_with_is_refused(name: str, values: list[Any
 
 def test_what_answers_are_drawn_with_is_taken() -> None:
     Sampling(temp=1, top_p=1, top_k=10**9, min_p=1, repetition_penalty=1.3, seed=2**64 - 1)
+    Sampling(temp=0.001, top_p=1e-9, top_k=0, min_p=0, seed=0, max_tokens=1)
+    Sampling(repetition_penalty=1e-3, repetition_context_size=0)
     assert Sampling(stop="end").stop == ("end",)  # type: ignore[arg-type]
     assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
@@ -137,11 +143,88 @@ def test_settings_reach_the_sampler(speaking: tuple[Any, Any]) -> None:
     drawn = answered(speaking, **hot, seed=7)[0]
     assert drawn == answered(speaking, **hot, seed=7)[0] != greedy
     assert drawn != answered(speaking, **hot, seed=8)[0]
+    zero = answered(speaking, **hot, seed=0)[0]
+    assert zero == answered(speaking, **hot, seed=0)[0] != drawn
     # Each of these leaves nothing but the likeliest token.
     for narrow in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}):
         assert answered(speaking, **hot, **narrow, seed=7)[0] == greedy
     assert answered(speaking, **hot, top_k=10**6, seed=7)[0] == drawn  # more than there are
     assert answered(speaking, max_tokens=16, repetition_penalty=5.0)[0] != greedy
+
+
+# --- in a server's answer ---
+
+CHANCES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.39}, {1}),
+        ({"top_p": 0.41}, {1, 3}),
+        ({"top_p": 0.84}, {1, 3, 4}),
+        ({"top_p": 0.86}, {0, 1, 3, 4}),
+        ({"top_k": 1}, {1}),
+        ({"top_k": 4}, {0, 1, 3, 4}),
+        ({"top_k": 5}, {0, 1, 2, 3, 4}),
+        ({"top_k": 9}, {0, 1, 2, 3, 4}),
+        ({"min_p": 0.36}, {1, 3, 4}),
+        ({"min_p": 0.39}, {1, 3}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_p": 0.84, "top_k": 2}, {1, 3}),
+        ({"top_p": 0.41, "top_k": 4}, {1, 3}),
+        ({"top_k": 3, "min_p": 0.5}, {1, 3}),
+        ({"top_k": 1, "min_p": 0.1}, {1}),
+    ],
+)
+def test_a_server_draws_from_the_likeliest_tokens(settings: dict[str, Any], kept: set[int]) -> None:
+    logits = mx.array(np.log(CHANCES), dtype=mx.float32) + 3
+    drawn = {
+        Sampler(Wish(Sampling(temp=1.0, **settings)), seed, None)(logits).token.item()
+        for seed in range(60 if len(kept) < 5 else 120)
+    }
+    assert drawn == kept
+
+
+def test_a_servers_temperature_flattens_what_is_drawn_from() -> None:
+    logits = mx.array(np.log(CHANCES), dtype=mx.float32)
+    count, wish = 600, Wish(Sampling(temp=2.0))
+    drawn = [Sampler(wish, seed, None)(logits).token.item() for seed in range(count)]
+    expected = CHANCES**0.5 / (CHANCES**0.5).sum()
+    for token, chance in enumerate(expected):
+        spread = (count * chance * (1 - chance)) ** 0.5
+        assert abs(drawn.count(token) - count * chance) < 4 * spread
+
+
+def test_what_a_server_adds_to_logits_is_what_it_reports() -> None:
+    """Penalty, then bias, presence and frequency of what the answer has."""
+    logits = np.array([1.0, -1.0, 0.5, 2.0, -0.5, 3.0])
+    seen = note(nothing_seen(6), [1, 2])
+    sampling = Sampling(repetition_penalty=2.0, repetition_context_size=0)
+    wish = Wish(sampling, {0: 1.5, 3: -4.0}, presence=0.5, frequency=0.25, top_logprobs=6)
+    sampler = Sampler(wish, 0, seen)
+    assert not sampler.plain
+    sampler(mx.array(logits, dtype=mx.float32))
+    for token in (3, 5, 3):
+        sampler.took(token)
+        found = sampler(mx.array(logits, dtype=mx.float32))
+    changed = np.array([1.0, -2.0, 0.25, 1.0, -0.5, 1.5])
+    changed += np.array([1.5, 0, 0, -4.0 - 0.5 - 2 * 0.25, 0, -0.5 - 0.25])
+    chances = changed - np.log(np.exp(changed).sum())
+    assert found.token.item() == changed.argmax() == 0
+    assert found.top.tolist() == np.argsort(-chances).tolist()
+    np.testing.assert_allclose(np.array(found.top_logprobs), np.sort(chances)[::-1], rtol=1e-5)
+    np.testing.assert_allclose(found.logprob.item(), chances[0], rtol=1e-5)
+    # Each by itself.
+    for one, token in (({"frequency": 2.0}, 3), ({"presence": 2.0}, 3), ({"frequency": -9.0}, 5)):
+        alone = Sampler(Wish(Sampling(), **one), 0, None)
+        alone.took(5)
+        assert alone(mx.array(logits, dtype=mx.float32)).token.item() == token
+    for plain in (Wish(Sampling()), Wish(Sampling(top_p=0.5))):
+        assert Sampler(plain, 0, None).plain
+    for other in ({"bias": {1: 1.0}}, {"presence": 1.0}, {"frequency": 1.0}, {"top_logprobs": 0}):
+        assert not Sampler(Wish(Sampling(), **other), 0, None).plain
 
 
 def test_a_session_refuses_what_sampling_refuses(speaking: tuple[Any, Any]) -> None:

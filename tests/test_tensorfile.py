@@ -46,6 +46,8 @@ def test_written_file_is_what_others_read(tmp_path):
     with safetensors.safe_open(file, "numpy") as f:
         assert f.metadata() == {"format": "mlx"}
         assert np.array_equal(f.get_tensor("full"), np.array(tensors["full"]))
+    # Where others map the file, every number lies at a multiple of its size.
+    assert struct.unpack("<Q", file.read_bytes()[:8])[0] % 8 == 0
     assert all(i.begin % 4 == 0 for i in read_header(file).values() if i.dtype == "F32")
     with pytest.raises(FileExistsError):
         TensorWriter(file, layout)

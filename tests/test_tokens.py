@@ -15,6 +15,7 @@ import ahn_mlx
 from ahn_mlx import AHNConfig, AHNError, Session, augment
 from ahn_mlx.measure.compare import segments
 from ahn_mlx.reading.generate import Run, make_prompt
+from ahn_mlx.reading.template import Template
 from ahn_mlx.reading.tokens import Encoder
 from ahn_mlx.train.data import Sequences
 
@@ -62,6 +63,25 @@ def test_tokens_that_are_not_special_but_the_template_speaks_of():
     found = make_prompt(tokenizer, "a <think> b <fim>")
     assert found.count(259) == 1 and found[-2:] == [259, *byte_ids("\n")]
     assert found.count(260) == 1  # no template has it: a word of the model's own
+
+
+def test_names_in_square_brackets_and_ends_of_any_name_are_control_tokens():
+    template = CHATML.replace("<|im_start|>{{ m.role }}\n", "[INST]")
+    tokenizer = chat_tokenizer(template, plain=("[INST]", "[FIM]", "stop"))
+    found = make_prompt(tokenizer, "a [INST] b [FIM] stop")
+    assert [found.count(i) for i in (259, 260, 261)] == [1, 1, 1]
+    # What ends an answer, whatever it is called, is not for a text to say.
+    tokenizer.eos_token_ids |= {261}
+    assert make_prompt(tokenizer, "do stop").count(261) == 0
+
+
+def test_a_tokenizer_file_that_cuts_and_fills_texts_does_neither():
+    bpe = byte_bpe()
+    bpe.enable_truncation(8)
+    bpe.enable_padding(length=100)
+    found = Encoder(chat_tokenizer(bpe=bpe))(START, QUOTE, ANSWER)
+    expected = [257, *byte_ids("user\n" + QUOTE), 258, *byte_ids("\n"), 257]
+    assert found == [*expected, *byte_ids("assistant\n")]
 
 
 def test_tokens_that_would_form_where_scaffolding_and_content_meet():
@@ -169,6 +189,8 @@ def test_a_tokenizer_that_fails_is_one_line():
 
 def test_lone_surrogates_do_not_stop_a_tokenizer():
     assert Encoder(chat_tokenizer())("", "cut \ud83d off") == byte_ids("cut \ufffd off")
+    # Of a system message too, which a memory's file has to say.
+    assert Template(chat_tokenizer(), "cut \ud83d off").system == "cut \ufffd off"
 
 
 def test_plain_prompts_keep_the_ids_of_the_template():

@@ -201,7 +201,7 @@ class TensorWriter:
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
         self.start = 8 + len(raw)
-        self.file = file.open("xb")
+        self.file = file.open("wb")
         self.file.write(struct.pack("<Q", len(raw)) + raw)
 
     def put(self, name: str, x: mx.array) -> None:

@@ -1,6 +1,8 @@
 """The tokenizer of a model directory or of a GGUF file."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load
 
 from ..errors import AHNError, foreign
-from .directory import copy_files, has_bom, read_json
+from .directory import check_member, copy_files, has_bom, read_json
 from .ggufile import GGUFile
 
 TOKENIZER_FILES = (
@@ -17,9 +19,13 @@ TOKENIZER_FILES = (
     *("vocab.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+READ = (".json", ".jinja", ".txt", ".model")
 # Left unsaid, transformers asks whether to run a directory's own code, and takes a piped text for
 # the answer.
 NO_CODE = {"trust_remote_code": False}
+# mlx-lm keeps a list as long as the largest number of a token.
+MOST_TOKENS = 1 << 24
+_LONG = re.compile(rb":\s*\d{8}")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -37,12 +43,37 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
         # Without any vocabulary, transformers makes up an empty tokenizer.
         raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
     else:
+        _check_numbers(path)
         tokenizer = _of_directory(path)
     tokenizer.eos_token_ids |= set(config.get("eos_token_id") or ())
     return tokenizer
 
 
+def _check_numbers(path: Path) -> None:
+    """Raise AHNError for a token whose number no vocabulary has."""
+    for file in (path / name for name in ("tokenizer.json", "vocab.json", "added_tokens.json")):
+        if file.is_file() and _LONG.search(file.read_bytes()):
+            numbers = _numbers(read_json(file))
+            if big := next((n for n in numbers if n >= MOST_TOKENS), None):
+                raise AHNError(f"{file}: a token has the number {big:,}; copy the base's files")
+
+
+def _numbers(found: Any) -> Iterator[int]:
+    """All whole numbers of vocabularies and added tokens, wherever they are."""
+    if isinstance(found, dict):
+        model, added = found.get("model"), found.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else found
+        numbers = vocabulary.values() if isinstance(vocabulary, dict) else ()
+        more = (
+            (x.get("id") for x in added if isinstance(x, dict)) if isinstance(added, list) else ()
+        )
+        yield from (n for n in (*numbers, *more) if type(n) is int)
+
+
 def _of_directory(path: Path) -> TokenizerWrapper:
+    for file in sorted(path.iterdir()):
+        if file.suffix in READ:  # by transformers, which looks at no link and waits for any pipe
+            check_member(file)
     names = (*TOKENIZER_FILES, "config.json")
     with foreign(lambda why: f"{path}: no usable tokenizer ({why}); copy the base's files"):
         if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):

@@ -16,7 +16,7 @@ try:
     from click.shell_completion import CompletionItem
 
     from ..errors import AHNError
-    from ..platform import launched_rank
+    from ..platform import enough_memory, launched_rank
     from .command import Group
 except KeyboardInterrupt:
     sys.exit(130)
@@ -101,7 +101,9 @@ def main() -> None:
     _open_streams()
     _tolerate()
     try:
-        code = cli.main(prog_name="ahn-mlx", standalone_mode=False)
+        # Of the commands that have no better advice.
+        with enough_memory("close other programs, or take a smaller model or text"):
+            code = cli.main(prog_name="ahn-mlx", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)
         code = 2

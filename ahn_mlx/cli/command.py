@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from ..errors import AHNError, nearest
+from ..errors import AHNError, nearest, show
 from ..platform import launched_rank
 
 QUIET = "ahn_mlx.quiet"  # of a context: whether --quiet was given
@@ -111,6 +111,9 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         options = {o: p for p in self.params for o in p.opts if isinstance(p, click.Option)}
         try:
+            # No shell can give one, but a program can; no path and no text has one.
+            if wrong := next((arg for arg in args if "\0" in arg), None):
+                raise click.UsageError(f"{show(wrong)} has a NUL in it.")
             _refuse_dashes(args, options)
             _refuse_lost(self.make_parser(ctx).parse_args(list(args)), options)
             rest = super().parse_args(ctx, args)

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import click
 
 from ..errors import AHNError, show
 from ..hub.published import has_bits_to_choose
-from ..outputs.files import OutFile, parts_of, real_path
+from ..outputs.files import OutFile, real_path
+from ..outputs.parts import clear_parts, working_on
 from .command import Word
 from .options import (
     check_numbers,
@@ -72,10 +74,17 @@ def digest(**options: Any) -> None:
     files = list(options["prompt_file"])
     out = options["out"] = options["out"] or Path(share(lambda: _name_for(files)))
     partial = out.parent / f"{out.name}.partial"  # "." has no name
-    text = share(lambda: _text_for(out, partial, files, options))
+    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
+    with ExitStack() as held:
+        text = share(lambda: _text_for(held, partial, files, options))
+        _digest(text, name, partial, options)
+
+
+def _digest(text: str, name: str, partial: Path, options: dict[str, Any]) -> None:
+    """Read the text, and write OUT."""
+    out: Path = options["out"]
     warn_slow()
     session = _begun(out, options)
-    name = ", ".join("standard input" if f == "-" else f for f in files or ["-"])
     if before := session.last_read(name):
         say(f"note: {before['name']} was read before, {day(before['read'])}; it is read again")
     session, done = _read(session, text, partial, options)
@@ -97,16 +106,19 @@ def _name_for(files: list[str]) -> str:
     return str(memory_name(files))
 
 
-def _text_for(out: Path, partial: Path, files: list[str], options: dict[str, Any]) -> str:
-    """The text, if what it leaves can be written. Removes what killed runs have left there."""
+def _text_for(held: ExitStack, partial: Path, files: list[str], options: dict[str, Any]) -> str:
+    """The text, if what it leaves can be written. Removes what killed runs have left there.
+    held: gets the lock by which other runs know of this one."""
+    out: Path = options["out"]
     _refuse_question(files)
     _check_out(out, partial, options)
     text = read_typed(files, has_prompt=False)
     if not text.strip():
         raise AHNError("the text is empty; give a text to read")
+    held.enter_context(working_on(real_path(out)))
+    _check_out(out, partial, options)  # another may just have ended
     for file in (out, partial):
-        for left in parts_of(real_path(file)):
-            left.unlink(missing_ok=True)
+        clear_parts(real_path(file))
     return text
 
 

@@ -15,6 +15,8 @@ from .command import Command
 from .options import check_numbers, load_model, loading_options, needs_memory, window_bits_options
 from .terminal import say, warn_slow
 
+LONGEST_KEY = 1 << 12  # characters
+
 
 @click.command(cls=Command)
 @loading_options
@@ -102,10 +104,11 @@ def _key(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        key = file.read_text().strip()
+        with file.open() as f:
+            key = f.read(LONGEST_KEY).strip()  # a device has no end
     except (OSError, UnicodeDecodeError) as e:
         raise AHNError(f"{file}: {getattr(e, 'strerror', None) or 'is not text'}") from None
-    if len(key) < 16 or not key.isascii() or any(c.isspace() for c in key):
+    if not 16 <= len(key) < LONGEST_KEY or not key.isascii() or any(c.isspace() for c in key):
         raise AHNError(f"{file}: a key is one line of 16 ASCII characters or more without spaces")
     return key
 

@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 from ..errors import AHNError
 from ..hub.published import DEFAULT
 from ..model.config import AHNConfig
+from ..outputs.parts import working_on
 from ..platform import enough_memory
 from .command import Several, Word
 from .options import complete_file, complete_model, is_given, no_effect, quiet_option
@@ -132,6 +134,7 @@ def train(**options: Any) -> None:
     """
     out: Path = options["out"]
     from ..hub import bases
+    from ..model.ranks import join, share
     from ..train import loop, output
     from ..train.data import Sequences
     from ..train.settings import Settings
@@ -159,20 +162,30 @@ def train(**options: Any) -> None:
     trainer = loop.Trainer(base.model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
         say(f"layer-wise: the memory explains {trainer.explained:.1%} of what the window misses")
-    if trainer.world.rank() == 0:
-        output.check_out(out, options)  # again, an hour may have passed
-        out.mkdir(parents=True, exist_ok=True)
-        for left in output.leftovers(out):
-            left.unlink()
-    run = _Run(trainer, base, options, drawable)
-    try:
-        run.to_the_end()
-    except KeyboardInterrupt:
-        run.save(measured=False)
-        say(f"stopped after {trainer.schedule.said()}; --resume goes on")
-        sys.exit(130)
-    if trainer.world.rank() == 0:
+    with ExitStack() as held:
+        # What rank 0 refuses ends the others too.
+        share(join(), lambda: _take_place(held, options))
+        run = _Run(trainer, base, options, drawable)
+        try:
+            run.to_the_end()
+        except KeyboardInterrupt:
+            run.save(measured=False)
+            say(f"stopped after {trainer.schedule.said()}; --resume goes on")
+            sys.exit(130)
+    if run.main:
         _say_what_next(out, run.validation.summary())
+
+
+def _take_place(held: ExitStack, options: dict[str, Any]) -> None:
+    """Make the directory, and be the only training that writes it for as long as `held`."""
+    from ..train import output
+
+    out: Path = options["out"]
+    output.check_out(out, options)  # again, an hour may have passed
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(working_on(out))
+    output.check_out(out, options)  # another may just have ended
+    output.clear(out)
 
 
 class _Run:
@@ -229,8 +242,7 @@ class _Run:
         if not self.main:
             return
         out: Path = self.options["out"]
-        self.trainer.save(out)
-        output.write_checkpoint(out, self.base, self.options)
+        output.write_checkpoint(out, self.base, self.options, self.trainer.save)
         if measured:
             self.validation.measure(self.trainer.step)
         if self.drawable:

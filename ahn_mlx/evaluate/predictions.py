@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..checkpoints.directory import check_depth
 from ..errors import AHNError, show
 from ..outputs.directories import check_kind, nearest
 from ..outputs.files import check_named, check_writable, replacing
+from ..outputs.parts import parts_of, working_on
 from .records import UTF_16, parse_line
 
 RUN, RESULT = "run.json", "result.json"
@@ -32,7 +31,9 @@ class Predictions:
         check_kind(directory)
         self.directory, self.identity = directory, dict(identity)
         known = read_run(directory)
-        if known is None and directory.is_dir() and any(directory.iterdir()):
+        # What a run leaves that was killed before it began.
+        begun = {directory / ".lock", *parts_of(directory / RUN)}
+        if known is None and directory.is_dir() and set(directory.iterdir()) - begun:
             raise AHNError(f"{directory}: holds something else than a run; choose another --out")
         if known is not None:
             for name, value in self.identity.items():
@@ -57,18 +58,11 @@ class Predictions:
     def working(self) -> Iterator[None]:
         """Be the only process that writes here. Raises AHNError if one does already."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.directory / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise AHNError(f"{self.directory}: another process works on it") from None
-        try:
+        with working_on(self.directory):
             self.write_json(
                 RUN, {**self.identity, "data": self.data, "deviations": self.deviations}
             )
             yield
-        finally:
-            lock.release()
 
     def done(self, name: str) -> dict[int, Line]:
         """Lines of a task that are there, by the number of the item; one that was cut is not."""

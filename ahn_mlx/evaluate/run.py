@@ -272,7 +272,7 @@ class SuiteRun:
         with self.predictions.appending(task.out) as append:
             for number, record in read_records(left.file, task.member, set(left.items)):
                 prompt = self.asker.prompt(fill(template, record), new, task.chat)
-                share(self.model.ranks, partial(tuple, [prompt, new]))  # with follow
+                share(self.model.ranks, partial(list, (prompt, new)))  # with follow
                 pred = self.asker.answer(prompt, new, lambda read: progress(task.name, 0))
                 line = line_of(self.suite.name, self.protocol, task.name, record, pred)
                 append({**line, "item": number, "run": self.mark})

@@ -25,13 +25,14 @@ from huggingface_hub import (
 
 from ..checkpoints import card
 from ..checkpoints.baseconfig import read_config
+from ..checkpoints.directory import check_member
 from ..checkpoints.formats import describe
 from ..errors import AHNError
 from ..model.config import AHNConfig
-from ..outputs.files import part_of, parts_of
+from ..outputs.parts import clear_part, clear_parts, part_of, parts_in
 from .disk import model_dir, variants
 from .fetch import explain, fetch_weights, listening, persist
-from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published
+from .published import CONVERTED, DEFAULT_Q_BITS, MODELS, Published, models_dir
 
 # What a checkpoint is made of; code is not.
 SMALL = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md"]
@@ -75,12 +76,16 @@ def remove(name: str) -> list[Path]:
     """Delete what was made for a name, in all quantizations. The downloads it was made
     from belong to huggingface-hub and stay. Returns the directories that are gone."""
     gone = variants(name)
+    for left in parts_in(models_dir()):  # by a deletion that was killed, or anything else
+        clear_part(left)
     if not gone:
         raise AHNError(f"{name}: not on this machine; see ahn-mlx models")
     for directory in gone:
         with _locked(directory):
             if os.path.lexists(directory):
-                _delete(directory)
+                left = part_of(directory)
+                directory.rename(left)  # a model is whole or not there
+                left.unlink() if left.is_symlink() else shutil.rmtree(left)
     return gone
 
 
@@ -92,20 +97,23 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
     config, _ = describe(directory)
     if "ahn" not in config:
         raise AHNError(f"{directory}: not a converted model; see ahn-mlx convert")
+    for file in sorted(directory.iterdir()):
+        if not file.name.startswith("."):
+            check_member(file)  # a link may lead to what is not for others
     text = card.card(directory, repo, card.read_origins(directory))
     try:
         api = HfApi()
-        # One that is there already would stay public, and get what was to be private.
-        page = api.create_repo(repo, private=private, exist_ok=not private)
-        api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"])
-        api.upload_file(repo_id=repo, path_in_repo=card.CARD, path_or_fileobj=text.encode())
-    except errors.HfHubHTTPError as e:
-        if private and e.response.status_code == 409:
+        page = api.create_repo(repo, private=private, exist_ok=True)
+        # One that was there already may be public, and would get what was to be private.
+        if private and not api.model_info(repo).private:
             raise AHNError(
                 f"--private has no effect on {repo}: it is there already; see its settings on"
                 " its page, and drop --private"
-            ) from None
-        raise AHNError(f"{repo}: {explain(e)}") from None
+            )
+        api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"])
+        api.upload_file(repo_id=repo, path_in_repo=card.CARD, path_or_fileobj=text.encode())
+    except AHNError:
+        raise
     except (errors.HTTPError, OSError, ValueError) as e:
         raise AHNError(f"{repo}: {explain(e)}") from None
     return str(page)
@@ -128,8 +136,7 @@ def _make(
     with _locked(directory):
         if directory.is_dir() and not update:
             return directory  # another process has just made it
-        for left in parts_of(directory):
-            _delete(left)
+        clear_parts(directory)
         repos = [MODELS[name].repo, MODELS[name].base.repo] if name in MODELS else [name]
         _say(f"fetching {' and '.join(repos)}")
         if name not in MODELS:
@@ -166,13 +173,6 @@ def _link(snapshot: Path, directory: Path) -> None:
     new = part_of(directory)
     new.symlink_to(snapshot)
     new.replace(directory)
-
-
-def _delete(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
 
 
 @contextmanager

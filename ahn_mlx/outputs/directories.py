@@ -1,15 +1,19 @@
 """A model directory on its way out: it is written beside its final name and takes it
 when complete, and nothing but a model is ever replaced."""
 
+import ctypes
 import os
 import re
+import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import AHNError
-from .files import check_named, check_writable, part_of, real_path, same_file
+from .files import check_named, check_writable, real_path, same_file, sync
+from .parts import new_part
 
 # A training has more, and so has a directory where someone keeps notes.
 MODEL_FILES = re.compile(
@@ -83,16 +87,20 @@ def reporting(out: Path, inputs: list[Path]) -> Iterator[None]:
 def replacing(out: Path, force: bool) -> Iterator[Path]:
     """A new directory beside `out` that takes its name at the end, or vanishes."""
     created = [p for p in out.parents if not p.exists()]  # innermost first
-    directory = part_of(out)
+    directory: Path | None = None
     try:
-        directory.mkdir(parents=True)
-        yield directory
-        if force and out.exists() and _is_model_dir(out):
-            _swap(directory, out)
-        else:
-            directory.rename(out)  # works where nothing or an empty directory is
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_part(out, Path.mkdir) as directory:
+            yield directory
+            for file in directory.iterdir():
+                sync(file)
+            if force and out.exists() and _is_model_dir(out):
+                _swap(directory, out)
+            else:
+                directory.rename(out)  # works where nothing or an empty directory is
     except BaseException:  # Ctrl-C too
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
         for path in created:
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
@@ -101,11 +109,27 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
 
 def _swap(directory: Path, out: Path) -> None:
     """Put `directory` in the place of `out`, or leave `out` as it was."""
-    old = part_of(out, "old")
-    out.rename(old)
-    try:
-        directory.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    if not _exchange(directory, out):
+        new, directory = directory, out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
+        out.rename(directory)
+        try:
+            new.rename(out)
+        except BaseException:
+            directory.rename(out)
+            raise
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two directories change their names in one step, if the system has one and the disk
+    knows it: of two steps a kill may come between."""
+    libc = ctypes.CDLL(None)
+    swap, here = 2, -100  # RENAME_SWAP of macOS, RENAME_EXCHANGE of Linux; AT_FDCWD
+    names = os.fsencode(a), os.fsencode(b)
+    if sys.platform == "darwin":
+        done = libc.renamex_np(*names, swap)
+    elif hasattr(libc, "renameat2"):
+        done = libc.renameat2(here, names[0], here, names[1], swap)
+    else:
+        done = -1
+    return bool(done == 0)

@@ -2,8 +2,6 @@
 and takes it when complete. Nothing is replaced that the command did not make, or that it reads."""
 
 import os
-import re
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AHNError
+from .parts import is_part, new_part, part_of
 
 
 @dataclass(frozen=True)
@@ -74,27 +73,39 @@ class OutFile:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name beside `file`, to be written to, that takes its place at the end, or vanishes.
+    """A name beside `file`, to be written to, that takes its place at the end, or vanishes. What
+    writers that were killed have left of `file` vanishes too.
 
     Raises AHNError if the disk is full, or whatever else the system says.
     """
     file = real_path(file)
-    part = part_of(file)
     try:
-        yield part
-        with part.open("rb") as f:
-            os.fsync(f.fileno())
-        part.replace(file)
+        with new_part(file, _empty_file) as part:
+            try:
+                yield part
+                sync(part)
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as e:
         # Of another file: not ours to explain.
-        if e.filename is not None and Path(os.fsdecode(e.filename)) not in (part, file):
+        named = Path(os.fsdecode(e.filename or file))
+        if named != file and not is_part(named, file):
             raise
         reason = e.strerror or str(e) or type(e).__name__
         raise AHNError(
             f"{file}: cannot be written ({reason}); free some space or choose another place"
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _empty_file(path: Path) -> None:
+    path.touch(exist_ok=False)
+
+
+def sync(file: Path) -> None:
+    """See that what is in a file is on the disk, before its name says so."""
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def check_named(path: Path) -> None:
@@ -102,17 +113,6 @@ def check_named(path: Path) -> None:
     name."""
     if str(path) == "-":
         raise AHNError("-: standard output is not written to; give the name of a file")
-
-
-def part_of(path: Path, end: str = "part") -> Path:
-    """A new name beside `path`, hidden, for as long as it is not complete."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{end}")
-
-
-def parts_of(path: Path) -> list[Path]:
-    """What writers of `path` that were killed have left beside it."""
-    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]+\.(part|old)")
-    return [p for p in path.parent.iterdir() if left.fullmatch(p.name)]
 
 
 def real_path(path: Path) -> Path:

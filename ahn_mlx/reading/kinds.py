@@ -30,7 +30,7 @@ _OCR = "OCR makes a PDF with text of it (ocrmypdf)"
 _WORD = "save it as .docx"
 _UNPACK = "unpack it, and give what is in it"
 _NO_WORDS = "give a text or a document"
-_HEAD = 4096
+HEAD = 4096
 
 # Bytes at an offset, what they begin, and what to do.
 _BEGINNINGS = (
@@ -95,7 +95,7 @@ _WEB_ARCHIVE = re.compile(rb"(?is)(From|MIME-Version|Subject|Date):.*?multipart/
 def kind_of(stream: BinaryIO, suffix: str) -> Kind:
     """What a file is. stream: at its beginning, seekable; it is left there. suffix: of its name,
     which decides only between text and HTML."""
-    head = stream.read(_HEAD)
+    head = stream.read(HEAD)
     stream.seek(0)
     bare = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     # Some bytes may stand before the header of a PDF, as a mail program leaves them.

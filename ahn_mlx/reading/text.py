@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from urllib.parse import unquote
 from ..errors import AHNError, near_file, note, show
 from .documents import parts
 from .encoding import decode, newlines
-from .kinds import kind_of
+from .kinds import HEAD, kind_of
 
 # Called with the pages or chapters read so far of a document, and how many it has; what it
 # raises stops the reading.
@@ -188,10 +189,10 @@ def _read_any(file: Path, progress: Progress | None) -> str:
     if file != STDIN:
         return read_file(file, progress)
     try:
-        data = sys.stdin.buffer.read()
+        stream = _all_of(sys.stdin.buffer, "standard input")
     except OSError as e:
         raise AHNError(f"standard input: {e.strerror}") from None
-    return _text(io.BytesIO(data), "standard input", "", progress)
+    return _text(stream, "standard input", "", progress)
 
 
 def read_file(file: str | Path, progress: Progress | None = None) -> str:
@@ -225,12 +226,25 @@ def _text(stream: BinaryIO, name: str, suffix: str, progress: Progress | None) -
     return readable(text) + "\n"
 
 
+def _all_of(pipe: BinaryIO, name: str) -> BinaryIO:
+    """What comes through a pipe, to read from any place. What nobody can read is refused by its
+    beginning: it may have no end."""
+    head = pipe.read(HEAD)
+    if not head.startswith((b"PK", b"\xd0\xcf")):  # of which what follows tells what they are
+        kind = kind_of(io.BytesIO(head), "")
+        if kind.reader is None:
+            raise AHNError(f"{name}: is {kind.what}; {kind.mend}")
+    return io.BytesIO(head + pipe.read())
+
+
 @contextmanager
 def _opened(file: str | Path) -> Iterator[BinaryIO]:
     """A file, or what came through a pipe, to read from any place. Raises AHNError."""
     try:
         with Path(file).open("rb") as stream:
-            yield stream if stream.seekable() else io.BytesIO(stream.read())
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+                raise AHNError(f"{file}: is a device; give a text or a document")
+            yield stream if stream.seekable() else _all_of(stream, str(file))
     except FileNotFoundError as e:
         raise AHNError(f"{file}: {e.strerror}{near_file(file)}") from None
     except OSError as e:

@@ -15,6 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from ..errors import AHNError
 from . import anthropic, openai, responses
 from .digests import Digests
 from .guard import (
@@ -99,6 +100,8 @@ class App:
                     e = APIError("the client has left", status=499)
                 elif isinstance(e, HTTPException):
                     e = APIError(e.detail, status=e.status_code)
+                elif isinstance(e, AHNError) and self.digests is not None:
+                    e = APIError(self.digests.library.said(e, "memories"))
                 elif not isinstance(e, APIError):
                     logging.getLogger("ahn_mlx.serve").error("%s in %s", type(e).__name__, path)
                 response = error_response(told(e), request.url.path)

@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from typing import IO, Any
 
 from ..errors import AHNError
 from ..outputs.files import replacing
+from ..outputs.parts import clear_part, parts_in
 from ..reading import memoryfile
 from ..reading.session import Session
 from ..reading.template import TemplateError
@@ -24,7 +26,7 @@ from .parameters import APIError
 
 CHECKPOINT = 16384  # tokens between saves
 ID = re.compile(r"(file|job)-[0-9a-f]{32}")
-SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
+SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 MAX_FILES = 1000
 
 
@@ -34,14 +36,24 @@ class Files:
     def __init__(self, directory: Path):
         self.directory = directory
         directory.mkdir(exist_ok=True)
+        for part in parts_in(directory):
+            clear_part(part)
+        # Of a document and what is known of it a server that was killed may leave one.
+        names = sorted(f.name for f in directory.glob("file-*") if ID.fullmatch(f.stem))
+        count = Counter(Path(name).stem for name in names)
+        for name in names:
+            if count[Path(name).stem] == 1:
+                (directory / name).unlink(missing_ok=True)
 
     def add(self, name: str, source: IO[bytes]) -> dict[str, Any]:
         """Keep a document. name: what the client calls it."""
         if len(list(self.directory.glob("*.json"))) >= MAX_FILES:
             raise APIError(f"there are {MAX_FILES} files already; delete some", status=409)
-        suffix = Path(name).suffix if SUFFIX.fullmatch(Path(name).suffix) else ".txt"
+        suffix = Path(name).suffix.lower()
+        if not SUFFIX.fullmatch(suffix) or suffix == ".json":  # as what is known of it ends
+            suffix = ".txt"
         file_id = f"file-{secrets.token_hex(16)}"
-        target = self.directory / f"{file_id}{suffix.lower()}"
+        target = self.directory / f"{file_id}{suffix}"
         with replacing(target) as part, part.open("wb") as f:
             while chunk := source.read(1 << 20):
                 f.write(chunk)
@@ -50,7 +62,11 @@ class Files:
             **{"bytes": target.stat().st_size, "created_at": int(time.time())},
             **{"purpose": "user_data", "status": "processed", "stored": target.name},
         }
-        _write(self.directory / f"{file_id}.json", facts)
+        try:
+            _write(self.directory / f"{file_id}.json", facts)
+        except BaseException:  # nobody would know of it
+            target.unlink(missing_ok=True)
+            raise
         return self._shown(facts)
 
     def get(self, file_id: str) -> dict[str, Any]:
@@ -108,6 +124,9 @@ class Job:
 
     def shown(self) -> dict[str, Any]:
         return {"object": "memory.job", **asdict(self)}
+
+
+_GONE = Job("", [], status="gone")
 
 
 class Reading:
@@ -172,8 +191,23 @@ class Digests:
             except (OSError, ValueError, TypeError):
                 continue  # not one of ours
             if job.status in ("queued", "reading"):
-                job.status = "paused"
+                job.status = "done" if self._is_made(job) else "paused"
             self.jobs[job.id] = job
+        for part in (*parts_in(self.directory), *parts_in(library.directory)):
+            clear_part(part)
+        for file in library.directory.glob(".job-*.partial"):
+            job_id = file.name[1:].removesuffix(".partial")
+            if ID.fullmatch(job_id) and self.jobs.get(job_id, _GONE).status in ("done", "gone"):
+                file.unlink(missing_ok=True)
+
+    def _is_made(self, job: Job) -> bool:
+        """Whether its memory is there, though the server was killed before it had said so."""
+        try:
+            facts = memoryfile.read_facts(self.library.file(job.name))
+            names = ", ".join(self.files.get(f)["filename"] for f in job.files)
+        except (APIError, OSError, KeyError, ValueError):
+            return False
+        return [text["name"] for text in facts.get("texts", [])][-1:] == [names]
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:
@@ -254,7 +288,7 @@ class Digests:
                 self._note(job)
                 return
             known = isinstance(e, AHNError | APIError)
-            job.error = self.library._said(e, job.name) if known else type(e).__name__
+            job.error = self.library.said(e, job.name) if known else type(e).__name__
             job.status = "failed"
         finally:
             self._reading = None

@@ -5,6 +5,7 @@ uploads is checked as any memory file is.
 """
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -39,7 +40,7 @@ class Library:
         file = self.directory / f"{name}.ahn"
         if there and not file.is_file():
             raise APIError(f"there is no memory {name!r}", status=404, code="model_not_found")
-        if not there and file.exists():
+        if not there and os.path.lexists(file):  # a link may lead out of the directory
             raise APIError(f"there is a memory {name!r} already", status=409, code="exists")
         return file
 
@@ -54,12 +55,12 @@ class Library:
         try:
             known = memoryfile.read_facts(file)
         except (AHNError, OSError) as e:
-            return {"id": name, "object": "memory", "error": self._said(e, name)}
+            return {"id": name, "object": "memory", "error": self.said(e, name)}
         size, saved = file.stat().st_size, known["saved"]
         kept = {k: known[k] for k in ("tokens", "window", "sinks", "preview", "turn")}
         return {"id": name, "object": "memory", "bytes": size, "created": saved, **kept}
 
-    def _said(self, error: BaseException, name: str) -> str:
+    def said(self, error: BaseException, name: str) -> str:
         """What went wrong, without the paths of this machine."""
         text = error.strerror if isinstance(error, OSError) else str(error)
         text = re.sub(rf"{re.escape(str(self.directory))}[^:\s]*", name, text or "")
@@ -91,7 +92,7 @@ class Library:
         try:
             return await asyncio.wrap_future(self.engine.call(work))
         except (AHNError, OSError) as e:
-            raise APIError(self._said(e, name)) from None
+            raise APIError(self.said(e, name)) from None
 
     async def upload(self, name: str, chunks: AsyncIterator[bytes]) -> dict[str, Any]:
         """Take a memory file over, if it is one and fits this model."""
@@ -104,7 +105,7 @@ class Library:
                 await self._in_engine(lambda: self._load(part), name)
                 self.file(name, there=False)
         except AHNError as e:
-            raise APIError(self._said(e, name)) from None
+            raise APIError(self.said(e, name)) from None
         return self.facts(name)
 
     async def save(self, kept: Kept, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Metrics:
 
     def __init__(self, file: Path, step: int):
         self.file = file
-        if step:
+        if file.is_file():
             lines = [line for line in read_metrics(file) if line["step"] < step]
             with replacing(file) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,6 +1,7 @@
 """From a base to a model that can be trained, and from that to a checkpoint."""
 
 import glob
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoints.directory import read_json
 from ..checkpoints.export import release_config
 from ..checkpoints.load import built, finish
 from ..checkpoints.shards import write_json
@@ -21,11 +23,11 @@ from ..outputs.directories import check_kind, nearest
 from ..outputs.files import (
     check_writable,
     is_read,
-    parts_of,
     real_path,
     replacing,
     same_file,
 )
+from ..outputs.parts import clear_parts, parts_of
 from ..platform import on_cpu
 from .curves import CURVES
 from .loop import STATE
@@ -59,6 +61,7 @@ Settings of the training: {settings}
 """
 
 
+HIDDEN = ("out", "data", "resume", "save_every", "query_projection")  # of a card's settings
 QUANTIZED = ("quantization", "quantization_config")  # which a memory is not
 
 
@@ -116,7 +119,7 @@ def check_out(out: Path, options: dict[str, Any]) -> None:
         raise AHNError(f"{out / STATE}: no such file; train without --resume")
     if trained and not options["resume"]:
         raise AHNError(f"{out}: has a training already; --resume, or choose another --out")
-    if not trained and real.is_dir() and set(real.iterdir()) - set(leftovers(real)):
+    if not trained and real.is_dir() and set(real.iterdir()) - set(_leftovers(real)):
         raise AHNError(f"{out}: the directory is not empty; choose another --out")
     texts = [Path(file) for pattern in options["data"] for file in glob.glob(pattern)]
     for name in FILES:
@@ -125,31 +128,43 @@ def check_out(out: Path, options: dict[str, Any]) -> None:
     check_writable(nearest(real))
 
 
-def leftovers(out: Path) -> list[Path]:
-    """What a training that was killed did not complete."""
-    return [part for name in FILES for part in parts_of(out / name)]
+def clear(out: Path) -> None:
+    """Delete what a training that was killed did not complete."""
+    for name in FILES:
+        clear_parts(out / name)
 
 
-def write_checkpoint(out: Path, base: Base, options: dict[str, Any]) -> None:
+def _leftovers(out: Path) -> list[Path]:
+    """What is in the directory of a training that was killed before it had saved its state."""
+    parts = [part for name in FILES for part in parts_of(out / name)]
+    try:
+        ours = bases.BASE in read_json(out / "config.json")
+    except (AHNError, OSError):
+        ours = False
+    return [out / ".lock", *parts, *([out / "config.json", out / "README.md"] if ours else [])]
+
+
+def write_checkpoint(
+    out: Path, base: Base, options: dict[str, Any], save: Callable[[Path], None] = lambda out: None
+) -> None:
     """The memory alone, in the layout of the PyTorch release, with config.json and a card.
 
     Bases of a family that release does not know are written in the same layout. options: of
-    `ahn-mlx train`; the base is found again by its name.
+    `ahn-mlx train`; the base is found again by its name. save: writes the state of the training,
+    which needs config.json to be gone on with, and makes of the rest what can be replaced.
     """
     model, facts, source = base.model, base.config, base.origin
     config = next(memory_layers(model))[1].config
     weights: Parameters = {
         published_name(name): x.astype(mx.float32) for name, x in trainable(model).items()
     }
-    with replacing(out / "model.safetensors") as part, part.open("wb") as file:
-        mx.save_safetensors(file, weights, {"format": "pt"})
     plain = {k: v for k, v in facts.items() if k not in QUANTIZED}
     settings = release_config(plain, config, "ahn-only")
     # Of no meaning to that release: where sinks are seen, and what finds the base.
     ours = {"ahn": config.to_dict(), bases.BASE: bases.whole_name(options["base"])}
     with replacing(out / "config.json") as part:
         write_json(part, {**settings, **ours})
-    shown = {k: v for k, v in options.items() if k not in ("out", "data", "resume", "save_every")}
+    shown = {k: v for k, v in options.items() if k not in HIDDEN}
     card = CARD.format(
         base=source.repo,
         licence=source.licence or "other",
@@ -163,3 +178,6 @@ def write_checkpoint(out: Path, base: Base, options: dict[str, Any]) -> None:
     )
     with replacing(out / "README.md") as part:
         part.write_text(card, encoding="utf-8", errors="replace")
+    save(out)
+    with replacing(out / "model.safetensors") as part, part.open("wb") as file:
+        mx.save_safetensors(file, weights, {"format": "pt"})

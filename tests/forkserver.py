@@ -1,0 +1,243 @@
+"""Commands as processes of their own that begin at once: a parent that has imported everything
+forks one for each. So a test can kill, starve and race hundreds of them.
+
+As a program this is that parent: lines of JSON come in, lines of JSON go out.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent
+# What Python says before it changes something on the disk.
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink")
+NOBODY = 65534
+
+
+@dataclass
+class Run:
+    """A command that was started. status: as of os.wait; negative for a signal. changes: how
+    often it has changed the disk, if it came to its end."""
+
+    pid: int
+    place: Path
+    server: "ForkServer"
+    begun: float = field(default_factory=time.monotonic)
+    status: int | None = None
+    seconds: float = 0.0
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit code. After that time it is killed, and the test fails."""
+        if self.ends_within(timeout):
+            assert self.status is not None
+            return self.status
+        self.kill()
+        raise AssertionError(f"it has not ended after {timeout} s: {self.said}")
+
+    def ends_within(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while self.status is None and (left := until - time.monotonic()) > 0:
+            self.server.listen(left)
+        return self.status is not None
+
+    def kill(self) -> None:
+        if self.status is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGKILL)
+        while self.status is None:
+            self.server.listen(300)
+
+    @property
+    def out(self) -> str:
+        return (self.place / "stdout").read_text(errors="replace")
+
+    @property
+    def said(self) -> str:
+        """On stderr."""
+        return (self.place / "stderr").read_text(errors="replace")
+
+    @property
+    def changes(self) -> int:
+        return int((self.place / "changes").read_text())
+
+
+class ForkServer:
+    """place: where streams of the commands are kept. env: of all of them."""
+
+    def __init__(self, place: Path, **env: str):
+        self.place, self.count = place, 0
+        place.mkdir(parents=True, exist_ok=True)
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        fixed = {"PYTHONPATH": str(REPO), "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**plain, **fixed, **env},
+        )
+        self.runs: dict[int, Run] = {}
+        assert self._line(600) == {"ready": True}
+
+    def start(self, *words: object, **how: Any) -> Run:
+        """how: env; limits, by the names of resource; user; cwd; stdin, a file; die, the change
+        of the disk before which it kills itself."""
+        self.count += 1
+        place = self.place / str(self.count)
+        place.mkdir()
+        for name in ("stdout", "stderr"):
+            (place / name).touch()
+        asked = {"words": [str(w) for w in words], "place": str(place), **how}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asked).encode() + b"\n")
+        self.process.stdin.flush()
+        while "pid" not in (said := self._line(300)):
+            self._end(said)
+        run = self.runs[said["pid"]] = Run(said["pid"], place, self)
+        return run
+
+    def run(self, *words: object, timeout: float = 300, **how: Any) -> Run:
+        """One that has come to its end."""
+        run = self.start(*words, **how)
+        run.wait(timeout)
+        return run
+
+    def listen(self, seconds: float) -> None:
+        """Take in the end of a command, if one comes within that time."""
+        assert self.process.stdout is not None
+        if select.select([self.process.stdout], [], [], seconds)[0]:
+            self._end(self._line(300))
+
+    def _end(self, said: dict[str, Any]) -> None:
+        run = self.runs.pop(said["ended"])
+        run.status, run.seconds = said["status"], time.monotonic() - run.begun
+
+    def _line(self, seconds: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], seconds)[0], "the parent is silent"
+        line = b""
+        # Unbuffered, so that select knows of all there is.
+        while not line.endswith(b"\n"):
+            line += (byte := os.read(self.process.stdout.fileno(), 1))
+            assert byte, "the parent has ended"
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        for run in list(self.runs.values()):
+            run.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+def _child(asked: dict[str, Any]) -> None:
+    place = Path(asked["place"])
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
+    os.dup2(os.open(asked.get("stdin", os.devnull), os.O_RDONLY), 0)
+    os.environ.update(asked.get("env", {}))
+    os.chdir(asked.get("cwd", place))
+    changes = os.open(place / "changes", os.O_WRONLY | os.O_CREAT)
+    for name, limit in asked.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    if "user" in asked:
+        os.setgroups([])
+        os.setgid(asked["user"])
+        os.setuid(asked["user"])
+    sys.argv = ["ahn-mlx", *asked["words"]]
+    code: Any = 1
+    count = _count(asked.get("die", 0))
+    try:
+        from ahn_mlx.cli import main
+
+        main()
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os.write(changes, str(count[0]).encode())
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _count(die: int) -> list[int]:
+    """How often the disk is changed from now on; before the change with that number it ends."""
+    count = [0]
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if event not in CHANGES or (event == "open" and not _writes(args)):
+            return
+        count[0] += 1
+        if count[0] == die:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hear)
+    return count
+
+
+def _writes(args: tuple[Any, ...]) -> bool:
+    path, _, flags = args
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) and not isinstance(path, int)
+
+
+def _serve() -> None:
+    import importlib
+    import pkgutil
+
+    import ahn_mlx
+
+    for found in pkgutil.walk_packages(ahn_mlx.__path__, "ahn_mlx."):
+        if found.name.rsplit(".", 1)[1] not in ("__main__", "shim", "harness"):
+            importlib.import_module(found.name)
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "jieba", "tokenizers"):
+        importlib.import_module(name)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def say(value: dict[str, Any]) -> None:
+        os.write(1, json.dumps(value).encode() + b"\n")
+
+    say({"ready": True})
+    waiting = b""
+    while True:
+        ready = select.select([0, heard], [], [])[0]
+        if heard in ready:
+            os.read(heard, 1000)
+            while (ended := _ended()) is not None:
+                say({"ended": ended[0], "status": os.waitstatus_to_exitcode(ended[1])})
+        if 0 in ready:
+            waiting += (more := os.read(0, 1 << 16))
+            if not more:
+                return
+            *lines, waiting = waiting.split(b"\n")
+            for line in lines:
+                pid = os.fork()
+                if not pid:
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    _child(json.loads(line))
+                say({"pid": pid})
+
+
+def _ended() -> tuple[int, int] | None:
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else None
+
+
+if __name__ == "__main__":
+    _serve()
