@@ -57,14 +57,21 @@ class Blas:
     note: str = ""
 
 
-# What mlx.launch, or mpirun for it, sets in the processes that it starts.
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# What mlx.launch, mpirun and srun set in the processes that they start: which, and of how many.
+LAUNCHED = {
+    "MLX_RANK": "MLX_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+}
 
 
 def launched_rank() -> int | None:
-    """Which of the processes that mlx.launch started this one is; None if it is none."""
-    ranks = (os.environ.get(name, "") for name in LAUNCHED)
-    return next((int(rank) for rank in ranks if rank.isdecimal()), None)
+    """Which of the processes that mlx.launch started this one is; None if it is none, or known
+    to be the only one."""
+    for rank, size in LAUNCHED.items():
+        if os.environ.get(rank, "").isdecimal() and os.environ.get(size) != "1":
+            return int(os.environ[rank])
+    return None
 
 
 def on_cpu() -> bool:

@@ -183,3 +183,12 @@ def test_what_is_one_process_says_so_before_it_does_anything(monkeypatch):
                 one(*command)
     with pytest.raises(AHNError, match="absent"):  # it may be several, and looks for its files
         one("train", "absent.txt", "-o", "out")
+
+
+def test_a_cluster_may_start_one_process_alone(monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert "mamba2" in one("families")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(AHNError, match="families is one process"):
+        one("families")

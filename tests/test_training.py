@@ -3,11 +3,9 @@
 import dataclasses
 import itertools
 import json
-import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from checkpoints import GDN, byte_tokenizer, same
 from mlx.utils import tree_flatten
 from mlx_lm.models import phi3, qwen3
 from mlx_lm.models.cache import KVCache
+from several import environments
 
 import ahn_mlx
 from ahn_mlx import AHNError, load_model
@@ -405,22 +404,15 @@ def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
 
 
 def test_a_lost_machine_ends_the_others_in_one_line(place, tmp_path):
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
     arguments = train_arguments(place, tmp_path / "out", "--steps", 10**6, "--layerwise", 0)
     machines = [
         subprocess.Popen(
             [sys.executable, "-m", "ahn_mlx", *arguments],
-            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            env=env,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for env in environments(2, tmp_path)
     ]
     while len(losses_of(tmp_path / "out")) < 2:
         assert machines[0].poll() is None
