@@ -178,6 +178,7 @@ def test_other_quantizations_take_the_package(kind, tmp_path, monkeypatch):
     for add in ("head_count", "head_count_kv", "embedding_length", "block_count"):
         getattr(writer, f"add_{add}")(1)
     writer.add_feed_forward_length(32)
+    writer.add_context_length(32)
     writer.add_rope_freq_base(1e4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tensor("token_embd.weight", raw, raw_dtype=number)
