@@ -432,6 +432,18 @@ LIES = {
 }
 
 
+@pytest.mark.parametrize("slot", [0, 99])
+def test_a_ring_goes_on_at_one_of_its_own_slots(slot, tmp_path):
+    model, tokenizer = talking("gpt_oss", tmp_path)
+    session = Session(model, tokenizer, step=1)  # so that nothing but the ring is there
+    session.read_ids(list(range(33)))
+    session.save(tmp_path / "a.ahn")
+    assert contents(Session.load(tmp_path / "a.ahn", model, tokenizer)) == contents(session)
+    damaged(place(4, slot), tmp_path / "a.ahn", tmp_path / "b.ahn")
+    with pytest.raises(AHNError, match=f"at slot {slot}"):
+        Session.load(tmp_path / "b.ahn", model, tokenizer)
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_what_is_false_of_an_own_cache_is_refused_in_one_line(lie, tmp_path):
     family, change, message = LIES[lie]

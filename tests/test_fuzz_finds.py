@@ -402,10 +402,10 @@ def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
         GGUFile(tmp_path / "a.gguf").sources()
 
 
+@pytest.mark.parametrize("big", [1 << 24, 4_000_000_000])
 @pytest.mark.parametrize("where", ["tokenizer.json", "added", "vocab.json"])
-def test_numbers_of_tokens_that_would_fill_the_memory(tmp_path: Path, where: str) -> None:
+def test_numbers_of_tokens_that_would_fill_the_memory(tmp_path: Path, where: str, big: int) -> None:
     made = table()
-    big = 4_000_000_000
     if where == "tokenizer.json":
         made["model"]["vocab"] |= {"b": big}
     if where == "added":
@@ -413,5 +413,5 @@ def test_numbers_of_tokens_that_would_fill_the_memory(tmp_path: Path, where: str
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
     if where == "vocab.json":
         (tmp_path / where).write_text(json.dumps({"a": 0, "b": big}))
-    with pytest.raises(AHNError, match="json: a token has the number 4,000,000,000"):
+    with pytest.raises(AHNError, match=f"json: a token has the number {big:,}"):
         load_tokenizer(tmp_path, {})

@@ -8,6 +8,7 @@ from ahn_mlx.model.together import Together
 from ahn_mlx.model.trace import Trace
 
 WIDTH, WINDOW, SINKS = 5, 600, 8  # so that a window has 256, 512, then 608 slots
+SLOTS = (256, 512, WINDOW + SINKS)
 IDS = mx.random.randint(0, 256, (1, 700), key=mx.random.key(3))
 
 
@@ -29,6 +30,10 @@ def step(model, together, rows, token):
     logits = model(ids, cache=layers)[:, -1]
     mx.eval(logits, together.held())
     assert sorted(order) == list(range(len(rows)))
+    # As many slots as its own tokens ask for, whoever is beside it; one more is for what leaves.
+    for part in layers[0].parts:
+        sizes = {next(n for n in SLOTS if n > read or n == SLOTS[-1]) for read in part.offsets}
+        assert sizes == {part.rows.buffers[0].shape[2]}
     return [logits[order.index(i)] for i in range(len(rows))]
 
 
@@ -72,10 +77,10 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(memory):
 
 def test_rows_that_stay_are_not_disturbed_by_those_that_go():
     model = model_of("gated_deltanet")
-    first, second, third = (read(model, n) for n in (252, 300, 400))
-    alone, solo, together = read(model, 252), read(model, 252), Together()
+    first, second, third = (read(model, n) for n in (251, 100, 400))
+    alone, solo, together = read(model, 251), read(model, 251), Together()
     by_itself = Together()
-    for token in range(12):  # from 256 slots to 512, where the others are
+    for token in range(12):  # from 256 slots, beside one, to 512, beside another
         rows = [[first], [second, first, third], [third, first]][token % 3]
         for row in (second, third):
             if not any(row is r for r in rows):
@@ -87,7 +92,7 @@ def test_rows_that_stay_are_not_disturbed_by_those_that_go():
     by_itself.leave(solo)
     same(first, solo)
     for a, b in zip(first, alone, strict=True):
-        assert a.offset == b.offset == 264
+        assert a.offset == b.offset == 263
         pairs = zip(a.buffers, b.buffers, strict=True)
         assert all(mx.allclose(x, y, atol=1e-4).item() for x, y in pairs)
 
