@@ -1,7 +1,9 @@
 """The tokenizer of the library in embed/ against `tokenizers`, for each splitter."""
 
 import random
+import struct
 
+import numpy as np
 import pytest
 from checkpoints import CHATML, CONTROLS
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -20,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.hub import zoo
 from ahn_mlx.reading.tokens import Encoder
-from embed import needs_tools, tokenize
+from embed import needs_tools, run, tokenize
 
 BOOK = (zoo.WEIGHTS.parent / "demo/pride-and-prejudice.txt").read_text()
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -150,3 +152,81 @@ def test_every_character_alone_and_between_letters(trained, tmp_path):
         texts += [between.join(map(chr, run)) for run in runs]
     for name in ("gpt2", "qwen2"):
         check(trained[name], texts, tmp_path)
+
+
+def sections(file: bytes) -> list[bytes]:
+    """Of tokenizer.bin, as its writer describes them."""
+    (count,), at, found = struct.unpack_from("<I", file, 16), 24, []
+    for _ in range(count):
+        (n,) = struct.unpack_from("<Q", file, at)
+        found.append(file[at + 8 : at + 8 + n])
+        at += 8 + n + -n % 8
+    assert at == len(file)
+    return found
+
+
+def joined(head: bytes, parts: list[bytes]) -> bytes:
+    return head + b"".join(struct.pack("<Q", len(p)) + p + b"\0" * (-len(p) % 8) for p in parts)
+
+
+# Section, number in it, and what it becomes, of the numbers and of how many tokens there are.
+WRONG = {
+    "its words overlap": (0, 3, lambda x, size: x[4] + 1),
+    "its words are cut": (0, -1, lambda x, size: x[-1] + 1),
+    "a byte is no word": (2, 97, lambda x, size: size),
+    "a merge is of no words": (3, 1, lambda x, size: size),
+    "a word is not there": (4, 0, lambda x, size: size),
+    "a token is not there": (5, 0, lambda x, size: size),
+    "a range is wrong": (6, 2, lambda x, size: x[1]),  # begins where the one before ends
+    "a range is wrong (falls)": (7, 3, lambda x, size: x[2] - 1),
+    "a range is wrong (far)": (8, -1, lambda x, size: 0x110000),
+    "a decomposition is cut": (11, 1, lambda x, size: 65),
+    "a decomposition is of no characters": (11, 2, lambda x, size: 0x110000),
+    "a composition is no character": (12, 2, lambda x, size: 0x110000),
+}
+
+
+@needs_tools
+@pytest.mark.parametrize("said", WRONG)
+def test_tables_that_contradict_themselves(said, trained, tmp_path):
+    section, at, becomes = WRONG[said]
+    # Words are listed where merges may be ignored, characters composed where they are.
+    file = pack_tokenizer(trained["llama3" if section == 4 else "qwen2"])
+    parts = sections(file)
+    numbers = np.frombuffer(parts[section], "<u4").copy()
+    numbers[at] = becomes(numbers, struct.unpack_from("<I", file, 12)[0])
+    tables = tmp_path / "tokenizer.bin"
+    assert joined(file[:24], parts) == file
+    tables.write_bytes(
+        joined(file[:24], [*parts[:section], numbers.tobytes(), *parts[section + 1 :]])
+    )
+    done = run("ahn-probe", "tokenize", tables, input=struct.pack("<I", 1) + b"a")
+    assert done.returncode != 0 and not done.stdout
+    assert f"is damaged, {said.split(' (')[0]};" in done.stderr.decode()
+
+
+@needs_tools
+def test_a_table_that_is_cut(trained, tmp_path):
+    """In the middle of a number, of a row or of the file."""
+    file = pack_tokenizer(trained["qwen2"])
+    parts = sections(file)
+    tables = tmp_path / "tokenizer.bin"
+    for section, less in [
+        (0, 1),
+        (0, 4),
+        (2, 4),
+        (3, 8),
+        (5, 4),
+        (6, 4),
+        (10, 4),
+        (11, 4),
+        (12, 8),
+    ]:
+        cut = [*parts[:section], parts[section][:-less], *parts[section + 1 :]]
+        tables.write_bytes(joined(file[:24], cut))
+        done = run("ahn-probe", "tokenize", tables, input=struct.pack("<I", 1) + b"a")
+        assert done.returncode != 0 and "cut; export it again" in done.stderr.decode(), section
+    for end in (0, 8, 23, 30, len(file) // 2, len(file) - 8):
+        tables.write_bytes(file[:end])
+        done = run("ahn-probe", "tokenize", tables, input=struct.pack("<I", 1) + b"a")
+        assert done.returncode != 0 and "is damaged, it " in done.stderr.decode(), end
