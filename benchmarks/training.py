@@ -79,7 +79,7 @@ def speeds(kind: str) -> tuple[float, float, float, float]:
     such a step takes at most, on one sequence, without and with --grad-checkpoint."""
     options = {"base": DEFAULT, "memory": kind, "window": WINDOW, "sinks": SINKS}
     model, tokenizer, *_ = load_base(
-        {**options, "sink_positions": "clamped", "dtype": "float32", "seed": 0}
+        {**options, "sink_positions": "clamped", "router": False, "dtype": "float32", "seed": 0}
     )
     data = Sequences((str(DEMO),), tokenizer, SEQUENCE, 0)
     settings = Settings(WINDOW, SINKS, SEQUENCE, 3, 1e-4, "kl", 0, 1, 0, 0.0, False, False, 0)

@@ -294,7 +294,13 @@ def test_python_of_the_training_makes_the_shipped_file(
     mx: Any = importlib.import_module("mlx.core")
     shipped = mx.load(str(Path(ahn_mlx.__file__).parent / "weights" / name))
     options = {"base": zoo.DEFAULT, "memory": "gated_deltanet", "window": 256, "sinks": 32}
-    options |= {"sink_positions": "clamped", "dtype": "float32", "seed": 0, "data": ("a.txt",)}
+    options |= {
+        "sink_positions": "clamped",
+        "router": False,
+        "dtype": "float32",
+        "seed": 0,
+        "data": ("a.txt",),
+    }
     base = load_base(options)
     install(base.model, {n: x.astype(mx.float32) for n, x in shipped.items()})
     Path("gdn").mkdir()

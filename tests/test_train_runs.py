@@ -309,6 +309,7 @@ def test_a_damaged_state_is_one_line(place, tmp_path, name):  # noqa: F811
 def test_a_memory_is_float32_on_a_base_of_16_bits(place):  # noqa: F811
     """And what the base computes stays in 16."""
     options = {"memory": "gated_deltanet", "window": 12, "sinks": 4, "sink_positions": "clamped"}
+    options["router"] = False
     base = load_base({**options, "base": str(place / "base"), "dtype": "bfloat16", "seed": 0})
     model = loud(base.model)
     assert {x.dtype for x in trainable(model).values()} == {mx.float32}

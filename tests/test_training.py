@@ -66,9 +66,10 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def base_model(place, memory="gated_deltanet"):
+def base_model(place, memory="gated_deltanet", router=False):
     options = {"memory": memory, "window": 12, "sinks": 4, "sink_positions": "absolute"}
-    return load_base({**options, "base": str(place / "base"), "dtype": "float32", "seed": 0})[:2]
+    options |= {"router": router, "dtype": "float32", "seed": 0}
+    return load_base({**options, "base": str(place / "base")})[:2]
 
 
 def sequences(place, tokenizer, file="text.txt", length=128):

@@ -54,6 +54,7 @@ MOST = 1 << 31  # of any whole number: steps, sequences, tokens
     show_default=True,
     help="Of memory.",
 )
+@click.option("--router", is_flag=True, help="Let it grow louder with what it has compressed.")
 @click.option(
     "--data",
     multiple=True,
@@ -288,6 +289,7 @@ def _take_memory(options: dict[str, Any], directory: Path) -> None:
     found = {"memory": config.memory, "sink_positions": config.sink_positions}
     options |= {k: v for k, v in found.items() if not is_given(k)}
     options["query_projection"] = config.query_projection
+    options["router"] = options["router"] or config.router
 
 
 def _can_draw(out: Path) -> bool:

@@ -24,8 +24,10 @@ from ..checkpoints.load import load_plain
 from ..checkpoints.safetensors import not_finite
 from ..checkpoints.tokenizer import load_tokenizer
 from ..errors import AHNError, show
+from ..memory import UNLEARNED
 from ..model.augment import build_base
-from ..model.names import is_memory, published_name, rename_published
+from ..model.config import AHNConfig
+from ..model.names import is_memory, is_router, published_name, rename_published
 from . import download as hub
 from .disk import smollm2_gguf
 from .published import MODELS, no_such_model
@@ -101,13 +103,15 @@ def _memory_in(directory: Path) -> tuple[dict[str, Any], dict[str, Source]]:
 
 
 def put_memory(base: Base, directory: Path) -> None:
-    """Give a model, which has been augmented, the memory of an AHN-only checkpoint. Raises
-    AHNError if it does not fit, or was trained for another base."""
+    """Give a model, which has been augmented, the memory of an AHN-only checkpoint. If that has
+    no router, the model's own says nothing yet. Raises AHNError if it does not fit, or was
+    trained for another base."""
     config, sources = _memory_in(directory)
     check_same_base(Path(base.origin.repo), base.config, directory, config)
     model: Any = base.model
     parameters: Any = tree_flatten(model.parameters())
-    expected = {name: x for name, x in parameters if is_memory(name)}
+    adds = model.ahn.router and not AHNConfig.from_dict(config).router
+    expected = {n: x for n, x in parameters if is_memory(n) and not (adds and is_router(n))}
     found = rename_published(sources, model.ahn.fa_layer_ids)
     for name in sorted(expected | found):
         if (
@@ -124,6 +128,9 @@ def put_memory(base: Base, directory: Path) -> None:
         raise AHNError(
             f"{directory}: tensor {published_name(name)} holds NaN or infinity; train it again"
         )
+    if adds:
+        outputs = (name for name in memory if name.endswith(".o_proj.weight"))
+        memory |= {name: memory[name] / UNLEARNED for name in outputs}
     model.update(tree_unflatten(list(memory.items())))
 
 

@@ -3,10 +3,10 @@
 from .deltanet import DeltaNet
 from .gated_deltanet import GatedDeltaNet
 from .mamba2 import Mamba2
-from .router import Router
+from .router import UNLEARNED, Router
 
 Memory = GatedDeltaNet | DeltaNet | Mamba2
 
 MEMORIES = {memory.kind: memory for memory in (GatedDeltaNet, DeltaNet, Mamba2)}
 
-__all__ = ["MEMORIES", "DeltaNet", "GatedDeltaNet", "Mamba2", "Memory", "Router"]
+__all__ = ["MEMORIES", "UNLEARNED", "DeltaNet", "GatedDeltaNet", "Mamba2", "Memory", "Router"]

@@ -3,6 +3,9 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+# How loud a router that has learned nothing leaves a memory.
+UNLEARNED = 0.5
+
 
 class Router(nn.Module):
     """sigmoid(alpha ln(n / W) + beta) per head, n tokens evicted so far, window W."""

@@ -41,6 +41,12 @@ def published_name(name: str) -> str:
     return m[1] + {ours: theirs for theirs, ours in _OURS.items()}[m[2]] + m[3]
 
 
+def is_router(name: str) -> bool:
+    """Whether a tensor, by our name, belongs to a router."""
+    found = _MEMORY.fullmatch(name)
+    return found is not None and found[2] == "self_attn.router."
+
+
 def is_memory(name: str) -> bool:
     """Whether a tensor, under either name, belongs to the memory and not to the base."""
     return bool(_PUBLISHED.fullmatch(name) or _MEMORY.fullmatch(name))

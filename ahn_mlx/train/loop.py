@@ -37,6 +37,7 @@ STATE = "training.safetensors"
 # Learning rates as multiples of --lr. A head's gain scales its whole output matrix, which is
 # trained in units of its first size: from head to head that differs by a factor of 256.
 RATES = {"gain": 400.0, "o_proj.weight": 200.0, "q_proj.weight": 10.0}
+OF_ROUTER = {"router.alpha": 400.0, "router.beta": 400.0}
 
 # Size of an output matrix that starts at zero.
 FRESH = 1e-3
@@ -77,9 +78,11 @@ class Trainer:
             matrix = gain.removesuffix("gain") + "o_proj.weight"
             self.sizes[matrix] = _sizes(self.parameters[matrix])
             self.parameters[matrix] = self.parameters[matrix] / self.sizes[matrix]
+        rates = RATES | (OF_ROUTER if model.ahn.router else {})
+        self.factors = (*rates.values(), 1.0)
         self.optimizer = optim.MultiOptimizer(
-            [self._adamw(factor) for factor in (*RATES.values(), 1.0)],
-            [partial(_ends_with, suffix) for suffix in RATES],
+            [self._adamw(factor) for factor in self.factors],
+            [partial(_ends_with, suffix) for suffix in rates],
         )
         join()  # which says so if the others cannot be reached
         self.world = mx.distributed.init()
@@ -163,7 +166,7 @@ class Trainer:
             raise AHNError(f"the loss is {value} at step {self.step}; try a smaller --lr")
         self.schedule.agreed = sums[1]
         if s.minutes:
-            for factor, part in zip((*RATES.values(), 1.0), self.optimizer.optimizers, strict=True):
+            for factor, part in zip(self.factors, self.optimizer.optimizers, strict=True):
                 part.learning_rate = self.schedule.by_clock(factor)
         self.parameters = self.updated(mean)
         mx.eval(self.parameters, self.optimizer.state)
