@@ -293,8 +293,10 @@ def main() -> int:
         sys.path[:0] = [str(copy.place), str(copy.place / "tests")]
         os.environ |= {"PYTHONPATH": str(copy.place), "AHN_MLX_TEST_CACHE": f"{folder}/objects"}
         for module in modules:
-            tests = [test for file in tests_of(module) for test in copy.tests(file)]
             own = [mutant for where, mutant in every if where == module]
+            if not own:
+                continue
+            tests = [test for file in tests_of(module) for test in copy.tests(file)]
             alive = [mutant for mutant in own if not copy.notices(module, mutant, tests)]
             caught += len(own) - len(alive)
             print(f"{module:36}{len(own) - len(alive):6} of {len(own)}", flush=True)

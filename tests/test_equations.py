@@ -1,6 +1,9 @@
 """Operations and memories against their equations, written again in float64 with NumPy: bounds
 at both sides, sizes that all differ, 16-bit numbers, and windows longer than a tile."""
 
+import math
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from test_model import IDS, tiny
 
 from ahn_mlx import AHNConfig
 from ahn_mlx.memory import MEMORIES, Router
-from ahn_mlx.memory.layers import decay_init
+from ahn_mlx.memory.layers import Kept, decay_init
 from ahn_mlx.model.division import heads_of_each, layers_of_each, rows_of_each
 from ahn_mlx.ops import band, chunks, delta, mamba2, window
 from ahn_mlx.ops.exp import exp, fast_exp
@@ -237,9 +240,11 @@ def test_gates_are_their_equation_in_the_dtype_of_the_text(kind, number, own):
 
 @pytest.mark.parametrize("kind", list(MEMORIES))
 @pytest.mark.parametrize("length", [1, 5])
-def test_what_is_read_is_normed_and_gated(kind, length):
-    """Delta rules by the head, then the gate; Mamba2 gates, then norms all heads together."""
+@pytest.mark.parametrize("group", [None, mx.distributed.init()])
+def test_what_is_read_is_normed_and_gated(kind, length, group):
+    """Also of one rank among one. Delta rules by the head, then the gate; Mamba2 gates, then norms all heads together."""
     memory = MEMORIES[kind](10, 3, 4)
+    memory.group = group
     memory[("norm" if kind == "mamba2" else "o_norm")].weight = mx.random.normal(
         (12 if kind == "mamba2" else 4,)
     )
@@ -333,3 +338,25 @@ def test_a_query_projection_begins_as_none():
         mine.self_attn.ahn.update(weights)
     assert mx.allclose(projected(IDS), plain(IDS), atol=1e-4)
     assert all(x.dtype == mx.float32 for x in (memory.q_proj.weight, plain(IDS)))
+
+
+def test_what_follows_from_parameters_is_made_once_while_they_stay():
+    """In each thread of its own: what one has not computed yet another cannot."""
+    memory, kept = MEMORIES["mamba2"](10, 3, 4), Kept()
+    first = kept.of(memory)
+    assert kept.of(memory) is first
+    memory.A_log = memory.A_log + 1
+    second = kept.of(memory)
+    assert second is not first and kept.of(memory) is second
+    assert mx.allclose(second.rates, math.e * first.rates)
+    memory.g_proj.bias = mx.ones(3)
+    third = kept.of(memory)
+    assert third is not second and third.bias.tolist() == [0, 0, 0, 1, 1, 1]
+    elsewhere = []
+    thread = threading.Thread(target=lambda: elsewhere.append(kept.of(memory)))
+    thread.start()
+    thread.join()
+    assert elsewhere[0] is not third and kept.of(memory) is not elsewhere[0]
+    last = kept.of(memory)
+    kept.drop()
+    assert kept.of(memory) is not last

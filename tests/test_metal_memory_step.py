@@ -58,7 +58,7 @@ def oracle(kind, memory, q, k, v, gates, slot, state, local, h, rates, router):
     else:
         g = gates[..., 1].astype(mx.float32) if kind == "gated_deltanet" else None
         o, state = delta.sequential(q, k, v, g, gates[..., 0], state)
-    m = memory.o_proj(memory.gated(o, memory.g_proj(h), h.dtype)).astype(mx.float32)
+    m = memory.o_proj(memory.gated(o, h @ memory.g_proj.weight.T, h.dtype)).astype(mx.float32)
     return together(local) + (m if router is None else m * router[..., None, None]), state
 
 
@@ -70,7 +70,7 @@ def together(local):
 
 
 def kernel(kind, memory, q, k, v, gates, slot, state, local, h, rates, router):
-    z, projection = memory.g_proj(h), memory.o_proj.weight
+    z, projection = h @ memory.g_proj.weight.T, memory.o_proj.weight
     evicted = (k, v, gates)
     if kind == "mamba2":
         norm = memory.norm.weight

@@ -24,7 +24,7 @@ def scan(
     update: Update,
     state: mx.array | None,
     rates: mx.array,
-    gradients: bool = False,
+    gradients: bool,
 ) -> tuple[mx.array, mx.array]:
     """Write the T tokens that a chunk evicts, read after each.
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 
 class GateProjection(nn.Module):
-    """h [B, L, C] -> one number per head [B, L, H]."""
+    """Of h [B, L, C], one number per head [B, L, H]; derive and project compute it."""
 
     def __init__(self, hidden: int, heads: int, bias: bool = False):
         super().__init__()
@@ -19,10 +19,6 @@ class GateProjection(nn.Module):
         self.weight = mx.random.uniform(-bound, bound, (heads, hidden))
         if bias:
             self.bias = mx.zeros((heads,))
-
-    def __call__(self, h: mx.array) -> mx.array:
-        y = h @ self.weight.T
-        return y + self.bias if "bias" in self else y
 
 
 class Derived(NamedTuple):
