@@ -69,6 +69,7 @@ class Recorder:
     def __init__(self, coverage: Any):
         self.coverage, self.now = coverage, ""
         self.cost: dict[str, float] = {}
+        self.failed: set[str] = set()
         self.uses: dict[str, list[str]] = {}
 
     @pytest.hookimpl(wrapper=True)
@@ -80,6 +81,10 @@ class Recorder:
         done = yield
         self.cost[item.nodeid] = _cpu() - start
         return done
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
@@ -151,28 +156,30 @@ class Copy:
         sources = b"".join(f.read_bytes() for f in sorted(ROOT.glob("ahn_mlx/**/*.py")))
         self.sources = sha256(sources).hexdigest()
 
-    def pytest(self, files: list[str], *plugins: object) -> int:
+    def pytest(self, arguments: list[str], *plugins: object) -> int:
         os.chdir(self.place)
-        options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow"]
-        return int(pytest.main([*options, *files], plugins=list(plugins)))
+        options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not long"]
+        return int(pytest.main([*options, *arguments], plugins=list(plugins)))
 
-    def tests(self, file: str) -> list[Test]:
-        """Of one file, all of which pass while nothing is broken."""
-        key = sha256(self.sources.encode() + (ROOT / file).read_bytes()).hexdigest()[:16]
-        kept = KEPT / f"{Path(file).stem}-{key}.json"
+    def tests(self, name: str) -> list[Test]:
+        """Of an entry of tests.toml, those that pass while nothing is broken."""
+        name, _, words = name.partition(" -k ")
+        file = f"tests/test_{name}.py"
+        known = self.sources.encode() + (self.place / file).read_bytes() + words.encode()
+        kept = KEPT / f"{name}-{sha256(known).hexdigest()[:16]}.json"
         if not kept.exists():
             KEPT.mkdir(exist_ok=True)
-            if _forked(lambda: self._record(file, kept), 3600, self.said):
-                sys.exit(f"{file} fails before anything is broken:\n{self.said.read_text()}")
+            if _forked(lambda: self._record(file, words, kept), 3600, self.said):
+                sys.exit(f"{file} does not run:\n{self.said.read_text()}")
         return [Test(*test) for test in json.loads(kept.read_text())]
 
-    def _record(self, file: str, kept: Path) -> int:
+    def _record(self, file: str, words: str, kept: Path) -> int:
         from coverage import Coverage
 
         measured = Coverage(data_file=None, source=[str(self.place / "ahn_mlx")])
         measured.start()
         recorder = Recorder(measured)
-        code = self.pytest([file], recorder)
+        code = self.pytest([file, *(["-k", words] if words else [])], recorder)
         measured.stop()
         data = measured.get_data()
         lines: dict[str, dict[str, list[int]]] = {}
@@ -182,16 +189,18 @@ class Copy:
                 for context in contexts:
                     lines.setdefault(context, {}).setdefault(module, []).append(line)
         tests = []
-        for name, cost in recorder.cost.items():
+        for name in recorder.cost.keys() - recorder.failed:
+            cost = recorder.cost[name]
             reached: dict[str, list[int]] = {}
             for context in recorder.uses[name]:
                 for module, numbers in lines.get(context, {}).items():
                     reached.setdefault(module, []).extend(numbers)
             tests.append(Test(name, cost, reached))
         # What runs while a module is imported belongs to everybody: nobody has it.
-        if code in (0, 5):
-            kept.write_text(json.dumps(tests))
-        return code if code != 5 else 0
+        # One failed, or none was chosen: nothing is wrong with the others.
+        if code in (0, 1, 5):
+            kept.write_text(json.dumps(sorted(tests)))
+        return code if code not in (1, 5) else 0
 
     def notices(self, module: str, mutant: Mutant, tests: list[Test]) -> bool:
         file = self.place / module
@@ -215,7 +224,7 @@ class Copy:
     def _try(self, files: list[str], tests: list[Test]) -> int:
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        return self.pytest(files, Chosen(tests))
+        return self.pytest(["-x", *files], Chosen(tests))
 
 
 def _reaching(tests: list[Test], module: str, lines: range) -> list[Test]:
@@ -233,14 +242,14 @@ def _reaching(tests: list[Test], module: str, lines: range) -> list[Test]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Test files: those that tests.toml names, or else those that import the module."""
+    """Names of test files: those of tests.toml, or else those that import the module."""
     room, name = Path(module).with_suffix("").parts[-2:]
     table = tomllib.loads((LISTS / "tests.toml").read_text(encoding="utf-8"))
     if named := table.get(room, {}).get(name):
-        return [f"tests/test_{test}.py" for test in named]
+        return list(named)
     pattern = re.compile(rf"ahn_mlx\.{room}(\.{name}\b| import .*\b{name}\b)")
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{f.name}" for f in files if pattern.search(f.read_text(encoding="utf-8"))]
+    return [f.stem[5:] for f in files if pattern.search(f.read_text(encoding="utf-8"))]
 
 
 def equivalent(module: str) -> set[str]:
@@ -296,7 +305,7 @@ def main() -> int:
             own = [mutant for where, mutant in every if where == module]
             if not own:
                 continue
-            tests = [test for file in tests_of(module) for test in copy.tests(file)]
+            tests = [test for name in tests_of(module) for test in copy.tests(name)]
             alive = [mutant for mutant in own if not copy.notices(module, mutant, tests)]
             caught += len(own) - len(alive)
             print(f"{module:36}{len(own) - len(alive):6} of {len(own)}", flush=True)

@@ -66,7 +66,7 @@ def mutants(source: str) -> list[Mutant]:
     """All of them, in the order of the lines."""
     lines = [line.encode() for line in source.splitlines(keepends=True)]
     found: dict[Mutant, None] = {}
-    for node, text in _faults(ast.parse(source), source):
+    for node, text in _faults(ast.parse(source), lines):
         first, last = node.lineno, node.end_lineno
         before = b"".join(lines[first - 1 : last])
         end = len(before) - len(lines[last - 1]) + node.end_col_offset
@@ -76,8 +76,8 @@ def mutants(source: str) -> list[Mutant]:
     return sorted(found, key=lambda m: m.lines)
 
 
-def _faults(tree: ast.AST, source: str) -> Iterator[tuple[ast.AST, str]]:
-    """Nodes and what they become."""
+def _faults(tree: ast.AST, source: list[bytes]) -> Iterator[tuple[ast.AST, str]]:
+    """Nodes and what they become; source: its lines."""
     for node in _alive(tree):
         yield from ((node, text) for text in _instead(node, source))
         if isinstance(node, ast.Call):
@@ -117,10 +117,9 @@ def _says(node: ast.AST) -> bool:
     return name in SAID or name.endswith("Error")
 
 
-def _instead(node: ast.AST, source: str) -> Iterator[str]:
+def _instead(node: ast.AST, source: list[bytes]) -> Iterator[str]:
     """What this one node may become."""
-    text = ast.get_source_segment(source, node) if hasattr(node, "lineno") else None
-    if text is None:
+    if not hasattr(node, "lineno"):
         return
     match node:
         case ast.Compare(left=left, ops=[op], comparators=[right]):
@@ -162,15 +161,18 @@ def _instead(node: ast.AST, source: str) -> Iterator[str]:
             yield "break"
 
 
-def _without(call: ast.Call, keyword: ast.keyword, source: str) -> str:
+def _without(call: ast.Call, keyword: ast.keyword, source: list[bytes]) -> str:
     """The call, but for one argument by name."""
     parts = [_of(part, source) for part in call.args]
     parts += [_of(other, source) for other in call.keywords if other is not keyword]
     return f"{_of(call.func, source)}({', '.join(parts)})"
 
 
-def _of(node: ast.AST, source: str) -> str:
+def _of(node: ast.AST, source: list[bytes]) -> str:
     """Its text; brackets around it are not part of a node."""
-    text = ast.get_source_segment(source, node) or ""
+    lines = source[node.lineno - 1 : node.end_lineno]
+    lines[-1] = lines[-1][: node.end_col_offset]
+    lines[0] = lines[0][node.col_offset :]
+    text = b"".join(lines).decode()
     loose = ast.BinOp | ast.BoolOp | ast.Compare | ast.IfExp | ast.NamedExpr | ast.UnaryOp
     return f"({text})" if isinstance(node, loose | ast.Lambda) else text
