@@ -1,4 +1,4 @@
-"""What is counted of one model whose sizes all differ, by hand; and what is written down of chips."""
+"""What is counted of one model whose sizes all differ, by hand; and what is known of chips."""
 
 import subprocess
 import sys

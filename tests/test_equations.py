@@ -242,7 +242,8 @@ def test_gates_are_their_equation_in_the_dtype_of_the_text(kind, number, own):
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("group", [None, mx.distributed.init()])
 def test_what_is_read_is_normed_and_gated(kind, length, group):
-    """Also of one rank among one. Delta rules by the head, then the gate; Mamba2 gates, then norms all heads together."""
+    """Delta rules by the head, then the gate; Mamba2 gates, then norms all heads together. Also
+    as one rank of one."""
     memory = MEMORIES[kind](10, 3, 4)
     memory.group = group
     memory[("norm" if kind == "mamba2" else "o_norm")].weight = mx.random.normal(
