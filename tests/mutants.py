@@ -35,7 +35,8 @@ import pytest
 from mutators import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTS = ROOT / "tests" / "mutations"
+TESTS = "tests/mutations/tests.toml"
+EQUIVALENT = "tests/mutations/equivalent.txt"
 ENOUGH = 0.9
 # Seconds of CPU that the tests of one mutant take at most, before anything is broken.
 LONGEST = 30.0
@@ -241,21 +242,21 @@ def _reaching(tests: list[Test], module: str, lines: range) -> list[Test]:
     return chosen
 
 
-def tests_of(module: str) -> list[str]:
+def tests_of(module: str, checkout: Path) -> list[str]:
     """Names of test files: those of tests.toml, or else those that import the module."""
     room, name = Path(module).with_suffix("").parts[-2:]
-    table = tomllib.loads((LISTS / "tests.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads((checkout / TESTS).read_text(encoding="utf-8"))
     if named := table.get(room, {}).get(name):
         return list(named)
     pattern = re.compile(rf"ahn_mlx\.{room}(\.{name}\b| import .*\b{name}\b)")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((checkout / "tests").glob("test_*.py"))
     return [f.stem[5:] for f in files if pattern.search(f.read_text(encoding="utf-8"))]
 
 
 def equivalent(module: str) -> set[str]:
     """The mutants that nobody can tell from the original."""
     found, here = set(), False
-    for line in (LISTS / "equivalent.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / EQUIVALENT).read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
             here = line == f"# {module}"
         elif here and line:
@@ -305,7 +306,7 @@ def main() -> int:
             own = [mutant for where, mutant in every if where == module]
             if not own:
                 continue
-            tests = [test for name in tests_of(module) for test in copy.tests(name)]
+            tests = [test for name in tests_of(module, copy.place) for test in copy.tests(name)]
             alive = [mutant for mutant in own if not copy.notices(module, mutant, tests)]
             caught += len(own) - len(alive)
             print(f"{module:36}{len(own) - len(alive):6} of {len(own)}", flush=True)
