@@ -39,7 +39,7 @@ TESTS = "tests/mutations/tests.toml"
 EQUIVALENT = "tests/mutations/equivalent.txt"
 ENOUGH = 0.9
 # Seconds of CPU that the tests of one mutant take at most, before anything is broken.
-LONGEST = 30.0
+LONGEST = 12.0
 # What each test reaches, from run to run.
 KEPT = ROOT / ".mutants"
 LIBRARIES = (

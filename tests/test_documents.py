@@ -1,8 +1,12 @@
 """Documents of any kind: their text in reading order, and one line for those without."""
 
 import builtins
+import bz2
+import gzip
 import io
+import lzma
 import os
+import plistlib
 import re
 import subprocess
 import sys
@@ -335,6 +339,31 @@ def test_an_archive_damaged_anywhere_is_one_line(tmp_path, name):
         (papers.zipped({"content.xml": "", "mimetype": "x"}), "OpenDocument.*docx"),
         (papers.zipped({"Index/Document.iwa": ""}), "Pages; export"),
         (b"PK\x03\x04\x14\0\0\0", "damaged or cut off zip archive"),
+        (papers.zipped({"Index/Tables.iwa": ""}), "Numbers or Keynote; export"),
+        (b"{\\rtf1\\ansi Words}", "RTF document; save it as .docx"),
+        (gzip.compress(b"x"), "compressed; gunzip"),
+        (bz2.compress(b"x"), "compressed; bunzip2"),
+        (lzma.compress(b"x"), "compressed; unxz"),
+        (b"\x28\xb5\x2f\xfd\0", "compressed; unzstd"),
+        (b"7z\xbc\xaf\x27\x1c\0\4", "7z archive; unpack"),
+        (b"Rar!\x1a\x07\x01\0", "RAR archive; unpack"),
+        (b"Book".ljust(60, b"\0") + b"TEXtREAd", "Palm book.*Calibre"),
+        (b"TPZ3\0", "Topaz.*Calibre"),
+        (b"CONT\x02\0\x53", "KFX.*Calibre"),
+        (b"\xeaDRMION\xee\0", "DRM; only its reader"),
+        (b"ITOLITLS\x01\0", "LIT book.*Calibre"),
+        (b"ITSF\x03\0", "CHM book.*Calibre"),
+        (plistlib.dumps({}, fmt=plistlib.FMT_BINARY), "webarchive.*as HTML"),
+        (b"GIF89a\1\0", "GIF.*ocrmypdf"),
+        (b"II*\0\x08\0", "TIFF"),
+        (b"MM\0*\0\0", "TIFF"),
+        (b"\0\0\0\x18ftypmif1\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypavif\0\0", "AVIF"),
+        (b"\0\0\0\x18ftypisom\0\0", "video or sound"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "WAV"),
+        (b"ID3\x03\0\0", "MP3"),
+        (b"OggS\0\x02", "Ogg"),
+        (b"fLaC\0\0", "FLAC"),
     ],
 )
 def test_what_nothing_reads_says_what_it_is_and_what_helps(tmp_path, data, what):
