@@ -229,12 +229,12 @@ class Copy:
 
 
 def _reaching(tests: list[Test], module: str, lines: range) -> list[Test]:
-    """Those that run one of the lines, or the module if no test does, as with what runs while
-    it is imported; as many as there is time for."""
+    """Those that run one of the lines; all if no test does, as with what runs while the module is
+    imported, such as a table that a test reads. As many as there is time for."""
     ordered = sorted(tests, key=lambda test: test.cost)
     direct = [t for t in ordered if not set(lines).isdisjoint(t.lines.get(module, []))]
     chosen, spent = [], 0.0
-    for test in direct or [t for t in ordered if t.lines.get(module)]:
+    for test in direct or ordered:
         spent += test.cost
         if chosen and spent > LONGEST:
             break
