@@ -324,6 +324,13 @@ def test_models_says_what_fits(tmp_path, monkeypatch):
     assert fits["ahn-gdn-smollm2-135m"] is True and fits["ahn-gdn-14b"] is False
     rows = {line.split()[0]: line.split() for line in listed().splitlines() if line[:1].isalpha()}
     assert rows["ahn-gdn-14b"][-2:] == ["no", "-"]
+    (one,) = json.loads(listed("ahn-gdn-3b", "--json"))["models"]
+    for has, fits in (
+        (one["memory_bytes"] * 4 // 3 + 1, True),
+        (one["memory_bytes"] * 1.33, False),
+    ):
+        monkeypatch.setattr(chips, "machine_memory", lambda has=has: int(has))
+        assert json.loads(listed("ahn-gdn-3b", "--json"))["models"][0]["fits"] is fits
     one = listed("ahn-gdn-14b")
     assert "ahn-gdn-7b" not in one and "ahn-mlx pull ahn-gdn-14b " in one
 

@@ -460,3 +460,23 @@ def test_a_stream_is_read_in_steps_and_judged_in_rows(monkeypatch):
         assert found.nll[kind] == pytest.approx(nll, rel=1e-4)
     assert teach(model, IDS).heads == []
     assert ranks.sent(SHAPE, "full", 2, False) == ranks.sent(SHAPE, "full", 2, False, 2)
+
+
+def test_a_long_stream_is_judged_in_stretches():
+    _, model = tiny(window=10, sinks=3)
+    read = []
+    found = measured.stream(model, mx.arange(8200)[None] % 100, 3, read.append)
+    assert [stretch[:2] for stretch in found] == [(3, 8195), (8195, 8199)]
+    assert read == 2 * [2048, 2048, 2048, 2048, 7]
+    assert all(stretch.error > 0 and stretch.difference for stretch in found)
+
+
+def test_a_teacher_is_as_in_use_and_a_student_as_it_is_asked_to_be():
+    _, model = tiny(window=10, sinks=3)
+    for run, training in (
+        (lambda: study(model, IDS, 10, 3), True),
+        (lambda: teach(model, IDS), False),
+        (lambda: study(model, IDS, 10, 3, inference=True), False),
+    ):
+        run()
+        assert all(layer.self_attn.training is training for layer in model.layers)
