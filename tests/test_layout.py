@@ -36,10 +36,15 @@ def model(**values):
 # What is taken, and what is not, each as near to the other as it can be.
 BOUNDS = {
     "model": (
-        [model(ahn="x" * 4096), model(ahn=None), model(q_bits="8"), model(q_bits=0)]
-        + [model(q_bits=4), model(dtype="bfloat16"), model(name="x" * 4096), model(q_bits=8)],
-        ["m", {}, model(name=None), model(name="x" * 4097), model(ahn="x" * 4097), model(ahn=7)]
-        + [model(q_bits=5), model(q_bits="16"), model(dtype="int8"), model(name="a\0b")],
+        [
+            *(model(ahn="x" * 4096), model(ahn=None), model(name="x" * 4096)),
+            *(model(dtype="bfloat16"), *(model(q_bits=bits) for bits in ("8", 0, 4, 8))),
+        ],
+        [
+            *("m", {}, model(name=None), model(name="x" * 4097), model(ahn="x" * 4097)),
+            *(model(ahn=7), model(name="a\0b"), model(dtype="int8")),
+            *(model(q_bits=5), model(q_bits="16")),
+        ],
     ),
     "tokenizer": (["", "x" * 64], ["x" * 65, "\0", None, "\ud83d"]),
     "tokens": ([0, 1 << 30], [-1, (1 << 30) + 1, 1.0, True, "1", None]),
@@ -53,20 +58,28 @@ BOUNDS = {
     "saved": ([0, 1 << 53], [-1, (1 << 53) + 1, 0.5]),
     "layers": (
         [[[24]], 1000 * [[24]], [[24, 8, 2, 2, 32]], [[24, 8, 2, 8, 128]], [[24, 8, 2, 5, 64]]],
-        [[], 1001 * [[24]], [24], [[]], [[24, 8]], [[24.0]], [[24, 8, 2, 7, 64]], [[None]], None]
-        + [[[24, 8, 2, None, 16]], [[24, 8, 2, None, None]], [[24, 8, None, None, 64]]]
-        + [[[24, 8, 2, 1, 64]], [[24, 8, 2, 9, 64]], [[24, True, 2, None, 64]], [WINDOWED + [0]]],
+        [
+            *([], 1001 * [[24]], [24], [[]], [[24, 8]], [[24.0]], [[None]], None),
+            *([[24, 8, 2, bits, 64]] for bits in (1, 7, 9)),
+            *([[24, 8, 2, None, 16]], [[24, 8, 2, None, None]], [[24, 8, None, None, 64]]),
+            *([[24, True, 2, None, 64]], [[*WINDOWED, 0]]),
+        ],
     ),
     "memory": (["deltanet", "mamba2"], ["GatedDeltaNet", "", None]),
     "base": (
         [{"dtype": "bfloat16", "bits": 2}, {"dtype": "float16", "bits": 8, "more": 1}],
-        [{"dtype": "float32"}, {"bits": None}, {"dtype": "I8", "bits": None}, None]
-        + [{"dtype": "float32", "bits": bits} for bits in (0, 1, 7, 9, "4", 4.0, True)],
+        [
+            *({"dtype": "float32"}, {"bits": None}, {"dtype": "int8", "bits": None}, None),
+            *({"dtype": "float32", "bits": bits} for bits in (0, 1, 7, 9, "4", 4.0, True)),
+        ],
     ),
     "texts": (
         [[text("x" * 200, 1 << 53, 1 << 30)], 100 * [text()]],
-        [101 * [text()], [text("x" * 201)], [text(read=-1)], [text(read=(1 << 53) + 1)], {}]
-        + [[text(tokens=-1)], [text(tokens=(1 << 30) + 1)], [text(name=None)], [{}], ["x"]],
+        [
+            *(101 * [text()], [text("x" * 201)], [text(read=-1)], [text(read=(1 << 53) + 1)]),
+            *([text(tokens=-1)], [text(tokens=(1 << 30) + 1)], [text(name=None)]),
+            *({}, [{}], ["x"]),
+        ],
     ),
     "earlier": ([0, 1 << 53], [-1, (1 << 53) + 1]),
     "space": ([" " * (1 << 16)], [" " * ((1 << 16) + 1), 5]),

@@ -114,3 +114,101 @@ def test_a_page_is_for_telephones_both_themes_and_no_network():
     assert not re.search(r"(src|href|url)\s*[=(]|@import|<script", text)
     assert "&lt;i&gt;" in text and "<i>" not in text and "a&lt;b&gt;?" in text
     text.encode()
+
+
+def test_colours_are_those_of_the_scale_and_mixed_between_them():
+    """Four steps of equal width; what lies beyond either end is the end."""
+    said = {0: "#261448", 1: "#36528c", 2: "#21918c", 3: "#7ac850", 4: "#fde73c"}
+    assert {n: pages.color(n / 4) for n in said} == said
+    assert (pages.color(0.125), pages.color(0.875)) == ("#2e336a", "#bcd846")
+    assert (pages.color(-0.5), pages.color(1.5)) == (said[0], said[4])
+
+
+def test_a_bar_says_both_ends_and_the_middle():
+    def marks(values, **others):
+        text = pages.figure(a_map(values, **others), "")
+        return re.findall("<span>([^<]*)</span>", text.split('class="scale"')[1])
+
+    assert marks([[1, 100]]) == ["1", "50.5", "100"]
+    assert marks([[1, 100]], logarithmic=True) == ["1", "10", "100"]
+    assert marks([[0, 100]], logarithmic=True) == ["0", "50", "100"]
+    assert marks([[NAN]]) == ["0", "0", "0"]
+    assert marks([[-3000, NAN, np.inf, 5000]]) == ["-3,000", "1,000", "5,000"]
+    (bar,) = re.findall("linear-gradient\\(90deg,([^)]*)", pages.figure(a_map([[1]]), ""))
+    assert bar.split(",") == [pages.color(n / 8) for n in range(9)]
+
+
+def test_cells_say_what_they_are():
+    def cells(values, **others):
+        drawn = Elements(text := pages.figure(a_map(values, **others), ""))
+        titles = re.findall("<title>([^<]*)</title>", text)
+        return list(zip((c["fill"] for c in drawn.of("rect")), titles, strict=True))
+
+    said = ["layer 0, head 0: 2 degrees", "layer 0, head 1: 12.35 degrees"]
+    assert cells([[2, 12.3456]]) == [(pages.color(0), said[0]), (pages.color(1), said[1])]
+    assert cells([[7], [7]])[1] == (pages.color(0.5), "layer 1, head 0: 7 degrees")
+    fills = [fill for fill, _ in cells([[0, 1e-12, 1e-6, 1]], logarithmic=True)]
+    assert fills == [pages.color(x) for x in (0, 0, 0.5, 1)]
+    heights = [pages.figure(a_map([[1]] * n), "").split("height:")[1][:3] for n in (1, 5, 6, 20)]
+    assert heights == ["3.0", "3.0", "3.6", "12."]
+
+
+def test_axes_say_their_first_and_last_names():
+    def ends(kind, values):
+        text = pages.figure(a_map(values), "").split(f'<div class="{kind}">')[1]
+        return re.findall("<span>([^<]*)", text.split("</div>")[0])
+
+    assert ends("rows", [[1], [2], [3]]) == ["layer 0", "2"]
+    assert ends("cols", [[1], [2], [3]]) == ["head 0"]
+    assert ends("cols", [[1, 2]]) == ["head 0", "1"]
+
+
+def test_captions_name_unit_and_scale():
+    plain = pages._caption(a_map([[1, 2], [3, 0]]))
+    said = "Degrees by layer and head: least 0 in layer 1, head 1; most 3 in layer 1, head 0"
+    assert plain == said + "."
+    assert pages._caption(a_map([[1, 2], [3, 0]], logarithmic=True)) == (
+        said + "; colours are logarithmic."
+    )
+    assert "blank" not in pages.figure(a_map([[1, NAN]]), "")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        *((0.0, "0"), (0.123456, "0.123"), (999.4, "999"), (1000.0, "1,000"), (-1234.0, "-1,230")),
+        *(
+            (123456.0, "123,000"),
+            (999_999_999.0, "1,000,000,000"),
+            (1e9, "1e+09"),
+            (-2e9, "-2e+09"),
+        ),
+        *((1e-5, "1e-05"), (NAN, ""), (np.inf, ""), (-np.inf, "")),
+    ],
+)
+def test_numbers_have_three_digits(number, said):
+    assert pages._number(number) == said
+
+
+def test_columns_of_numbers_stand_to_the_right():
+    text = pages.table("x", ["n", "word", "none"], [["1,000", "a", ""], ["-2.5", "7", "3"]])
+    assert re.findall("<th([^>]*)>n<", text) == [' scope="col" class="n"']
+    assert re.findall("<t[hd]([^>]*)>(?:word|a|7)<", text) == [' scope="col"', "", ""]
+    assert re.findall("<t[hd]([^>]*)>(?:none|3)<", text) == [' scope="col" class="n"', ' class="n"']
+    assert re.findall("<th([^>]*)>-2.5<", text) == [' scope="row" class="n"']
+    assert 'class="n"' not in pages.table("x", ["n"], [])
+
+
+def test_a_bar_of_parts_leaves_out_what_there_is_none_of():
+    text = pages.parts([("a<", 3000, "red"), ("b", 0, "blue"), ("c", 1, "green")], "All & sundry")
+    assert 'aria-label="All &amp; sundry: a< 3,000, c 1"' in text
+    assert re.findall('style="([^"]*)"', text) == [
+        *("flex:3000;background:red", "flex:1;background:green"),
+    ]
+    assert pages.key("red") == '<span class="key" style="background:red"></span>'
+
+
+@pytest.mark.parametrize(("columns", "heads"), [(64, 65), (65, 4)])
+def test_the_table_of_64_columns_has_them_all(columns, heads):
+    text = pages.figure(a_map([list(range(columns))]), "")
+    assert len(re.findall('<th scope="col"', text)) == heads
