@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.cli import cli
-from ahn_mlx.outputs import directories
+from ahn_mlx.outputs import directories, pictures
 from ahn_mlx.outputs.files import OutFile, check_writable
 from ahn_mlx.outputs.parts import parts_of, working_on
 from ahn_mlx.reading import memoryfile
@@ -485,3 +485,87 @@ def test_what_a_killed_command_tried_a_directory_with_vanishes(tmp_path):
     (tmp_path / ".probe.0123abcd.part").touch()
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_of_the_input_that_it_names_or_of_what_is_written(tmp_path):
+    out, given = tmp_path / "out", tmp_path / "in"
+    named = [(given / "a", given / "a"), (out / "b", out), (tmp_path / "c", out), (None, out)]
+    for file, where in named:
+        with pytest.raises(AHNError) as error, directories.reporting(out, [tmp_path / "x", given]):
+            raise OSError(28, "No space left", file and str(file))
+        assert str(error.value) == f"{where}: No space left; nothing was written"
+    with pytest.raises(AHNError, match="out: odd; nothing"), directories.reporting(out, []):
+        raise OSError("odd")
+
+
+def test_locks_lie_in_a_directory_or_beside_a_file(tmp_path):
+    for path, name in ((tmp_path, ".lock"), (tmp_path / "book.ahn", ".book.ahn.lock")):
+        with working_on(path):
+            assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_is_replaced_by_force_and_a_directory_of_other_things_never(tmp_path, force):
+    """Whatever a model may have beside its weights, and what one for apps has."""
+    out = tmp_path / "out"
+
+    def said(*names):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for name in names:
+            (out / name).touch()
+        try:
+            assert directories.check_out(out, [], force) == out
+        except AHNError as error:
+            return str(error).split("; ")[0].removeprefix(f"{out}: ")
+        return "taken"
+
+    model = ("config.json", "model.safetensors")
+    app = ("manifest.json", "model.mlxfn")
+    more = (
+        *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "LICENSE.txt"),
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "unused.safetensors"),
+        *("chat_template.jinja", "generation_config.json", "README.md", ".DS_Store"),
+    )
+    other = "holds something other than a model, which --force does not replace"
+    full = "the directory is not empty"
+    assert said() == "taken"
+    for names in (model, app, (*model, *more), (*app, "plain.mlxfn", "weights.safetensors")):
+        assert said(*names) == ("taken" if force else full)
+    for names in (
+        (*model, "notes.txt"),
+        ("config.json",),
+        ("model.safetensors",),
+        app[:1],
+        app[1:],
+    ):
+        assert said(*names) == (other if force else full)
+    assert said(*model, "tokenizer.model.bak") == (other if force else full)
+
+
+def test_what_overlaps_an_input_is_no_place_to_write_to(tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for out in ("in", "in/deep", "in/new/er", ".", "link", "link/new"):
+        with pytest.raises(AHNError, match=r"overlaps the input .*; choose another"):
+            directories.check_out(tmp_path / out, [tmp_path / "other", tmp_path / "in"], True)
+    assert directories.check_out(tmp_path / "inner/new", [tmp_path / "in"], False).name == "new"
+    assert directories.nearest(tmp_path / "a/b/c") == tmp_path
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert directories.nearest(tmp_path / "gone/b") == tmp_path / "gone"
+
+
+def test_a_picture_of_ours_says_so_in_its_bytes(tmp_path):
+    marks = {".png": b"..tEXtSoftware\0ahn-mlx..", ".svg": b"<dc:title>ahn-mlx</dc:title>"}
+    marks[".pdf"] = b"/Creator (ahn-mlx)"
+    for end, mark in marks.items():
+        for name, data in (("a" + end, mark), ("A" + end.upper(), mark), ("b" + end, mark[:-4])):
+            (tmp_path / name).write_bytes(data)
+            assert pictures.is_picture(tmp_path / name) is (data == mark)
+    (tmp_path / "a.txt").write_bytes(marks[".pdf"])
+    assert not pictures.is_picture(tmp_path / "a.txt")
+    with (tmp_path / "a.pdf").open("ab") as file:
+        file.truncate(1 << 26)
+        assert pictures.is_picture(tmp_path / "a.pdf")
+        file.truncate((1 << 26) + 1)
+        assert not pictures.is_picture(tmp_path / "a.pdf")
