@@ -480,3 +480,16 @@ def test_a_teacher_is_as_in_use_and_a_student_as_it_is_asked_to_be():
     ):
         run()
         assert all(layer.self_attn.training is training for layer in model.layers)
+
+
+def test_heads_are_kept_of_layers_with_a_memory_where_they_are_asked_for():
+    _, model = tiny(window=10, sinks=3, fa_layer_ids=(1,))
+    remembering = len(model.layers) - 1
+    for kept, asked in ((remembering, True), (0, False)):
+        found = teach(model, IDS, asked), study(model, IDS, 10, 3, asked)
+        for stream in found:
+            assert [x.shape for x in stream.heads] == kept * [(1, 4, 60, 16)]
+        assert all(
+            mx.allclose(a[:, :, :13], b[:, :, :13], atol=1e-5)
+            for a, b in zip(*(s.heads[:1] for s in found), strict=True)
+        )
