@@ -149,7 +149,7 @@ class Copy:
 
     def __init__(self, place: Path):
         self.place, self.said = place / "checkout", place / "said"
-        unneeded = shutil.ignore_patterns(".*", "__pycache__", "build*")
+        unneeded = shutil.ignore_patterns(".*", "__pycache__", "build", "build[-_]*")
         shutil.copytree(ROOT, self.place, ignore=unneeded)
         compileall.compile_dir(self.place / "ahn_mlx", quiet=1)
         with (self.place / "tests" / "conftest.py").open("a") as conftest:
