@@ -4,6 +4,7 @@ was stopped, and what is then to be found on the disk."""
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import mlx.core as mx
 import pytest
 import suites
 from checkpoints import GDN, byte_tokenizer, talking_model
-from forkserver import ForkServer
+from forkserver import COUNTS, ForkServer
 from standin import StandIn
 
 from ahn_mlx.checkpoints.safetensors import read_header_and_metadata
@@ -98,9 +99,10 @@ class Place:
 
 def _counts(path: Path) -> bool:
     """Not what locks leave, nor what huggingface-hub leaves of its own where it was stopped."""
-    theirs = path.suffix in (".incomplete", ".tmp", ".TAG") and "hf" in path.parts
-    theirs = theirs and not path.name.endswith(".ahn-mlx.incomplete")
-    return (path.is_symlink() or not path.is_dir()) and path.suffix != ".lock" and not theirs
+    theirs = path.suffix in (".incomplete", ".tmp", ".TAG") or path.name.startswith("tmp_")
+    theirs &= "hf" in path.parts and not path.name.endswith(".ahn-mlx.incomplete")
+    lock = path.name.endswith(".lock")
+    return (path.is_symlink() or not path.is_dir()) and not lock and not theirs
 
 
 def content(file: Path) -> Any:
@@ -159,6 +161,24 @@ def _train(place: Place) -> Words:
 def _train_again(place: Place) -> Words:
     begun = (place.out / "mine/training.safetensors").exists()
     return [*_train(place), *["--resume"] * begun]
+
+
+def _resume(place: Place) -> Words:
+    return [*_train(place), "--resume"]
+
+
+def _begin_training(place: Place) -> None:
+    """One that was killed after it had saved once."""
+    kept = place.inputs / "begun"
+    if not kept.exists():
+        run = place.server.start(*_train(place))
+        while not (place.out / "mine/training.safetensors").exists():
+            assert not run.ends_within(0.001), run.said
+        run.kill()
+        assert run.status == -9, run.said
+        shutil.copytree(place.out / "mine", kept)
+        place.clear()
+    shutil.copytree(kept, place.out / "mine")
 
 
 def _copy_memory(place: Place) -> None:
@@ -249,6 +269,7 @@ CASES = {
     "digest": Case(_digest, _once(_digest, "book.ahn")),
     "digest --append": Case(_append, _append_again, _copy_memory),
     "train": Case(_train, _train_again),
+    "train --resume": Case(_resume, prepare=_begin_training),
     "eval longbench": Case(_eval),
     "eval recall": Case(_recall),
     "compare": Case(_compare),
@@ -259,8 +280,9 @@ CASES = {
 }
 
 
+needs_counts = pytest.mark.skipif(not COUNTS, reason="needs Linux and a C compiler")
 # The others take long, and write through the same doors.
-HEAVY = ("export-app", "eval recall", "compare", "estimate", "train")
+HEAVY = ("export-app", "eval recall", "compare", "estimate", "train", "train --resume")
 QUICK = [pytest.param(n, marks=pytest.mark.slow) if n in HEAVY else n for n in CASES]
 
 
@@ -269,7 +291,7 @@ def check_sound(place: Place, before: dict[str, Any], *finals: dict[str, Any]) -
     what may be there in the end."""
     for file in sorted(place.out.rglob("*")):
         name = str(file.relative_to(place.out))
-        if file.is_dir() or file.is_symlink() or "/." in f"/{name}" or file.suffix == ".lock":
+        if file.is_symlink() or "/." in f"/{name}" or not _counts(file):
             continue
         if file.suffix in (".ahn", ".partial"):
             memoryfile.verify(file)
@@ -279,7 +301,7 @@ def check_sound(place: Place, before: dict[str, Any], *finals: dict[str, Any]) -
             lines(file)
         elif file.suffix == ".png":
             assert file.read_bytes().endswith(b"IEND\xaeB`\x82"), name
-        elif "/blobs/" in name and not name.endswith(".incomplete"):
+        elif "/blobs/" in name and file.suffix != ".incomplete":
             data = file.read_bytes()
             git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             assert file.name in (git, hashlib.sha256(data).hexdigest()), name
@@ -302,6 +324,26 @@ def one_line(run: Any) -> str:
     assert "Traceback" not in run.said and said[-1].startswith("error: "), run.said
     assert sum(x.startswith("error: ") for x in said) == 1, run.said
     return said[-1]
+
+
+def spread(most: int, count: int, chance: random.Random) -> list[int]:
+    """So many numbers below that one, or all; at random, but from all parts of them."""
+    count = min(count, most)
+    return [chance.randrange(i * most // count, (i + 1) * most // count) for i in range(count)]
+
+
+def moments(operations: int, count: int, chance: random.Random) -> list[dict[str, int] | float]:
+    """When to kill: before operations, half of these half done. Where they are few, or nobody
+    counts them, also after parts of the time that it takes."""
+    chosen = [{"die": 1 + n // 2, "torn": n % 2} for n in spread(2 * operations, count, chance)]
+    return [*chosen, *(chance.uniform(0, 0.9) for _ in range(count - len(chosen)))]
+
+
+def address_space(pid: int) -> int:
+    """Bytes that a process has."""
+    found = re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Commands as processes of their own that begin at once: a parent that has imported everything
 forks one for each. So a test can kill, starve and race hundreds of them.
 
-As a program this is that parent: lines of JSON come in, lines of JSON go out.
+As a program this is that parent: lines of JSON come in, lines of JSON go out. On Linux with a C
+compiler a library (faults.c) counts what a command does to the disk and sends.
 """
 
+import ctypes
 import json
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).parent.parent
-# What Python says before it changes something on the disk.
-CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink")
 NOBODY = 65534
+COUNTS = sys.platform == "linux" and shutil.which("cc") is not None
 
 
 @dataclass
 class Run:
-    """A command that was started. status: as of os.wait; negative for a signal. changes: how
-    often it has changed the disk, if it came to its end."""
+    """A command that was started. status: as of os.wait; negative for a signal. operations: how
+    many of the disk and of sockets there were, if it came to its end; 0 if nobody counts."""
 
     pid: int
     place: Path
@@ -66,8 +68,8 @@ class Run:
         return (self.place / "stderr").read_text(errors="replace")
 
     @property
-    def changes(self) -> int:
-        return int((self.place / "changes").read_text())
+    def operations(self) -> int:
+        return int((self.place / "operations").read_text())
 
 
 class ForkServer:
@@ -78,6 +80,11 @@ class ForkServer:
         place.mkdir(parents=True, exist_ok=True)
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         fixed = {"PYTHONPATH": str(REPO), "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        if COUNTS:
+            fixed["LD_PRELOAD"] = str(place / "faults.so")
+            source = Path(__file__).with_name("faults.c")
+            build = ["cc", "-O1", "-shared", "-fPIC", "-o", fixed["LD_PRELOAD"], source, "-ldl"]
+            subprocess.run(build, check=True)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -88,8 +95,9 @@ class ForkServer:
         assert self._line(600) == {"ready": True}
 
     def start(self, *words: object, **how: Any) -> Run:
-        """how: env; limits, by the names of resource; user; cwd; stdin, a file; die, the change
-        of the disk before which it kills itself."""
+        """how: env; limits, by the names of resource; user; cwd; stdin, a file. Where operations
+        are counted also die, before which it is killed, and torn, whether a write is half done
+        by then; deny, from which on the disk is read-only."""
         self.count += 1
         place = self.place / str(self.count)
         place.mkdir()
@@ -145,7 +153,7 @@ def _child(asked: dict[str, Any]) -> None:
     os.dup2(os.open(asked.get("stdin", os.devnull), os.O_RDONLY), 0)
     os.environ.update(asked.get("env", {}))
     os.chdir(asked.get("cwd", place))
-    changes = os.open(place / "changes", os.O_WRONLY | os.O_CREAT)
+    operations = os.open(place / "operations", os.O_WRONLY | os.O_CREAT)
     for name, limit in asked.get("limits", {}).items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
     if "user" in asked:
@@ -154,40 +162,22 @@ def _child(asked: dict[str, Any]) -> None:
         os.setuid(asked["user"])
     sys.argv = ["ahn-mlx", *asked["words"]]
     code: Any = 1
-    count = _count(asked.get("die", 0))
+    faults = ctypes.CDLL(None) if COUNTS else None
     try:
         from ahn_mlx.cli import main
 
+        if faults:
+            faults.faults_begin(asked.get("die", 0), asked.get("torn", 0), asked.get("deny", 0))
         main()
     except SystemExit as e:
         code = e.code
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        os.write(changes, str(count[0]).encode())
+        os.write(operations, str(faults.faults_end() if faults else 0).encode())
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def _count(die: int) -> list[int]:
-    """How often the disk is changed from now on; before the change with that number it ends."""
-    count = [0]
-
-    def hear(event: str, args: tuple[Any, ...]) -> None:
-        if event not in CHANGES or (event == "open" and not _writes(args)):
-            return
-        count[0] += 1
-        if count[0] == die:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hear)
-    return count
-
-
-def _writes(args: tuple[Any, ...]) -> bool:
-    path, _, flags = args
-    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) and not isinstance(path, int)
 
 
 def _serve() -> None:

@@ -4,11 +4,25 @@ that it had finished, leaves nothing half-made, and ends in the same bytes when 
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faultcases import CASES, QUICK, Case, Place, check_sound, disk, fill, one_line
+from faultcases import (
+    CASES,
+    QUICK,
+    Case,
+    Place,
+    address_space,
+    check_sound,
+    disk,
+    fill,
+    moments,
+    needs_counts,
+    one_line,
+    spread,
+)
 from forkserver import NOBODY
 
 MANY, SOME = 50, 2  # kills
@@ -23,27 +37,19 @@ def begun(place: Place, case: Case) -> dict[str, Any]:
 
 
 def whole(place: Place, case: Case) -> tuple[dict[str, Any], int, float, int]:
-    """What a run leaves that nothing interrupts, how often it changes the disk, how long it
-    takes, and how many bytes there are then."""
+    """What a run leaves that nothing interrupts, its operations, how long it takes, and how many
+    bytes there are then."""
     begun(place, case)
     run = place.server.run(*case.words(place))
     assert run.status == 0, run.said
     size = sum(f.lstat().st_size for f in place.out.rglob("*") if not f.is_dir())
-    return place.contents(), run.changes, run.seconds, size
+    return place.contents(), run.operations, run.seconds, size
 
 
-def moments(changes: int, count: int, chance: random.Random) -> list[int | float]:
-    """When to kill: before changes of the disk, spread over all of them; and the rest at parts
-    of the time that it takes."""
-    steps = min(changes, max(1, 2 * count // 3))
-    before = [1 + (2 * i + 1) * changes // (2 * steps) for i in range(steps)]
-    return [*before, *(chance.random() for _ in range(count - steps))]
-
-
-def kill(place: Place, case: Case, moment: int | float, seconds: float) -> bool:
+def kill(place: Place, case: Case, moment: dict[str, int] | float, seconds: float) -> bool:
     """Whether it was killed before its end."""
-    if isinstance(moment, int):
-        run = place.server.start(*case.words(place), die=moment)
+    if isinstance(moment, dict):
+        run = place.server.start(*case.words(place), **moment)
         run.wait()
     else:
         run = place.server.start(*case.words(place))
@@ -53,35 +59,48 @@ def kill(place: Place, case: Case, moment: int | float, seconds: float) -> bool:
     return run.status == -9
 
 
-def killed(place: Place, name: str, count: int) -> int:
-    """Returns how often it was killed."""
-    case, kills = CASES[name], 0
-    final, changes, seconds, _ = whole(place, case)
-    for moment in moments(changes, count, random.Random(name)):
+def complete(contents: dict[str, Any]) -> dict[str, Any]:
+    """What has a final name."""
+    return {name: x for name, x in contents.items() if "/." not in f"/{name}"}
+
+
+def check_end(place: Place, case: Case, final: dict[str, Any], why: object) -> None:
+    """The command that was stopped, run again, ends in the same files."""
+    again = case.next(place)
+    run = place.server.run(*again)
+    assert run.status == 0, (why, run.said)
+    found = place.contents()
+    if again != case.words(place):  # it had its end, but for what it would have gone on from
+        found = {k: v for k, v in found.items() if not k.endswith(".partial")}
+    assert found == final, why
+
+
+def killed(place: Place, name: str, count: int) -> Counter[str]:
+    """What was there after so many kills: all of it, nothing, or what the next run goes on from."""
+    case, found = CASES[name], Counter[str]()
+    final, operations, seconds, _ = whole(place, case)
+    for moment in moments(operations, count, random.Random(name)):
         before = begun(place, case)
-        kills += kill(place, case, moment, seconds)
+        dead = kill(place, case, moment, seconds)
         check_sound(place, before, final)
-        again = case.next(place)
-        run = place.server.run(*again)
-        assert run.status == 0, (moment, run.said)
-        found = place.contents()
-        if again != case.words(place):  # it had its end, but for what it would have gone on from
-            found = {k: v for k, v in found.items() if not k.endswith(".partial")}
-        assert found == final, moment
-    return kills
+        left = complete(place.contents())
+        found["kills"] += dead
+        found["finished" if left == final else "vanished" if left == before else "resumed"] += dead
+        check_end(place, case, final, moment)
+    return found
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_killed_command_loses_nothing(place, name):
-    assert killed(place, name, SOME)
+    assert killed(place, name, SOME)["kills"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fifty_kills(place, name):
-    kills = killed(place, name, MANY)
-    print(f"{name}: {kills} kills")
-    assert kills > MANY / 4  # a busy machine is quicker at times
+    found = killed(place, name, MANY)
+    print(f"{name}: {dict(found)}")
+    assert found["kills"] > MANY / 4  # all, where operations are counted
 
 
 def filled(place: Place, name: str, count: int) -> int:
@@ -102,9 +121,7 @@ def filled(place: Place, name: str, count: int) -> int:
                 refused += 1
             check_sound(place, before, final)
             ballast.unlink()
-            again = place.server.run(*case.next(place))
-            assert again.status == 0, again.said
-            assert place.contents() == final, room
+            check_end(place, case, final, room)
     return refused
 
 
@@ -136,10 +153,8 @@ def broken(place: Place, name: str, count: int) -> None:
         run = place.server.run(*case.words(place), timeout=300)
         if run.status:
             one_line(run)
-            place.hub.breaks = 0
-            run = place.server.run(*case.next(place))
-        assert run.status == 0, run.said
-        assert place.contents() == final, i
+        place.hub.breaks = 0
+        check_end(place, case, final, i)
 
 
 @pytest.mark.parametrize("name", ["pull", "upload"])
@@ -174,13 +189,40 @@ def test_a_place_that_may_not_be_written_to(place, name):
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def denied(place: Place, name: str, count: int) -> None:
+    """The disk takes nothing from some operation on, as one that the system has found broken."""
+    case = CASES[name]
+    final, operations, *_ = whole(place, case)
+    for n in spread(operations, count, random.Random(name)):
+        before = begun(place, case)
+        run = place.server.run(*case.words(place), deny=1 + n)
+        if run.status:
+            one_line(run)
+        check_sound(place, before, final)
+        left = complete(place.contents())
+        assert run.status or left == final, n
+        check_end(place, case, final, n)
+
+
+@needs_counts
+@pytest.mark.parametrize("name", [p for p in QUICK if p != "upload"])
+def test_a_disk_that_becomes_read_only(place, name):
+    denied(place, name, SOME)
+
+
+@needs_counts
+@pytest.mark.long
+@pytest.mark.parametrize("name", WRITERS)
+def test_twenty_disks_that_become_read_only(place, name):
+    denied(place, name, FULL)
+
+
 def starved(place: Place, name: str, room: int) -> None:
     """A command that gets so many bytes of memory more than it began with."""
     case = CASES[name]
     final, *_ = whole(place, case)
     before = begun(place, case)
-    status = Path(f"/proc/{place.server.process.pid}/status").read_text()
-    size = int(re.search(r"VmSize:\s+(\d+)", status)[1]) << 10
+    size = address_space(place.server.process.pid)
     run = place.server.start(*case.words(place), limits={"RLIMIT_AS": size + room})
     if not run.ends_within(20):
         run.kill()  # OpenBLAS asks for its memory for ever
@@ -188,8 +230,7 @@ def starved(place: Place, name: str, room: int) -> None:
     if run.status not in (0, -6, -9, -11):  # MLX and OpenBLAS end a process that has none
         assert "memory" in one_line(run).lower(), run.said
     check_sound(place, before, final)
-    run = place.server.run(*case.next(place))
-    assert run.status == 0 and place.contents() == final, run.said
+    check_end(place, case, final, room)
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from faultcases import CASES, NAME, QUICK, Place, Words, check_sound, one_line
+from faultcases import CASES, NAME, QUICK, Place, Words, check_sound, needs_counts, one_line
 from several import environments
 
 from ahn_mlx.outputs.parts import working_on
@@ -152,9 +152,10 @@ def test_a_model_is_deleted_while_it_is_read(place, delay):
     assert place.server.run("generate", "Why?", "--model", NAME, "-m", 2).status == 0
 
 
+@needs_counts
 @pytest.mark.slow
 def test_a_deletion_that_is_killed_leaves_no_half_of_a_model(place):
-    for die in range(1, 12):
+    for die in range(1, 24):
         place.clear()
         assert place.server.run("pull", NAME).status == 0
         run = place.server.run("rm", NAME, die=die)
