@@ -167,7 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"commitUrl": page, "commitOid": commit, "commitMessage": ""})
 
     def _body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(size)
+        if len(body) < size:
+            raise ConnectionError("who sent it has left")
+        return body
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -254,6 +254,32 @@ def test_an_upload_that_is_larger_than_the_disk_leaves_nothing(place: Place) -> 
         run.kill()
 
 
+def test_a_job_that_could_not_be_noted_can_be_asked_for_again(place: Place) -> None:
+    """A full disk refuses it, and it is as if nobody had asked; so is going on with one."""
+    place.clear()
+    with disk(place.out, 4 << 20):
+        run = start(place)
+        with client(run) as asked:
+            book = {"file": ("book.txt", BOOK * 8)}
+            wanted = {"name": "read", "file_id": ok(asked.post("/v1/files", files=book))["id"]}
+            ballast = place.out / "ballast"
+            fill(ballast, 0)
+            assert "No space left" in asked.post("/v1/memories", json=wanted).text
+            assert ok(asked.get("/v1/memory_jobs"))["data"] == []
+            ballast.unlink()
+            job = "/v1/memory_jobs/" + ok(asked.post("/v1/memories", json=wanted))["id"]
+            assert ok(asked.post(f"{job}/cancel"))["status"] == "cancelled"
+            fill(ballast, 0)
+            assert "No space left" in asked.post(f"{job}/resume").text
+            assert ok(asked.get(job))["status"] == "cancelled"
+            ballast.unlink()
+            assert ok(asked.post(f"{job}/resume"))["status"] == "queued"
+            fill(ballast, 0)
+            assert asked.delete(job).status_code == 200
+            assert ok(asked.get("/v1/memory_jobs"))["data"] == []
+        run.kill()
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 @pytest.mark.parametrize("room", [1 << 20, 1 << 24, 1 << 26])

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -222,7 +222,6 @@ class Digests:
         if any(j.name == name and j.status in ("queued", "reading") for j in self.jobs.values()):
             raise APIError(f"there is a job for {name!r} already", status=409, code="exists")
         job = Job(name, files, system)
-        self.jobs[job.id] = job
         self._queue(job)
         return job
 
@@ -239,18 +238,23 @@ class Digests:
         """Stop a job within a step; what it has read is kept."""
         job = self.get(job_id)
         if job.status in ("queued", "reading"):
-            job.status = "cancelled"
-            if self._reading is not None and self._current == job.id:
-                self._reading.cancelled = True
-                self.engine.wake()
+            self._cancel(job)
             self._note(job)
         return job
 
+    def _cancel(self, job: Job) -> None:
+        job.status = "cancelled"
+        if self._reading is not None and self._current == job.id:
+            self._reading.cancelled = True
+            self.engine.wake()
+
     def delete(self, job_id: str) -> None:
-        """Forget a job and what it has read, but not a memory that it has made."""
-        job = self.cancel(job_id)
+        """Forget a job and what it has read, but not a memory that it has made. On a full disk
+        too: nothing is written."""
+        job = self.get(job_id)
+        self._cancel(job)
         self._worker.submit(self._partial(job).unlink, missing_ok=True)
-        (self.directory / f"{job.id}.json").unlink(missing_ok=True)
+        self._file(job).unlink(missing_ok=True)
         del self.jobs[job.id]
 
     def stop(self) -> None:
@@ -261,13 +265,18 @@ class Digests:
     _current = ""
 
     def _queue(self, job: Job) -> None:
+        """Note it, and then let it begin: one that cannot be noted is as it was."""
+        _write(self._file(job), asdict(replace(job, status="queued", error=None)))
         job.status, job.error = "queued", None
-        self._note(job)
+        self.jobs[job.id] = job
         self._worker.submit(self._run, job)
 
     def _note(self, job: Job) -> None:
         if job.id in self.jobs:
-            _write(self.directory / f"{job.id}.json", asdict(job))
+            _write(self._file(job), asdict(job))
+
+    def _file(self, job: Job) -> Path:
+        return self.directory / f"{job.id}.json"
 
     def _partial(self, job: Job) -> Path:
         return self.library.directory / f".{job.id}.partial"
