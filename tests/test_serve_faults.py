@@ -164,10 +164,32 @@ def test_halves_of_a_document_are_gone_when_the_server_starts_again(tmp_path: Pa
     (tmp_path / "files" / f"file-{'1' * 32}.json").write_text("{}")
     (tmp_path / "files" / f".file-{'2' * 32}.txt.0123abcd.part").write_text("half")
     (tmp_path / "files" / "notes.txt").write_text("of somebody else")
+    there = sorted((tmp_path / "files").iterdir())
+    second = Files(tmp_path / "files")  # while the first may be writing them
+    assert sorted((tmp_path / "files").iterdir()) == there
+    files.close()
+    second.close()
     files = Files(tmp_path / "files")
     assert sorted((tmp_path / "files").iterdir()) == [*whole, tmp_path / "files/notes.txt"]
     assert {f["id"] for f in files.all()} == kept.keys()
     assert all(files.path(file_id).read_bytes() == text for file_id, text in kept.items())
+
+
+def test_two_servers_of_one_directory(place: Place) -> None:
+    """Documents and memories of one are there for the other, and nothing of either is cleared."""
+    final, *_ = whole(place)
+    place.clear()
+    first, second, told = start(place), start(place), list[str]()
+    with client(first) as asked, client(second) as other:
+        ok(other.get("/v1/memories"))
+        work(asked, place, told)
+        for path in ("/v1/memories", "/v1/files"):
+            assert ok(asked.get(path)) == ok(other.get(path)) != []
+        again = other.put("/v1/memories/given", content=place.memory.read_bytes())
+        assert again.status_code == 409, again.text
+        assert contents(place) == final
+    first.kill()
+    second.kill()
 
 
 def kills(place: Place, count: int) -> int:

@@ -106,6 +106,16 @@ def working_on(path: Path) -> Iterator[None]:
         os.close(held)
 
 
+def share(directory: Path) -> tuple[int, bool]:
+    """Be one of the processes that work in a directory, until the number that is returned is
+    closed. Also whether there was no other: then what is half-made there is nobody's."""
+    held = _open(directory)
+    alone = _lock(held) is True
+    with suppress(OSError):  # a disk without locks: one never knows
+        fcntl.flock(held, fcntl.LOCK_SH)
+    return held, alone
+
+
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 

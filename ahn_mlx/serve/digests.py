@@ -3,6 +3,7 @@ the answers. What has been read is kept when a job is cancelled, and when the se
 """
 
 import json
+import os
 import re
 import secrets
 import time
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 from ..errors import AHNError
 from ..outputs.files import replacing
-from ..outputs.parts import clear_part, parts_in
+from ..outputs.parts import clear_part, parts_in, share
 from ..reading import memoryfile
 from ..reading.session import Session
 from ..reading.template import TemplateError
@@ -36,9 +37,18 @@ class Files:
     def __init__(self, directory: Path):
         self.directory = directory
         directory.mkdir(exist_ok=True)
+        self._held, self.alone = share(directory)
+        if self.alone:
+            self._clear()
+
+    def close(self) -> None:
+        os.close(self._held)
+
+    def _clear(self) -> None:
+        """Of a document and what is known of it a server that was killed may leave one."""
+        directory = self.directory
         for part in parts_in(directory):
             clear_part(part)
-        # Of a document and what is known of it a server that was killed may leave one.
         names = sorted(f.name for f in directory.glob("file-*") if ID.fullmatch(f.stem))
         count = Counter(Path(name).stem for name in names)
         for name in names:
@@ -195,7 +205,7 @@ class Digests:
             self.jobs[job.id] = job
         for part in (*parts_in(self.directory), *parts_in(library.directory)):
             clear_part(part)
-        for file in library.directory.glob(".job-*.partial"):
+        for file in library.directory.glob(".job-*.partial") if files.alone else ():
             job_id = file.name[1:].removesuffix(".partial")
             if ID.fullmatch(job_id) and self.jobs.get(job_id, _GONE).status in ("done", "gone"):
                 file.unlink(missing_ok=True)
@@ -261,6 +271,7 @@ class Digests:
         """After the engine has ended: what was being read is kept."""
         self.stopping = True
         self._worker.shutdown(wait=True, cancel_futures=True)
+        self.files.close()
 
     _current = ""
 
