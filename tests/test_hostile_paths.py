@@ -27,7 +27,8 @@ TAKES = {
     "words": "words",
 }
 NO_PATH = {"prompt", "system", "stop", "host", "allow_origin", "revision", "base_revision"}
-NO_PATH |= {"tasks", "repo", "compare", "args", "windows"}
+NO_PATH |= {"tasks", "repo", "compare", "args", "windows", "context"}
+VALUES = click.INT, click.FLOAT, click.BOOL
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -60,7 +61,7 @@ def parameters() -> list[tuple[str, str]]:
         (name, str(p.name))
         for name, command in commands()
         for p in command.params
-        if isinstance(p.type, click.Path) or p.type is click.STRING
+        if not isinstance(p.type, (click.Choice, *map(type, VALUES)))
         if p.name not in NO_PATH
     ]
 
@@ -231,6 +232,20 @@ def test_what_an_output_is_linked_to_stays(place, name, link):
     if forced and link == "a hard link":  # whose name alone is replaced
         assert place.server.run(*words, "--force").status == 0
         assert secret.read_text() == "secret" and not out.samefile(secret)
+
+
+@pytest.mark.parametrize("link", ["a link", "a hard link"])
+def test_a_memory_that_is_linked_to_is_appended_to_by_the_name_that_was_given(place, link):
+    place.clear()
+    other = place.out / "other.ahn"
+    shutil.copy(place.memory, other)
+    out = place.out / "book.ahn"
+    out.symlink_to(other) if link == "a link" else os.link(other, out)
+    run = place.server.run(*CASES["digest --append"].words(place))
+    assert run.status == 0, run.said
+    assert out.is_symlink() == (link == "a link")
+    assert (other.read_bytes() == place.memory.read_bytes()) == (link == "a hard link")
+    assert out.read_bytes() != place.memory.read_bytes()
 
 
 def test_names_that_a_file_system_may_take_for_one(place):

@@ -20,7 +20,7 @@ def changed(place: Place, words: Words) -> Words:
         "convert": ["--dtype", "float16"],
         "export-app": ["--window", 8],
         "digest": ["--window", 8] if "--append" not in words else [],
-        "train": ["--seed", 1],
+        "train": ["--seed", 1] if "--resume" not in words else [],
         "compare": ["--window", 8],
         "inspect": ["--text", place.book],
         "estimate": ["--window", 99],
