@@ -212,6 +212,25 @@ def test_every_path_that_is_none_is_one_line(place, command, parameter, kind):
     check(place, command, parameter, kind)
 
 
+@pytest.mark.parametrize("typed", ["/save", "/load", "/read"])
+def test_a_path_that_is_typed_in_a_chat(place, typed):
+    """Each is one line, and the conversation goes on."""
+    place.clear()
+    paths = []
+    for n, kind in enumerate(KINDS):
+        if kind not in FOLDERS and not (kind == "a pipe" and typed == "/read"):
+            paths.append(hostile(place, kind, "memory", f"{n}.ahn"))
+    said = place.out / "typed"
+    said.write_bytes(os.fsencode("".join(f"{typed} {path}\n" for path in paths)))
+    before = snapshot(place), sorted(place.out.rglob("*"))
+    run = place.server.run("chat", "--model", place.model, stdin=str(said))
+    assert run.status == 0, run.said
+    errors = [line for line in run.said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(paths) and "Traceback" not in run.said, run.said
+    assert not any(f"did you mean {path}?" in run.said for path in paths)
+    assert (snapshot(place), sorted(place.out.rglob("*"))) == before
+
+
 LINKS = [name for name in CASES if name not in ("pull", "upload", "digest --append")]
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AHNError
+from ..errors import AHNError, show
 from .parts import is_part, new_part
 
 
@@ -110,9 +110,11 @@ def sync(file: Path) -> None:
 
 def check_named(path: Path) -> None:
     """Raise AHNError for "-", which elsewhere is standard output and here would be a file's
-    name."""
+    name, and for what no file is named."""
     if str(path) == "-":
         raise AHNError("-: standard output is not written to; give the name of a file")
+    if "\0" in str(path):
+        raise AHNError(f"{show(str(path))}: has a character that no name has; give another")
 
 
 def real_path(path: Path) -> Path:

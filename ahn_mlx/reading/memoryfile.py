@@ -7,6 +7,7 @@ be like.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,6 +211,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str
     if not file.is_file():
         if file.is_dir():
             raise AHNError(f"{file}: is a directory, not a memory; ahn-mlx digest writes one")
+        if os.path.lexists(file):
+            raise AHNError(f"{file}: is not a regular file; ahn-mlx digest writes one")
         meant = near_file(file, ".ahn") or "; ahn-mlx digest writes one"
         raise AHNError(f"{file}: no such file{meant}")
     with file.open("rb") as f:
