@@ -32,9 +32,10 @@ from transformers import PreTrainedTokenizerFast
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.checkpoints.baseconfig import read_config
+from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.ggufile import GGUFile
-from ahn_mlx.checkpoints.load import load_plain
+from ahn_mlx.checkpoints.load import load_model, load_plain
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.cli import cli
 from ahn_mlx.errors import show
@@ -415,3 +416,47 @@ def test_numbers_of_tokens_that_would_fill_the_memory(tmp_path: Path, where: str
         (tmp_path / where).write_text(json.dumps({"a": 0, "b": big}))
     with pytest.raises(AHNError, match=f"json: a token has the number {big:,}"):
         load_tokenizer(tmp_path, {})
+
+
+def hold(base: Path, **claims: Any) -> None:
+    """A config that claims more than there is, of a model with a memory."""
+    edit_config(base, ahn={"memory": "deltanet", "window": 8, "sinks": 2}, **claims)
+
+
+@pytest.mark.parametrize(
+    ("claims", "match"),
+    [
+        ({"hidden_size": 250_036}, r"embed_tokens.* \[264, 250036\]; it has \[264, 64\] in model"),
+        ({"num_attention_heads": 4096}, r"_proj.*\[.*131072.*\]; it has \[64, 64\] in model"),
+        ({"vocab_size": 1 << 24}, r"\[16777216, 64\]; it has \[264, 64\] in model\.safetensors"),
+        ({"intermediate_size": 1 << 24}, r"\[16777216, 64\]; it has \[96, 64\] in model"),
+    ],
+)
+def test_a_config_that_claims_more_than_its_tensors(
+    claims: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    """Before what it claims is computed with, to find out what its attention does."""
+    base = make_base(tmp_path / "base", "llama")
+    hold(base, **claims)
+    for read in (load_model, lambda path: convert(None, path, tmp_path / "out")):
+        with pytest.raises(AHNError, match=rf"config\.json: describes a model of .*{match}"):
+            read(base)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])
+def test_layers_that_have_no_tensor(name: str, base: Path) -> None:
+    edit_config(base, **{name: 900})
+    with pytest.raises(AHNError, match=rf"config\.json: {name} is 900, but there are 26 tensors"):
+        describe(base)
+    edit_config(base, **{name: 26})
+    describe(base)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "n_routed_experts", "altup_num_inputs", "n_group"])
+def test_lists_that_a_config_makes_long(name: str, base: Path) -> None:
+    edit_config(base, **{name: 4096})
+    read_config(base)
+    for settings in ({name: 4097}, {"ffn_config": [{name: 1 << 40}]}):
+        edit_config(base, **{name: None, **settings})
+        with pytest.raises(AHNError, match=rf"config\.json: '{name}' must be at most 4,096"):
+            read_config(base)

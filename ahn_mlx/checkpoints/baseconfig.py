@@ -5,6 +5,7 @@ them see the same model. What no model here can run is refused by name.
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ LIMITS = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 40,
 }
+# Of parts, by whatever name, at any depth: model files make lists of them. And the most there are.
+COUNT = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?(?:layers?|experts|heads|inputs|groups?|blocks)$")
+MOST = 1 << 12
 POSITIVE = {"rms_norm_eps": 1.0, "rope_theta": 1e15}
 LARGEST = 1 << 63  # of any other number; what libraries take
 FACTOR = 1e6  # positions are not stretched further
@@ -151,6 +155,8 @@ def _check_numbers(file: Path, config: dict[str, Any]) -> None:
             left += ((name, x) for x in value)
         elif (isinstance(value, int) and abs(value) > LARGEST) or value != value:
             raise AHNError(f"{file}: {show(name)} is no setting, it is {show(value)}")
+        elif type(value) is int and value > MOST and COUNT.search(name):
+            raise AHNError(f"{file}: {show(name)} must be at most {MOST:,}, not {show(value)}")
 
 
 def _rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:

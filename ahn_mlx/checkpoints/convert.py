@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import AHNError, show
-from ..model.augment import FLOAT32, build
+from ..model.augment import FLOAT32
 from ..model.config import AHNConfig
 from ..model.names import is_memory
 from ..outputs.directories import check_out, replacing, reporting
@@ -23,7 +23,7 @@ from .baseconfig import OWN, check_same_base, family
 from .card import origin, write_card
 from .directory import Source, copy_files, read_json
 from .formats import describe, is_gguf
-from .load import built, check_plain, fit
+from .load import build_as, check_plain, fit
 from .safetensors import DTYPES, FLOATS, STORED
 from .shards import GROUP, Q_BITS, Tensor, write_json, write_unused, write_weights
 from .tokenizer import TOKENIZER_FILES, gguf_tokenizer, has_vocabulary
@@ -167,7 +167,7 @@ def _plan(checkpoint: Checkpoint, dtype: str | None, q_bits: int) -> dict[str, T
         raise AHNError(f"q_bits must be one of {', '.join(map(str, Q_BITS))}, not {q_bits}")
     if q_bits and config.get("quantization"):
         raise AHNError(f"{checkpoint.path}: is quantized already; leave out --q-bits")
-    model = built(checkpoint.path, build, config)
+    model = build_as(checkpoint.path, config, checkpoint.sources)
     parameters: Any = tree_flatten(model.parameters())
     checkpoint.parameters = sum(x.size for _, x in parameters)
     given = checkpoint.sources

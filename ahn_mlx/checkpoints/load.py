@@ -4,6 +4,7 @@ describe, build, quantize as given, and take each tensor from the file that has 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import infer_quant_config
 
 from ..errors import AHNError, show
-from ..model.augment import FLOAT32, AHNModel, build, build_base
+from ..model.augment import FLOAT32, AHNModel, augment, build_base
 from ..model.config import AHNConfig
 from ..model.names import is_memory, published_name, rename_published
 from ..model.ranks import Ranks
 from ..platform import default_dtype
+from .claims import check_size
 from .directory import Source
 from .formats import Reader, describe
 from .identity import note_whole
@@ -67,7 +69,7 @@ def load_model(
         sinks=ahn.sinks if sinks is None else sinks,
     )
     config["ahn"] = ahn.to_dict()
-    model = built(path, build, config)
+    model = build_as(path, config, sources)
     _fill(model, config, sources, path)
     finish(model, dtype, path, ranks)
     return model, config
@@ -93,6 +95,14 @@ def built(path: Path, make: Callable[[Any], Any], config: Any) -> Any:
         return make(config)
     except AHNError as e:
         raise AHNError(f"{path}: {str(e)[:400]}") from None
+
+
+def build_as(path: Path, config: dict[str, Any], sources: dict[str, Source]) -> nn.Module:
+    """The AHN model that the config of a checkpoint describes, with random parameters. Finding out
+    what its attention does computes with it, so that its base is held against the tensors first."""
+    base = built(path, build_base, config)
+    check_size(path, base, sources)
+    return built(path, partial(augment, base), AHNConfig.from_dict(config))  # type: ignore[no-any-return]
 
 
 def check_plain(base: Path, sources: dict[str, Source]) -> None:

@@ -19,6 +19,7 @@ except ImportError:
 from ..hub.zoo import load
 from ..reading.generate import Run
 from ..reading.sampling import Sampling
+from ..reading.sandbox import render
 from ..reading.session import Session
 from ..reading.tokens import Encoder, check_ids
 from .mixers import mixing
@@ -65,13 +66,11 @@ class AHNLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return render(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
+from .sandbox import bounded, render
 from .text import readable
 
 # Stand for the system message, and for messages of the user and answers by turns.
@@ -197,15 +198,13 @@ class Template:
             for message in messages:
                 message["content"] = [{"type": "text", "text": message["content"]}]
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
+            text = render(self.tokenizer, messages, add_generation_prompt=True)
         except Exception as e:  # whatever the template's own code raises
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise TemplateError(f"the chat template failed ({reason})") from None
         if len(text) > LONGEST:
             raise TemplateError(f"the chat template writes {len(text):,} characters of its own")
-        return str(text)
+        return text
 
     def _pieces(self, text: str) -> Pieces:
         """Scaffolding, with the system message as content where its mark stands."""
@@ -219,7 +218,8 @@ def _in_time(work: Callable[[], None]) -> None:
 
     def run() -> None:
         try:
-            work()
+            with bounded():
+                work()
         except BaseException as e:
             failed.append(e)
 

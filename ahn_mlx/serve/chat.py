@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
+from ..reading.sandbox import render
 from ..reading.session import Session
 from ..reading.tokens import Encoder
 from .parameters import APIError
@@ -242,16 +243,15 @@ class Chat:
                 # A template may ask whether there is any.
                 message["content"] = self._mark(i) if message["content"] else ""
         try:
-            text: Any = self.tokenizer.apply_chat_template(
+            return render(
+                self.tokenizer,
                 messages,
                 tools=conversation.tools or None,
                 add_generation_prompt=ask,
-                tokenize=False,
             )
         except Exception as e:  # whatever the template's own code raises
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise APIError(f"the chat template refuses this ({reason})", param="messages") from None
-        return str(text)
 
 
 class _NotThere(AHNError):

@@ -1,0 +1,278 @@
+"""Chat templates are programs of strangers. jinja's sandbox keeps them from files and from Python;
+here what they make and how often they go round is bounded, before it is made.
+
+Each step of a loop, each call and each character that is made is one of a rendering's steps. So
+time and memory have one bound, which is the same on every machine.
+"""
+
+import re
+from collections.abc import Callable, Iterator, MappingView, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from jinja2 import TemplateRuntimeError, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers.utils import chat_template_utils
+
+STEPS = 1 << 21  # of a rendering, and for each character that it is given
+FOR_EACH = 64
+BITS = 1 << 13  # of a whole number
+WIDEST = 1 << 16  # a number that says how wide something is to be
+
+# Filters that make no text and copy no item, however large items are.
+_LIGHT = frozenset(
+    "attr batch count d default dictsort first float groupby int items last length list map max min"
+    " random reject rejectattr reverse round select selectattr slice sort sum unique".split()
+)
+# Filters and methods of texts that may say what they are given once for each sign of the text.
+_TIMES = ("expandtabs", "format", "format_map", "indent", "tojson", "translate", "urlize")
+_TIMES += ("wordwrap", "xmlattr")
+
+
+def render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], **options: Any) -> str:
+    """What the chat template says of messages. Raises whatever the template's own code raises,
+    and TemplateRuntimeError where it would do too much."""
+    with bounded(messages, options):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+_LEFT: ContextVar[list[int] | None] = ContextVar("steps", default=None)
+
+
+@contextmanager
+def bounded(*given: Any) -> Iterator[None]:
+    """All renderings within it have the steps of one, if they are not within another."""
+    if _LEFT.get() is not None:
+        yield
+        return
+    before = _LEFT.set([STEPS + FOR_EACH * _deep(given, STEPS * FOR_EACH)])
+    try:
+        yield
+    finally:
+        _LEFT.reset(before)
+
+
+def _left() -> list[int]:
+    """Steps that are left, in a list of one."""
+    left = _LEFT.get()
+    return [STEPS] if left is None else left
+
+
+def _spend(steps: int) -> None:
+    left = _left()
+    left[0] -= steps
+    if left[0] < 0:
+        raise TemplateRuntimeError("it writes or loops without end")
+
+
+def _afford(steps: int) -> None:
+    """As _spend, of what is not made yet and will be paid for."""
+    if steps > _left()[0]:
+        raise TemplateRuntimeError("it writes or loops without end")
+
+
+def _deep(value: Any, most: int) -> int:
+    """Characters and items of a value, as often as it holds them; some number above `most` if
+    there are more."""
+    found, left = 0, [value]
+    while left and found <= most:
+        x = left.pop()
+        found += 1
+        if isinstance(x, str | bytes):
+            found += len(x)
+        elif isinstance(x, dict):
+            left += [*x.keys(), *x.values()]
+        elif isinstance(x, list | tuple | set | frozenset | MappingView):
+            left += x
+        elif isinstance(x, int):
+            found += x.bit_length() // 3
+        elif isinstance(x, Namespace):
+            left.append(x._Namespace__attrs)  # type: ignore[attr-defined]
+    return found
+
+
+def _size(value: Any) -> int:
+    """Of a value that was made: its own characters or items."""
+    return len(value) + 1 if isinstance(value, Sized) else 1
+
+
+def _whole(value: Any) -> Any:
+    """Pay for a value and for all that is in it."""
+    _spend(_deep(value, _left()[0]))
+    return value
+
+
+def _made(value: Any) -> Any:
+    _spend(_size(value))
+    return value
+
+
+def _joined(values: list[Any]) -> str:
+    """Of the operator ~."""
+    _whole(values)
+    return "".join(map(str, values))
+
+
+class _Counted:
+    """What a loop goes over. weight: characters that stand in the loop."""
+
+    def __init__(self, items: Any, weight: int):
+        self.items, self.cost = items, weight + 1
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            _spend(self.cost)
+            yield item
+
+
+def _check_text(name: str, text: Any, args: tuple[Any, ...]) -> None:
+    """What a filter or a method of texts will make of it can be paid for."""
+    most = _left()[0]
+    size, more = _deep(text, most), _deep(args, most)
+    if name == "replace" and len(args) > 1:
+        old, new = str(args[0]), str(args[1])
+        size += str(text).count(old) * len(new) if size <= most else 0
+    elif name == "join":
+        size += more + _size(text) * max(map(_size, args), default=0)
+    elif name in _TIMES:
+        size *= more + sum(abs(n) for n in args if isinstance(n, int))
+    else:
+        size += more
+    _afford(size)
+
+
+def _check_widths(*values: Any) -> None:
+    """No number is one of characters by which memory could be filled."""
+    for x in values:
+        if isinstance(x, int) and abs(x) > WIDEST:
+            raise TemplateRuntimeError(f"it asks for {abs(x):.3g} characters")
+        if isinstance(x, tuple):
+            _check_widths(*x)
+
+
+def _check_format(text: str) -> None:
+    if re.search(r"%[^a-zA-Z%]*\d{6}|\{[^{}]*:[^{}]*\d{6}", text):
+        raise TemplateRuntimeError("it asks for a million characters")
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is paid for."""
+    first = hasattr(function, "jinja_pass_arg")  # before the value there is jinja's own
+
+    @wraps(function)
+    def guarded(*args: Any, **named: Any) -> Any:
+        value, rest = args[first], (*args[first + 1 :], *named.values())
+        _check_widths(*rest)
+        if name == "format":
+            _check_format(str(value))
+        if name == "join" and not hasattr(value, "__len__"):
+            value = list(value)
+            args = (*args[:first], value, *args[first + 1 :])
+        if name in _LIGHT:
+            _made(value)
+        else:
+            _check_text(name, value, rest)
+        return _made(function(*args, **named))
+
+    return guarded
+
+
+class _Filters(dict[str, Callable[..., Any]]):
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__setitem__(name, _guarded(name, function))
+
+
+class Bounded(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, in which all that a template makes is paid for."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        filters, self.filters = self.filters, _Filters()  # type: ignore[assignment]
+        for name, function in filters.items():
+            self.filters[name] = function
+        for own in (_whole, _made, _joined):
+            dict.__setitem__(self.filters, own.__name__, own)
+        dict.__setitem__(self.filters, "_counted", _Counted)
+        del self.globals["lipsum"]
+        self.finalize = _whole
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """What makes values or goes round and asks no one is led through a filter."""
+        return _led(super()._parse(source, name, filename))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        whole = isinstance(left, int) and isinstance(right, int)
+        if whole and operator in ("*", "**"):
+            bits = left.bit_length()
+            if (bits * max(right, 0) if operator == "**" else bits + right.bit_length()) > BITS:
+                raise TemplateRuntimeError("it makes a number without end")
+        elif operator == "*":
+            times, item = (left, right) if isinstance(left, int) else (right, left)
+            _spend(_deep(item, _left()[0]) * max(times, 1) if isinstance(times, int) else 1)
+        elif operator == "%" and isinstance(left, str | bytes):
+            _check_format(str(left))
+            _check_widths(right)
+            _check_text("format", left, (right,))
+        elif operator == "+":
+            _afford(_size(left) + _size(right))
+        return _made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __called: Any, *args: Any, **named: Any) -> Any:  # noqa: N805
+        name = getattr(__called, "__name__", "")
+        text = getattr(getattr(__called, "__wrapped__", __called), "__self__", None)
+        values = (*args, *named.values())
+        if not isinstance(__called, type) and name != "safe_range":
+            _check_widths(*values)
+        if isinstance(text, str | bytes):
+            if name == "join" and args and not hasattr(args[0], "__len__"):
+                args = values = (list(args[0]),)
+            if name in ("format", "format_map"):
+                _check_format(str(text))
+            joined = name == "join" and len(args) == 1
+            _check_text(name, *((args[0], (text,)) if joined else (text, values)))
+        _spend(sum(map(_size, values)))  # a recursive loop goes over what it is called with
+        return _made(super().call(__context, __called, *args, **named))
+
+
+def _led(node: nodes.Node) -> Any:
+    """The same program, with filters around loops' items, lists, slices and what ~ joins."""
+    for name, value in node.iter_fields():
+        if isinstance(value, nodes.Node):
+            setattr(node, name, _led(value))
+        elif isinstance(value, list):
+            setattr(node, name, [_led(x) if isinstance(x, nodes.Node) else x for x in value])
+    if isinstance(node, nodes.For):
+        weight = sum(len(x.data) for x in node.find_all(nodes.TemplateData))
+        node.iter = _filter("_counted", node.iter, nodes.Const(weight))
+    elif isinstance(node, nodes.Test):
+        node.args = [_filter("_made", x) for x in node.args or ()]
+    elif isinstance(node, nodes.Concat):
+        return _filter("_joined", nodes.List(node.nodes))
+    elif isinstance(node, nodes.Compare):
+        for compared in node.ops:
+            compared.expr = _filter("_made", compared.expr)
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return _filter("_made", node)
+    elif isinstance(node, nodes.List | nodes.Dict) or (
+        isinstance(node, nodes.Tuple) and node.ctx == "load"
+    ):
+        return _filter("_whole", node)
+    return node
+
+
+def _filter(name: str, of: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+    made = nodes.Filter(of, name, list(args), [], None, None)
+    return made.set_lineno(of.lineno or 1).set_environment(of.environment)
+
+
+# Where transformers takes the sandbox from, of whatever template.
+chat_template_utils.ImmutableSandboxedEnvironment = Bounded
