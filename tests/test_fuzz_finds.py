@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import resource
 import struct
 import zipfile
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from checkpoints import (
     write,
 )
 from click.testing import CliRunner
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serving import serving
 from test_training import SETTINGS
@@ -41,7 +43,8 @@ from ahn_mlx.cli import cli
 from ahn_mlx.errors import show
 from ahn_mlx.evaluate.predictions import read_run
 from ahn_mlx.evaluate.records import count_records, parse_line
-from ahn_mlx.reading import layout
+from ahn_mlx.reading import layout, sandbox
+from ahn_mlx.reading.template import Template
 from ahn_mlx.reading.text import read_documents, read_file
 from ahn_mlx.reading.tokens import Encoder
 from ahn_mlx.serve import anthropic
@@ -460,3 +463,104 @@ def test_lists_that_a_config_makes_long(name: str, base: Path) -> None:
         edit_config(base, **{name: None, **settings})
         with pytest.raises(AHNError, match=rf"config\.json: '{name}' must be at most 4,096"):
             read_config(base)
+
+
+GROWS = "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = STEP %}{% endfor %}"
+LONG = "y" * 9000
+MADE = [
+    "'a' * 10**9",
+    "10**9 * 'a'",
+    "[1] * 10**9",
+    "'a'.encode() * 10**9",
+    "'%1000000000d' % 1",
+    "'%*d' % (10**9, 1)",
+    "('%s' * 9999) % (('x' * 9999,) * 9999)",
+    "'{:1000000000}'.format(1)",
+    "'{:{}}'.format(1, 10**9)",
+    "('{0}' * 9999).format('x' * 9999)",
+    "'a'.center(10**9)",
+    "'a' | center(10**9)",
+    "'1'.zfill(10**9)",
+    "(1).to_bytes(10**9, 'big')",
+    "('\\t' * 9999).expandtabs(60000)",
+    "('a' * 99999).replace('', 'b' * 9999)",
+    "('a' * 99999) | replace('a', 'b' * 9999)",
+    "('b' * 9999).join(range(999) | map('string'))",
+    "range(9999) | join('b' * 9999)",
+    "('\\n' * 99999) | indent(60000, blank=true)",
+    "messages | tojson(indent=10**8)",
+    "('a' * 99999).translate({97: 'x' * 9999})",
+    "[1] | batch(10**9, 'x') | list",
+    "['x' * 99999] * 99999",
+    "dict(a=['x' * 99999] * 999).items()",
+    "1 | round(10**9)",
+    "'%s' | format('x' * 10**9)",
+    "lipsum(n=10**5)",
+    "('a b ' * 99999) | wordwrap(1)",
+    "('http://a.bc ' * 999) | urlize(target='x' * 99999)",
+]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**8) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+        "{% set x = range(99999) | list %}{% for i in x %}{% if 'q' in x %}{% endif %}{% endfor %}",
+        "{% set x %}{% for i in range(99999) %}LONG{% endfor %}{% endset %}".replace("LONG", LONG),
+        "{% macro f() %}LONG{% endmacro %}".replace("LONG", LONG)
+        + "{% for i in range(99999) %}{% set q = f() %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% for x in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}",
+        "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 40,
+        GROWS.replace("START", "'ab'").replace("STEP", "n.x ~ n.x"),
+        GROWS.replace("START", "'ab'").replace("STEP", "n.x + n.x"),
+        GROWS.replace("START", "9").replace("STEP", "n.x * n.x"),
+        GROWS.replace("START", "9").replace("STEP", "n.x ** n.x"),
+        GROWS.replace("START", "[1]").replace("STEP", "[n.x, n.x]"),
+        GROWS.replace("START", "[1]").replace("STEP", "(n.x, n.x)"),
+        GROWS.replace("START", "[1]").replace("STEP", "{'a': n.x, 'b': n.x}"),
+        "{% set n = namespace(x='a' * 10**5, l=[]) %}"
+        "{% for i in range(99999) %}{% set n.l = n.l + [n.x[1:]] %}{% endfor %}",
+        "{% for i in range(99999) | _counted(-9**9) %}{% for j in range(99999) %}{% endfor %}"
+        "{% endfor %}",
+        *(f"{{{{ {made} }}}}" for made in MADE),
+    ],
+)
+def test_templates_that_would_fill_the_memory_or_not_end(template: str) -> None:
+    tokenizer = chat_tokenizer()
+    said = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer._tokenizer.chat_template = template + said
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AHNError, match=r"without end|characters|too|recursion"):
+        Template(tokenizer)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_what_templates_do_every_day_is_not_changed() -> None:
+    """In one template: each place where what is made is paid for."""
+    template = (
+        "{% set ns = namespace(n=0, said=[]) %}"
+        "{% macro say(x, y='!') %}<{{ x ~ y }}>{% endmacro %}"
+        "{% for role, few in messages | groupby('role') if role != 'x' %}"
+        "{{ loop.index }}/{{ loop.length }}:"
+        "{% for m in few %}{% set ns.n = ns.n + 2 * loop.revindex %}"
+        "{% set ns.said = ns.said + [m['content'][1:]] %}{% endfor %}"
+        "{% else %}none{% endfor %}{{ ns.said }}{{ ns.n }}"
+        "{{ '%s-%03d' % ('a', 7) }}{{ '{:>4}|{x}'.format(1, x=[2]) }}{{ ', '.join(ns.said) }}"
+        "{{ {'a': (1, 2), 'b': messages[::-1][0].content} | tojson(indent=2) }}"
+        "{% set x %}<{{ 'b' in ns.said[1] }}{% endset %}{{ x }}{{ x is in ['q'] }}{{ say('h') }}"
+        "{{ 'a-b'.split('-') | map('upper') | join('+') }}"
+        "{{ ' x ' | trim | replace('x', 'yy') | indent(2, true) }}"
+        "{{ 2 ** 10 % 7 }}{{ missing }}{{ missing is defined }}{{ 'x' * 3 }}{{ [1] * 2 }}"
+        "{% for a, b in {'k': [1]}.items() recursive %}{{ a }}{{ b[:] }}{% endfor %}"
+        "{% for t in nothing %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "One"}, {"role": "system", "content": "abc"}]
+    tokenizer = chat_tokenizer()
+    tokenizer._tokenizer.chat_template = template
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    plain.filters["tojson"] = lambda x, indent: json.dumps(x, ensure_ascii=False, indent=indent)
+    expected = plain.from_string(template).render(messages=messages)
+    assert "yy" in expected and sandbox.render(tokenizer, messages) == expected

@@ -102,7 +102,7 @@ def build_as(path: Path, config: dict[str, Any], sources: dict[str, Source]) -> 
     what its attention does computes with it, so that its base is held against the tensors first."""
     base = built(path, build_base, config)
     check_size(path, base, sources)
-    return built(path, partial(augment, base), AHNConfig.from_dict(config))  # type: ignore[no-any-return]
+    return built(path, partial(augment, base), AHNConfig.from_dict(config))
 
 
 def check_plain(base: Path, sources: dict[str, Source]) -> None:

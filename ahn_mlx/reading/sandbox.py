@@ -6,7 +6,7 @@ time and memory have one bound, which is the same on every machine.
 """
 
 import re
-from collections.abc import Callable, Iterator, MappingView, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -18,19 +18,27 @@ from jinja2.utils import Namespace
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.utils import chat_template_utils
 
-STEPS = 1 << 21  # of a rendering, and for each character that it is given
+STEPS = 1 << 20  # of a rendering, and for each character that it is given
 FOR_EACH = 64
 BITS = 1 << 13  # of a whole number
 WIDEST = 1 << 16  # a number that says how wide something is to be
 
 # Filters that make no text and copy no item, however large items are.
-_LIGHT = frozenset(
-    "attr batch count d default dictsort first float groupby int items last length list map max min"
-    " random reject rejectattr reverse round select selectattr slice sort sum unique".split()
+_LIGHT = (
+    *("attr", "batch", "count", "d", "default", "dictsort", "first", "float", "groupby", "int"),
+    *("items", "last", "length", "list", "map", "max", "min", "random", "reject", "rejectattr"),
+    *("reverse", "round", "select", "selectattr", "slice", "sort", "sum", "unique"),
 )
 # Filters and methods of texts that may say what they are given once for each sign of the text.
-_TIMES = ("expandtabs", "format", "format_map", "indent", "tojson", "translate", "urlize")
-_TIMES += ("wordwrap", "xmlattr")
+_TIMES = (
+    *("expandtabs", "format", "format_map", "indent", "tojson", "translate", "urlize"),
+    *("wordwrap", "xmlattr"),
+)
+
+
+_TEXTS = (str, bytes)
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_HOLDERS = (list, tuple, set, frozenset, *_VIEWS)
 
 
 def render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -80,18 +88,18 @@ def _deep(value: Any, most: int) -> int:
     there are more."""
     found, left = 0, [value]
     while left and found <= most:
-        x = left.pop()
+        x: Any = left.pop()
         found += 1
-        if isinstance(x, str | bytes):
+        if isinstance(x, _TEXTS):
             found += len(x)
+        elif isinstance(x, _HOLDERS):
+            left.extend(x)
         elif isinstance(x, dict):
             left += [*x.keys(), *x.values()]
-        elif isinstance(x, list | tuple | set | frozenset | MappingView):
-            left += x
         elif isinstance(x, int):
             found += x.bit_length() // 3
         elif isinstance(x, Namespace):
-            left.append(x._Namespace__attrs)  # type: ignore[attr-defined]
+            left.append(x._Namespace__attrs)
     return found
 
 
@@ -121,7 +129,7 @@ class _Counted:
     """What a loop goes over. weight: characters that stand in the loop."""
 
     def __init__(self, items: Any, weight: int):
-        self.items, self.cost = items, weight + 1
+        self.items, self.cost = items, max(weight, 0) + 1
 
     def __len__(self) -> int:
         return len(self.items)
@@ -196,7 +204,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        filters, self.filters = self.filters, _Filters()  # type: ignore[assignment]
+        filters, self.filters = self.filters, _Filters()
         for name, function in filters.items():
             self.filters[name] = function
         for own in (_whole, _made, _joined):
@@ -226,7 +234,7 @@ class Bounded(ImmutableSandboxedEnvironment):
             _afford(_size(left) + _size(right))
         return _made(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __called: Any, *args: Any, **named: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __called: Any, *args: Any, **named: Any) -> Any:
         name = getattr(__called, "__name__", "")
         text = getattr(getattr(__called, "__wrapped__", __called), "__self__", None)
         values = (*args, *named.values())
@@ -256,7 +264,8 @@ def _led(node: nodes.Node) -> Any:
     elif isinstance(node, nodes.Test):
         node.args = [_filter("_made", x) for x in node.args or ()]
     elif isinstance(node, nodes.Concat):
-        return _filter("_joined", nodes.List(node.nodes))
+        parts = nodes.List(node.nodes, lineno=node.lineno, environment=node.environment)
+        return _filter("_joined", parts)
     elif isinstance(node, nodes.Compare):
         for compared in node.ops:
             compared.expr = _filter("_made", compared.expr)
@@ -269,10 +278,12 @@ def _led(node: nodes.Node) -> Any:
     return node
 
 
-def _filter(name: str, of: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+def _filter(name: str, of: Any, *args: nodes.Expr) -> nodes.Filter:
     made = nodes.Filter(of, name, list(args), [], None, None)
-    return made.set_lineno(of.lineno or 1).set_environment(of.environment)
+    made.set_lineno(of.lineno)
+    made.set_environment(of.environment)
+    return made
 
 
 # Where transformers takes the sandbox from, of whatever template.
-chat_template_utils.ImmutableSandboxedEnvironment = Bounded
+chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # type: ignore[misc]
