@@ -33,11 +33,13 @@ from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.apps.tokenizer import pack_tokenizer
+from ahn_mlx.checkpoints import gguf
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.ggufile import GGUFile
 from ahn_mlx.checkpoints.load import load_model, load_plain
+from ahn_mlx.checkpoints.safetensors import read_header
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.cli import cli
 from ahn_mlx.errors import show
@@ -564,3 +566,64 @@ def test_what_templates_do_every_day_is_not_changed() -> None:
     plain.filters["tojson"] = lambda x, indent: json.dumps(x, ensure_ascii=False, indent=indent)
     expected = plain.from_string(template).render(messages=messages)
     assert "yy" in expected and sandbox.render(tokenizer, messages) == expected
+
+
+def steps(kind: str, n: int, **fields: Any) -> dict[str, Any]:
+    """Of a tokenizer, one and the same n times."""
+    return {"type": "Sequence", f"{kind}s": [fields] * n}
+
+
+TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": steps("normalizer", 40, **TWICE)},
+        {"normalizer": steps("normalizer", 40, type="ByteLevel")},
+        {"normalizer": steps("normalizer", 3, **{**TWICE, "content": "b" * 999})},
+        {"normalizer": {**TWICE, "pattern": {"Regex": ""}, "content": "b" * 999}},
+        {"normalizer": {"type": "Prepend", "prepend": "x" * 999}},
+        {"decoder": steps("decoder", 40, **TWICE)},
+    ],
+)
+def test_steps_of_a_tokenizer_that_make_a_book_of_a_word(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table() | changes))
+    with pytest.raises(AHNError, match=rf"tokenizer\.json: its {next(iter(changes))} makes"):
+        load_tokenizer(tmp_path, {})
+    few = steps("decoder", 3, type="Replace", pattern={"String": "▁"}, content=" ")
+    path = byte_tokenizer(tmp_path / "good")
+    (path / "tokenizer.json").write_text(json.dumps(table() | {"normalizer": None, "decoder": few}))
+    load_tokenizer(path, {})
+
+
+def test_a_vocabulary_larger_than_any(tmp_path: Path) -> None:
+    path = byte_tokenizer(tmp_path / "model")
+    with (path / "tokenizer.json").open("ab") as f:
+        f.truncate((64 << 20) + 1)
+    with pytest.raises(AHNError, match=r"tokenizer\.json: larger than 64 MB"):
+        load_tokenizer(path, {})
+
+
+def test_a_token_in_gguf_that_is_a_book() -> None:
+    """Each of its parts may be a merge."""
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["a", "b" * 1025],
+        "tokenizer.ggml.token_type": [1, 1],
+        "tokenizer.ggml.scores": [0.0, 0.0],
+    }
+    with pytest.raises(AHNError, match="token of 1,025 characters, 'bbb"):
+        gguf.load_tokenizer(metadata, 2)
+
+
+def test_a_name_that_is_in_a_large_header_twice(tmp_path: Path) -> None:
+    """Who counts each name in all of them is not done in a day."""
+    names = "".join(f'"{n}": 0, ' for n in range(300_000))
+    raw = f'{{{names}"299999": 0}}'.encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(AHNError, match=r"'299999' appears twice"):
+        read_header(file)

@@ -20,8 +20,9 @@ from .safetensors import TensorInfo, is_finite, read_header
 INDEX = "model.safetensors.index.json"
 UNUSED = "unused.safetensors"  # of the memory, no use to the model; kept for the way back
 OURS = (UNUSED, "training.safetensors")  # which nobody takes for weights of the model
-MAX_JSON = 64 << 20  # bytes of an index
+MAX_JSON = 64 << 20  # bytes of an index or a vocabulary
 MAX_SETTINGS = 4 << 20  # of config.json and the like
+TABLES = (".index.json", "tokenizer.json", "vocab.json")
 MAX_DEPTH = 64  # of lists and objects in each other
 
 # What files of weights are called before their numbers, the likeliest first: of transformers,
@@ -42,7 +43,7 @@ class Source(NamedTuple):
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that must hold an object."""
     check_member(file)
-    most = MAX_JSON if file.name.endswith(".index.json") else MAX_SETTINGS
+    most = MAX_JSON if file.name.endswith(TABLES) else MAX_SETTINGS
     if file.stat().st_size > most:
         raise AHNError(f"{file}: larger than {most >> 20} MB; this is no such file")
     try:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from ..errors import AHNError, foreign, show
 
 SPACE = "\u2581"  # sentencepiece's
+LONGEST = 1 << 10  # characters of a token, whose every part is looked for
 
 # Types of tokens. The others are undefined (0), normal (1), unused (5) and bytes (6): text
 # becomes one of them by merges alone.
@@ -225,6 +226,8 @@ def _tokens(metadata: dict[str, Any], count: int) -> tuple[list[str], list[int]]
         raise AHNError(f"its tokenizer has the token {show(tokens[0])}, which is no text")
     if len(tokens) != count:
         raise AHNError(f"its tokenizer has {len(tokens):,} tokens and its embedding {count:,}")
+    if long := next((token for token in tokens if len(token) > LONGEST), None):
+        raise AHNError(f"its tokenizer has a token of {len(long):,} characters, {show(long)}")
     if len(types) != count:
         raise AHNError(f"its tokenizer has {count:,} tokens and types for {len(types):,} of them")
     if odd := [kind for kind in types if type(kind) is not int or not 0 <= kind <= LAST_TYPE]:

@@ -18,6 +18,9 @@ from .safetensors import STORED, TensorInfo
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
+TIMES = 4  # that tensors may share what is in the file, as head and embedding do
+
+
 def find_files(path: Path) -> Files:
     """The files of a directory that holds a checkpoint in this format, or none."""
     return directory.find_files(path, "bin", ("pytorch_model",))
@@ -56,6 +59,8 @@ def load(file: Path) -> dict[str, Any]:
         # Views of a few bytes that claim to be terabytes; and what is not one number after another.
         if x.layout != torch.strided or x.device.type != "cpu" or x.nbytes > size:
             raise AHNError(f"{file}: tensor {show(name)} is larger than the file, or sparse")
+    if sum(x.nbytes for x in tensors.values()) > TIMES * size:
+        raise AHNError(f"{file}: its tensors are larger than the file; save the model's state_dict")
     return tensors
 
 

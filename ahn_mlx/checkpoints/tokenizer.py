@@ -1,7 +1,7 @@
 """The tokenizer of a model directory or of a GGUF file."""
 
 import json
-import re
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ READ = (".json", ".jinja", ".txt", ".model")
 NO_CODE = {"trust_remote_code": False}
 # mlx-lm keeps a list as long as the largest number of a token.
 MOST_TOKENS = 1 << 24
-_LONG = re.compile(rb":\s*\d{8}")
+MOST_GROWTH = 1 << 8  # characters that are made of one
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -43,19 +43,39 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
         # Without any vocabulary, transformers makes up an empty tokenizer.
         raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
     else:
-        _check_numbers(path)
+        _check_tables(path)
         tokenizer = _of_directory(path)
     tokenizer.eos_token_ids |= set(config.get("eos_token_id") or ())
     return tokenizer
 
 
-def _check_numbers(path: Path) -> None:
-    """Raise AHNError for a token whose number no vocabulary has."""
+def _check_tables(path: Path) -> None:
+    """Raise AHNError for a token whose number no vocabulary has, and for steps that make a book of
+    a word."""
     for file in (path / name for name in ("tokenizer.json", "vocab.json", "added_tokens.json")):
-        if file.is_file() and _LONG.search(file.read_bytes()):
-            numbers = _numbers(read_json(file))
-            if big := next((n for n in numbers if n >= MOST_TOKENS), None):
-                raise AHNError(f"{file}: a token has the number {big:,}; copy the base's files")
+        if not file.is_file():
+            continue
+        table = read_json(file)
+        if big := next((n for n in _numbers(table) if n >= MOST_TOKENS), None):
+            raise AHNError(f"{file}: a token has the number {big:,}; copy the base's files")
+        for name in ("normalizer", "pre_tokenizer", "decoder"):
+            if (growth := _growth(table.get(name))) > MOST_GROWTH:
+                found = f"its {name} makes {growth:.3g} characters of one"
+                raise AHNError(f"{file}: {found}; copy the base's files")
+
+
+def _growth(part: Any) -> float:
+    """How many characters a step of a tokenizer, and the steps in it, make of one at most."""
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    growth = math.prod(map(_growth, inner))
+    if isinstance(part, dict):
+        pattern, content = part.get("pattern"), part.get("content", part.get("prepend", ""))
+        old = pattern.get("String") if isinstance(pattern, dict) else None
+        if part.get("type") == "ByteLevel":
+            growth *= 2
+        elif isinstance(content, str):
+            growth *= max(1, len(content) / (len(old) if isinstance(old, str) and old else 1))
+    return min(growth, 1e18)
 
 
 def _numbers(found: Any) -> Iterator[int]:

@@ -37,7 +37,7 @@ _TIMES = (
 
 
 _TEXTS = (str, bytes)
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 _HOLDERS = (list, tuple, set, frozenset, *_VIEWS)
 
 
