@@ -33,8 +33,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.apps.tokenizer import pack_tokenizer
-from ahn_mlx.checkpoints import gguf
+from ahn_mlx.checkpoints import gguf, pickles
 from ahn_mlx.checkpoints.baseconfig import read_config
+from ahn_mlx.checkpoints.card import base_model, read_origins
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.ggufile import GGUFile
@@ -627,3 +628,70 @@ def test_a_name_that_is_in_a_large_header_twice(tmp_path: Path) -> None:
     file.write_bytes(struct.pack("<Q", len(raw)) + raw)
     with pytest.raises(AHNError, match=r"'299999' appears twice"):
         read_header(file)
+
+
+@pytest.mark.parametrize("method", [1, 6, 12, 14, 93, 97, 99, 65535])
+@pytest.mark.parametrize("kind", ["zip", "epub", "docx"])
+def test_archives_whose_compression_is_not_known(kind: str, method: int, tmp_path: Path) -> None:
+    data = {
+        "zip": papers.zipped({"a.jsonl": b'{"a": 1}\n'}),
+        "epub": papers.epub({"a.xhtml": "<p>x</p>"}),
+        "docx": papers.docx(papers.paragraph("x")),
+    }[kind]
+    raw = bytearray(data)
+    for sign, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = raw.find(sign)
+        while place >= 0:
+            raw[place + at : place + at + 2] = struct.pack("<H", method)
+            place = raw.find(sign, place + 4)
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(bytes(raw))
+    read = (lambda: read_file(file)) if kind != "zip" else (lambda: count_records(file, "a.jsonl"))
+    with pytest.raises(AHNError, match=rf"a\.{kind}: is damaged"):
+        read()
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "x: 'a\n---x'\n" + "".join(f"k{i}: [1, 2]\n" for i in range(40_000)),  # a minute
+        "".join(f"k{i}: [1, 2]\n" for i in range(40_000)),
+        "k: " + "[" * 5000,
+        "k: " + "1" * 5000,
+        "k: !!python/object/apply:os.system [false]",
+        "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60)),
+        "- a\n- b",
+        "k: \x00",
+    ],
+)
+def test_cards_that_say_nothing(front: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nbase_model: a/b\n{front}\n---\n")
+    assert base_model(tmp_path) == "" and read_origins(tmp_path) == []
+
+
+def test_pickles_whose_views_are_larger_than_the_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "pytorch_model.bin"
+    x = torch.ones(512)
+    torch.save({"a": x, "b": x, "c": x.view(2, 256)}, file)  # as head and embedding are one
+    assert set(pickles.load(file)) == {"a", "b", "c"}
+    for views in ({"a": x.expand(1 << 20, 512)}, {str(n): x.expand(2, 512) for n in range(20)}):
+        torch.save(views, file)
+        with pytest.raises(AHNError, match=r"pytorch_model\.bin: .*larger than the file"):
+            pickles.load(file)
+
+
+def test_pickles_whose_strides_reach_beyond_what_is_stored(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(64, 64)}, file)
+    with zipfile.ZipFile(file) as z:
+        parts = {name: z.read(name) for name in z.namelist()}
+    [pkl] = (name for name in parts if name.endswith("data.pkl"))
+    before = b"K@K@\x86"  # (64, 64), and so are its strides (64, 1)
+    assert parts[pkl].count(before) == 1
+    with zipfile.ZipFile(file, "w") as z:
+        for name, data in parts.items():
+            z.writestr(name, data.replace(b"K@K\x01\x86", b"M\xff\x7fK\x01\x86", 1))
+    with pytest.raises(AHNError, match=r"pytorch_model\.bin: "):
+        pickles.load(file)

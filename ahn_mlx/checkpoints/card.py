@@ -7,7 +7,9 @@ revisions a directory was made from.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData, metadata_load
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..model.config import AHNConfig
 from .baseconfig import read_config
@@ -15,7 +17,8 @@ from .directory import check_member
 
 CARD = "README.md"
 MAX_CARD = 1 << 20  # bytes
-MAX_FRONT = 1 << 16  # of its front matter, which takes long to read
+MAX_FRONT = 1 << 15  # of its front matter, which takes long to read
+MAX_LISTS = 1 << 9  # [ and { in it, each of which takes as long as there are
 
 # Licences of bases, for when a copy has no card.
 LICENCES = {
@@ -137,9 +140,12 @@ def _front_matter(path: Path) -> dict[str, Any]:
         return {}
     check_member(file)
     with file.open("rb") as f:
-        if b"\n---" not in f.read(MAX_FRONT):
-            return {}
+        begin = f.read(MAX_FRONT).decode("utf-8-sig", "replace")
+    front = REGEX_YAML_BLOCK.search(begin)
+    if front and front[2].count("[") + front[2].count("{") > MAX_LISTS:
+        return {}
     try:
-        return metadata_load(file) or {}
+        found = yaml.safe_load(front[2]) if front else None
     except Exception:  # someone else's YAML; a card is no reason to fail
         return {}
+    return found if isinstance(found, dict) else {}

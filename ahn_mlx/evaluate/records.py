@@ -103,11 +103,11 @@ def _opened(file: Path, member: str | None) -> Iterator[IO[bytes]]:
 def _named(file: Path, member: str | None) -> Iterator[None]:
     try:
         yield
-    except OSError as e:
-        raise AHNError(f"{_name(file, member)}: {e.strerror or show(str(e))}") from None
     except AHNError:
         raise
     except Exception as e:  # zipfile and what unpacks for it have many kinds
+        if isinstance(e, OSError) and e.strerror:  # of the system, and not of a library
+            raise AHNError(f"{_name(file, member)}: {e.strerror}") from None
         reason = show(str(e) or "it ends early")
         raise AHNError(f"{file}: is damaged ({reason}); delete it and get it again") from None
 
