@@ -169,7 +169,9 @@ def test_gguf_of_llama_has_rows_in_another_order(tmp_path):
         assert mx.abs(x - exact).max() < 0.01 * mx.abs(exact).max(), name
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+)
 def test_other_quantizations_take_the_package(kind, tmp_path, monkeypatch):
     number = ggml.GGMLQuantizationType[kind]
     values, size = ggml.GGML_QUANT_SIZES[number]

@@ -22,15 +22,27 @@ IDS = mx.array([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]])
 
 # What of a tiny config a file cannot say otherwise.
 CONFIG = {
+    "command-r": {"use_qk_norm": True, "attention_bias": False, "layer_norm_bias": False},
+    "cohere2": {"num_hidden_layers": 4, "sliding_window_pattern": 4},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "gemma3": {
         **{"sliding_window_pattern": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 6},
     },
     "phi3": {"partial_rotary_factor": 0.5},
+    "stablelm": {"qk_layernorm": False, "use_qkv_bias": True, "use_parallel_residual": True},
     "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 4},
 }
 # Keys of the metadata, with the tiny model's values.
 SAID = {
+    "cohere2": {"attention.sliding_window": 6, "logit_scale": 0.0625},
+    "command-r": {"logit_scale": 0.0625},
+    "glm4": {"rope.dimension_count": 8},
+    "gpt-oss": {
+        **{"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 96},
+        "attention.sliding_window": 6,
+    },
+    "lfm2": {"shortconv.l_cache": 3},
     "gemma2": {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0},
     "gemma3": {"attention.sliding_window": 6},
     "granite": {
@@ -38,6 +50,11 @@ SAID = {
         "logit_scale": 2.0,
     },
     "phi3": {"rope.dimension_count": 8},
+    "qwen2moe": {
+        **{"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
+        "expert_shared_feed_forward_length": 32,
+    },
+    "stablelm": {"rope.dimension_count": 8},
     "qwen3moe": {
         **{"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
     },
@@ -76,7 +93,7 @@ def written(arch, file):
         (writer.add_block_count, len(model.layers)),
         (writer.add_feed_forward_length, 96),
         (writer.add_head_count, 4),
-        (writer.add_head_count_kv, 2),
+        (writer.add_head_count_kv, [0, 2, 0, 2] if arch == "lfm2" else 2),
         (writer.add_key_length, 16),
         (writer.add_context_length, 512),
         (writer.add_layer_norm_rms_eps, 1e-5),
@@ -96,8 +113,12 @@ def written(arch, file):
             value = permuted(value, 4 if stem.endswith("q_proj") else 2)
         if arch.startswith("gemma") and "norm" in stem:
             value = value + 1
-        stored = names.get_name(stem.replace("switch_mlp", "experts"))
-        writer.add_tensor(f"{stored}.{ending}", value, raw_dtype=F32)
+        if "conv.conv" in stem or "shared_expert_gate" in stem:
+            value = value.squeeze()
+        known_as = stem.replace("switch_mlp", "experts")
+        if ending == "sinks":
+            known_as, ending = name, "weight"
+        writer.add_tensor(f"{names.get_name(known_as)}.{ending}", value, raw_dtype=F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -118,7 +139,7 @@ def test_the_model_in_a_file_is_the_one_that_was_written(arch, tmp_path):
     assert off.item() < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["mamba", "gpt2", "command-r", "llama4"])
+@pytest.mark.parametrize("arch", ["mamba", "gpt2", "deepseek2", "llama4"])
 def test_another_architecture_is_refused_by_name(arch, tmp_path):
     writer = ggml.GGUFWriter(tmp_path / "a.gguf", arch)
     writer.add_block_count(1)

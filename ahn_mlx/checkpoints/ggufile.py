@@ -18,7 +18,7 @@ from ..platform import pip_install
 from . import gguf
 from .directory import Source
 from .ggufheader import Header, Tensor
-from .ggufmodels import ARCHITECTURES, names_of
+from .ggufmodels import ARCHITECTURES, BARE, names_of, shaped
 from .safetensors import FLOATS, STORED, TensorInfo
 
 GROUP = 32  # values per scale in Q4_0, Q4_1 and Q8_0
@@ -53,7 +53,10 @@ class GGUFile:
             if name.startswith("rope_"):
                 stem = name.partition(".")[0]
                 raise AHNError(f"{self.file}: has {stem}, which nothing explains; use safetensors")
+        if self._entry("rope.dimension_sections") is not None:
+            raise AHNError(f"{self.file}: turns heads in sections, as for pictures; use another")
         heads = self._setting("attention.head_count")
+        each, pairs = self._pairs(heads)
         width = self._setting("embedding_length")
         config = {
             "model_type": known.family,
@@ -61,7 +64,7 @@ class GGUFile:
             "num_hidden_layers": self._setting("block_count"),
             "intermediate_size": self._setting("feed_forward_length"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._setting("attention.head_count_kv", heads),
+            "num_key_value_heads": pairs,
             "head_dim": self._setting("attention.key_length", width // max(heads, 1)),
             "max_position_embeddings": self._setting("context_length"),
             "vocab_size": self._embedding().shape[0],
@@ -70,6 +73,12 @@ class GGUFile:
             "tie_word_embeddings": "output.weight" not in self._part,
             **known.fixed,
         }
+        for entry, name in known.there.items():
+            config[entry] = name in self._part
+        for entry, name in known.lacks.items():
+            config[entry] = name not in self._part
+        if known.attending:
+            config[known.attending] = [i for i, n in enumerate(each) if n]
         for entry, key in known.settings.items():
             whole = type(value := self._setting(key)) is int
             config[entry] = value if whole else self._real(key)
@@ -105,6 +114,16 @@ class GGUFile:
             return gguf.load_tokenizer(self.metadata, self._embedding().shape[0])
         except AHNError as e:
             raise AHNError(f"{self.file}: {e}") from None
+
+    def _pairs(self, heads: int) -> tuple[list[int], int]:
+        """Key/value heads of each layer, if the file says so, and of those that have any."""
+        found = self._entry("attention.head_count_kv", heads)
+        if not isinstance(found, list):
+            return [], self._setting("attention.head_count_kv", heads)
+        kinds = {n for n in found if n}
+        if not ARCHITECTURES[self._architecture()].attending or len(kinds) != 1:
+            raise AHNError(f"{self.file}: its layers have {show(found)} key/value heads")
+        return found, kinds.pop()
 
     def _architecture(self) -> str:
         kind = self.metadata.get("general.architecture")
@@ -174,10 +193,12 @@ class GGUFile:
                 raise AHNError(f"{part.file}: unexpected tensor {show(name)}")
             if tensor.kind.name in BITS and len(tensor.shape) < 2:
                 raise AHNError(f"{part.file}: tensor {show(name)} is a vector, and quantized")
+            theirs = names[stem]
             for ending, dtype, shape in _readings(tensor, last):
-                info = TensorInfo(dtype, shape, tensor.begin, tensor.end)
+                info = TensorInfo(dtype, shaped(stem, shape), tensor.begin, tensor.end)
                 source = Source(f"{stem}.{ending}", part.file, info)
-                sources[f"{names[stem]}.{ending}"] = source
+                bare = theirs.endswith(f".{BARE}")
+                sources[theirs if bare else f"{theirs}.{ending}"] = source
         return sources
 
     def read(self, name: str) -> mx.array:
@@ -185,6 +206,7 @@ class GGUFile:
         stem, _, ending = name.rpartition(".")
         stored = name if ending == "bias" else f"{stem}.weight"
         x = self._array(stored, ending)
+        x = x.reshape(shaped(stem, x.shape))
         role = stem.rsplit(".", 1)[-1]
         known = ARCHITECTURES[self._architecture()]
         if role.endswith("norm") and ending == "weight" and known.offset:
