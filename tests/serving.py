@@ -157,15 +157,16 @@ def serving(
     rows: int = 3,
     hosts: Any = LOOPBACK,
     template: str | None = TOOLS,
+    loaded: Any = None,
+    step: int | None = 16,
     **options: Any,
 ) -> Iterator[Site]:
     service, digests, _ = build(
-        model(**options),
-        tokenizer(template),
+        *(loaded or (model(**options), tokenizer(template))),
         name="tiny",
         rows=rows,
         memories=memories,
-        step=16,
+        step=step,
     )
     app = make_app(service, digests, key, hosts, origins)
     listening = socket.create_server(("127.0.0.1", 0))

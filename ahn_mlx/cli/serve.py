@@ -2,8 +2,10 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ import click
 
 from ..errors import AHNError
 from ..outputs.files import check_writable
-from .command import Command
 from .options import check_numbers, load_model, loading_options, needs_memory, window_bits_options
+from .ranks import OnRanks, is_first, share
 from .terminal import say, warn_slow
 
 LONGEST_KEY = 1 << 12  # characters
 
 
-@click.command(cls=Command)
+@click.command(cls=OnRanks)
 @loading_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8080, show_default=True, help="0 takes any that is free.")
@@ -43,6 +45,8 @@ def serve(**options: Any) -> None:
     talk. Ctrl-C ends: answers that run are finished or cut, and what is being digested is
     kept.
 
+    mlx.launch may start it on several machines; clients talk to the first.
+
     \b
     ahn-mlx serve
     ahn-mlx serve --model ahn-gdn-3b --rows 8 --memories books
@@ -50,7 +54,25 @@ def serve(**options: Any) -> None:
     """
     check_numbers(options)
     _check(options)
-    key = _key(options["api_key_file"])
+    with ExitStack() as opened:
+        door: list[Any] = []
+
+        def open_door() -> None:
+            door.append(_key(options["api_key_file"]))
+            door.append(opened.enter_context(_open(options)))
+
+        share(open_door)
+        warn_slow()
+        model, tokenizer = load_model(options)
+        if is_first():
+            key, listening = door
+            _run(options, key, listening, model, tokenizer)
+        else:
+            _follow(options, model, tokenizer)
+
+
+def _open(options: dict[str, Any]) -> socket.socket:
+    """What must be there before a model is loaded for nothing."""
     memories = options["memories"] = options["memories"] or _own_memories()
     check_writable(memories)
     try:
@@ -58,10 +80,7 @@ def serve(**options: Any) -> None:
         import uvicorn  # noqa: F401
     except ImportError as e:
         raise AHNError(f"{e.name} is missing: pip install 'ahn-mlx[serve]'") from None
-    with _listen(options["host"], options["port"]) as listening:
-        warn_slow()
-        model, tokenizer = load_model(options)
-        _run(options, key, listening, model, tokenizer)
+    return _listen(options["host"], options["port"])
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -114,7 +133,7 @@ def _key(file: Path | None) -> str | None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket at this address, before a model is loaded for nothing."""
+    """A socket at this address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -163,3 +182,14 @@ def _run(
         began = time.monotonic()
         end(service, digests)
         say(f"stopped in {time.monotonic() - began:.1f} s")
+        if broken := service.engine.acts.broken:
+            raise broken
+
+
+def _follow(options: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """On the ranks that no client talks to."""
+    from ..serve.acts import Acts
+
+    acts = Acts(model, tokenizer, options["rows"])
+    signal.signal(signal.SIGINT, acts.press)  # rank 0 lets answers end
+    acts.follow()

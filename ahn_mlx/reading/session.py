@@ -163,10 +163,11 @@ class Session:
         Raises TemplateError if it cannot be taken apart after an answer."""
         return self.template.opening(self.turn) if self.template else ("",)
 
-    def encode(self, text: str, opening: Pieces | None = None) -> list[int]:
+    def encode(self, text: str, opening: Pieces | None = None, *, alone: bool = False) -> list[int]:
         """Token ids of a text that continues this conversation.
 
         opening: of the run that began to read it; what a template prints may be of its time.
+        alone: other ranks do not call this.
         """
         opening = self.opening() if opening is None else opening
         preview = " ".join(readable(text[: 2 * PREVIEW]).split())[:PREVIEW]
@@ -175,7 +176,8 @@ class Session:
             text = text if self.turn == "read" else self.template.begin(text)
             text, space = self.template.end(text)
         # A template may print the time, and clocks differ.
-        ids = share(self.model.ranks, lambda: [*self._begin(), *self.encoder(*opening, text)])
+        ranks = None if alone else self.model.ranks
+        ids = share(ranks, lambda: [*self._begin(), *self.encoder(*opening, text)])
         # Not before a text that cannot be read is refused.
         self.preview = self.preview or preview
         self.space, self.turn = space[:MAX_SPACE], "read"

@@ -12,11 +12,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
-from ..model.together import Caches
 from ..reading.sampling import Cutter
 from ..reading.session import Session
-from ..reading.tail import Tail
 from ..reading.tokens import check_ids
+from .acts import Acts
 from .metrics import Metrics
 from .parameters import APIError
 from .sampling import Chosen, Sampler, Wish
@@ -28,6 +27,7 @@ class Host(Protocol):
     model: nn.Module
     tokenizer: TokenizerWrapper
     metrics: Metrics
+    acts: Acts
 
     def release(self, n: int = 1) -> None:
         """Give rows back."""
@@ -35,8 +35,8 @@ class Host(Protocol):
     def answer(self, answers: "Sequence[Answer]") -> None:
         """Take these into the next step."""
 
-    def leave(self, caches: Caches) -> None:
-        """Have the caches again that answered."""
+    def leave(self, session: Session) -> None:
+        """Have a session again that answered."""
 
     def take(self, answers: "Sequence[Answer]", logits: mx.array) -> None:
         """Choose and deliver a token of each; logits [n, V]."""
@@ -118,14 +118,12 @@ class Reading:
 
     def __init__(self, request: Request, engine: Host):
         self.request, self.engine = request, engine
-        self.session = request.session.fork()
+        self.session = engine.acts.begin(request.session)
         self._waiting = list(request.ids)
         self._total = len(self._waiting)
         if not self._waiting:
             raise APIError("the prompt is empty")
         check_ids(self._waiting, engine.model)
-        # What is read now stays: nobody goes back before the tail.
-        self.session.tail, self.session.space = Tail(), ""
         self.session.note_ids(self._waiting)
 
     @property
@@ -139,11 +137,9 @@ class Reading:
 
     def advance(self) -> bool:
         """One step of the prompt, as the session reads, but for the last token."""
-        caches, n = self.session.caches, min(self.session.step, len(self._waiting) - 1)
+        n = min(self.session.step, len(self._waiting) - 1)
         if n:
-            self.engine.model(mx.array([self._waiting[:n]]), cache=caches)
-            mx.eval([c.state for c in caches])
-            mx.clear_cache()
+            self.engine.acts.prefill(self.session, self._waiting[:n])
             del self._waiting[:n]
             self.engine.metrics.count("tokens_read_total", n)
             self.request.tell(Read(self._total - len(self._waiting), self._total))
@@ -156,15 +152,12 @@ class Reading:
         request, engine = self.request, self.engine
         last = self._waiting[0]
         empty = self.session.caches[0].empty()
-        logits = None
-        if empty:  # a row has something to attend to
-            logits = engine.model(mx.array([[last]]), cache=self.session.caches)[0, -1:]
-            mx.eval(logits, [c.state for c in self.session.caches])
+        logits = engine.acts.first(self.session, last) if empty else None
         seed = request.wish.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
         answers = []
         for i in range(request.n):
-            session = self.session if i == request.n - 1 else self.session.fork()
+            session = self.session if i == request.n - 1 else engine.acts.fork(self.session)
             sampler = Sampler(request.wish, (seed + i) % 2**64, session.seen)
             answers.append(Answer(request, engine, session, request.first + i, last, sampler))
         if logits is not None:
@@ -193,7 +186,6 @@ class Answer:
     ):
         self.request, self.engine, self.session = request, engine, session
         self.index, self.next, self.sampler = index, last, sampler
-        self.caches: list[Any] = session.caches
         self.ended = False
         self._said = 0
         self._cut = Cutter(request.wish.sampling.stop)
@@ -234,7 +226,7 @@ class Answer:
             if text:
                 self.request.tell(Piece(self.index, text, None))
         stop = self._cut.found
-        self.engine.leave(self.caches)
+        self.engine.leave(self.session)
         self.session.turn = "answered" if ended else "cut"
         self.engine.metrics.count("answers_total", reason=reason)
         self.ended = True

@@ -312,6 +312,9 @@ class Server(uvicorn.Server):
         self._service = service
         allow_connections()
 
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.engine.over
+
     async def shutdown(self, sockets: Any = None) -> None:
         self._service.engine.drain(GRACE)
         await super().shutdown(sockets)

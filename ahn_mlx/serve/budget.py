@@ -19,10 +19,10 @@ def row_bytes(engine: Engine, fresh: Session) -> int:
     """Of a row whose window is full."""
 
     def measure() -> int:
-        caches: list[Any] = fresh.fork().caches
-        engine.model(mx.array([[0]]), cache=caches)
+        session = engine.acts.fork(fresh)
+        engine.acts.prefill(session, [0])
         total, D = 0, shape_of_attention(engine.model).head_dim
-        for cache in each(caches):
+        for cache in each(session.caches):
             if not isinstance(cache, AHNCache):
                 total += most_bytes(cache, fresh.step)
                 continue

@@ -46,15 +46,7 @@ def build(
     shelf = Shelf(rows * row)
 
     def make(system: str, chat: bool) -> Session:
-        return Session(
-            model,
-            tokenizer,
-            system=system,
-            step=step,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            chat=chat,
-        )
+        return engine.acts.make(system, chat, step, kv_bits, kv_group_size)
 
     library = digests = None
     if memories is not None:

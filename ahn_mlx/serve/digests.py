@@ -21,6 +21,7 @@ from ..reading import memoryfile
 from ..reading.session import Session
 from ..reading.template import TemplateError
 from ..reading.text import one_line, read_file
+from .acts import Acts
 from .engine import Engine
 from .memories import Library
 from .parameters import APIError
@@ -144,13 +145,14 @@ class Reading:
 
     def __init__(
         self,
+        acts: Acts,
         session: Session,
         ids: list[int],
         done: int,
         tell: Callable[[int], None],
         keep: Callable[[int], None],
     ):
-        self.session, self.ids, self.at = session, ids, done
+        self.acts, self.session, self.ids, self.at = acts, session, ids, done
         self.tell, self.keep = tell, keep
         self.cancelled = False
         self.future: Future[bool] = Future()
@@ -160,7 +162,7 @@ class Reading:
         """One step, as the command line reads it."""
         n = self.session.step - len(self.session.tail.ids)
         block = self.ids[self.at : self.at + n]
-        self.session.read_ids(block)
+        self.acts.read(self.session, block)
         self.at += len(block)
         self.tell(self.at)
         if self.at >= len(self.ids):
@@ -325,13 +327,12 @@ class Digests:
         session = self._session(job.system)
         opening, done, partial = session.opening(), 0, self._partial(job)
         resumed: Session | None = None
+        acts = self.engine.acts
         if partial.is_file():
             facts = memoryfile.read_facts(partial)
             opening, done = tuple(facts["opening"]), facts["done"]
-            engine = self.engine
-            load = lambda: Session.load(partial, engine.model, engine.tokenizer)  # noqa: E731
-            resumed = self.engine.call(load).result()
-        ids = session.encode(text, opening)
+            resumed = self.engine.call(lambda: acts.load(partial)).result()
+        ids = session.encode(text, opening, alone=True)
         session = resumed or session
         job.tokens, job.tokens_read = len(ids), done
         out = self.library.file(job.name, there=False)
@@ -341,16 +342,16 @@ class Digests:
             job.tokens_read = read
 
         def keep(read: int) -> None:
-            session.save(partial, job=job.id, done=read, opening=opening)
+            acts.save(session, partial, {"job": job.id, "done": read, "opening": opening})
 
-        self._reading, self._current = Reading(session, ids, done, tell, keep), job.id
+        self._reading, self._current = Reading(acts, session, ids, done, tell, keep), job.id
         self._reading.cancelled = job.status == "cancelled"
         self.engine.add(self._reading)
         if not self._reading.future.result():
             return False
         session.note_text(", ".join(names), len(ids))
         self.library.file(job.name, there=False)  # a conversation may have taken it meanwhile
-        self.engine.call(lambda: session.save(out)).result()
+        self.engine.call(lambda: acts.save(session, out, {})).result()
         partial.unlink(missing_ok=True)
         return True
 

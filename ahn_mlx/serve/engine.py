@@ -18,9 +18,8 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
-from ..model.augment import dtype_of
-from ..model.together import Caches, Together
 from ..reading.session import Session
+from .acts import Acts
 from .answers import Answer, Reading, Request
 from .metrics import Metrics
 from .parameters import APIError
@@ -60,22 +59,17 @@ class Engine:
     ):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.metrics = metrics or Metrics()
+        self.acts = Acts(model, tokenizer, rows)
         self.beat = time.monotonic()
         self._free, self._lock = rows, threading.Lock()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._prompts: deque[Reading] = deque()
         self._documents: deque[Reader] = deque()
         self._answers: list[Answer] = []
-        self._together = Together()
         self._answers_alone = 0.0  # until then: they have as much time as documents
         self._deadline: float | None = None  # when what still runs is cut
         self._stopping = self._ended = False
         self._last_step = 0.0
-        # Products of float32 have a fixed shape: their last bits depend on it, and an answer
-        # must not depend on who else is answered.
-        exact = dtype_of(model) == mx.float32
-        self._width = rows if exact else 0
-        self._alone = bool(model.own_layers)
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -94,6 +88,11 @@ class Engine:
     def stuck(self) -> bool:
         """Whether the thread has ended or no longer turns."""
         return not self.thread.is_alive() or time.monotonic() - self.beat > STUCK
+
+    @property
+    def over(self) -> bool:
+        """Whether the server is to end: another rank was told to, or is gone."""
+        return self.acts.pressed or self.acts.broken is not None
 
     def check_free(self, n: int) -> None:
         """Raise APIError, at once, if n rows are not free."""
@@ -176,7 +175,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._stopping and self.acts.broken is None:
                 self.beat = time.monotonic()
                 self._guarded(self._turn)
         finally:
@@ -185,6 +184,7 @@ class Engine:
             # What came last is told, too, that there is no more.
             self._obey(wait=False)
             self._finish()
+            self._guarded(self.acts.end)
             # MLX's own threads would outlive this one, and the process be aborted.
             mx.clear_streams()
 
@@ -203,7 +203,8 @@ class Engine:
                 self._guarded(command)
                 command = self._commands.get_nowait()
         except queue.Empty:
-            pass
+            if idle:
+                self._guarded(self.acts.beat)
 
     def _finish(self) -> None:
         """Cut what runs."""
@@ -267,14 +268,15 @@ class Engine:
     def _decode(self) -> None:
         """One token of each row."""
         if not self._answers:
-            self._together.clear()
+            if self._last_step:
+                self._guarded(self.acts.clear)
             self._last_step = 0.0
             return
         try:
-            logits = self._step([a.caches for a in self._answers], [a.next for a in self._answers])
+            logits = self._step(self._answers)
         except BaseException as e:
             self._guarded(mx.clear_cache)
-            self._together.clear()
+            self._guarded(self.acts.clear)
             self._fail(self._answers, e)
             self._answers = []
             return
@@ -286,32 +288,13 @@ class Engine:
             self.metrics.time("token_seconds", now - self._last_step)
         self._last_step = now
 
-    def _step(self, rows: list[Caches], tokens: list[int]) -> mx.array:
-        """Logits [n, V] of the tokens after these."""
-        if self._alone:
-            return self._step_alone(rows, tokens)
-        width = self._width or len(rows)
-        order, layers = self._together.layers(rows, width)
-        ids = mx.array([[tokens[i]] for i in order] + [[0]] * (width - len(order)))
-        logits: mx.array = self.model(ids, cache=layers)[:, -1]
-        logits = logits[mx.argsort(mx.array(order))]
-        mx.eval(logits, self._together.held())
-        return logits
+    def _step(self, answers: Sequence[Answer]) -> mx.array:
+        """Logits [n, V]."""
+        return self.acts.step([a.session for a in answers], [a.next for a in answers])
 
-    def _step_alone(self, rows: list[Caches], tokens: list[int]) -> mx.array:
-        """As _step, where layers have caches that only mlx-lm knows: one row after the other."""
-        said = [
-            self.model(mx.array([[token]]), cache=caches)[0, -1:]
-            for caches, token in zip(rows, tokens, strict=True)
-        ]
-        logits = mx.concatenate(said)
-        mx.eval(logits, [[c.state for c in caches] for caches in rows])
-        return logits
-
-    def leave(self, caches: Caches) -> None:
+    def leave(self, session: Session) -> None:
         """A conversation has its caches again."""
-        if not self._alone:
-            self._together.leave(caches)
+        self.acts.leave(session)
 
     def take(self, answers: Sequence[Answer], logits: mx.array) -> None:
         """Choose and deliver a token of each. logits: [n, V]."""
@@ -364,13 +347,6 @@ def fresh(
             f"layers {layers} keep full attention (fa_layer_ids), whose cache grows; serve a"
             " model without"
         )
-    make = lambda: Session(  # noqa: E731
-        engine.model,
-        engine.tokenizer,
-        step=step,
-        kv_bits=kv_bits,
-        kv_group_size=group_size,
-        chat=False,
-    )
+    make = lambda: engine.acts.make("", False, step, kv_bits, group_size)  # noqa: E731
     session: Session = engine.call(make).result()
     return session

@@ -80,7 +80,7 @@ class Library:
         return kept.session, identity
 
     def _load(self, file: Path) -> Session:
-        session = Session.load(file, self.engine.model, self.engine.tokenizer)
+        session = self.engine.acts.load(file)
         if session.nbytes > self.row_bytes:
             raise AHNError(
                 f"{file}: has {session.nbytes:,} bytes, a row {self.row_bytes:,}; start the server"
@@ -125,12 +125,13 @@ class Library:
             return False
 
     def _save(self, kept: Kept, file: Path) -> None:
-        session = kept.session.fork()
-        session.read_ids(list(kept.unread))
+        acts = self.engine.acts
+        session = acts.fork(kept.session)
+        acts.read(session, list(kept.unread))
         if session.template is None:
             with suppress(TemplateError):
                 session.template = Template(self.engine.tokenizer, kept.system)
-        session.save(file, talked=True)
+        acts.save(session, file, {"talked": True})
 
     async def restore(self, name: str, conversation: str) -> None:
         """Let a saved conversation be gone on with under this id."""
