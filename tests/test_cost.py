@@ -58,7 +58,7 @@ def test_what_is_written_down_of_a_name_is_what_its_model_has(name):
     shape = cost.shape_by_name(name, entry.settings)
     assert shape == cost.shape_of(config)
     sizes = {k: x.size for k, x in tree_flatten(build(config).parameters())}
-    memory = sum(size for key, size in sizes.items() if ".ahn." in key)
+    memory = sum(n for key, n in sizes.items() if ".ahn." in key or ".router." in key)
     assert parameters(name) == (sum(sizes.values()) - memory, memory)
     assert shape.memory_parameters == memory
     assert cost.GATES[entry.memory] == MEMORIES[entry.memory].gate_count

@@ -62,8 +62,9 @@ class Published:
     @property
     def ahn(self) -> AHNConfig:
         """Settings where the checkpoint's config.json has none: window 32,640, 128 sinks. Ours
-        read with a projection of the query, where the memory can."""
-        return AHNConfig(memory=self.memory, query_projection=not self.repo)
+        have a router, and read with a projection of the query where the memory can."""
+        ours = not self.repo
+        return AHNConfig(memory=self.memory, router=ours, query_projection=ours)
 
     @property
     def settings(self) -> AHNConfig:
@@ -139,10 +140,10 @@ SMOLLM2 = Base(
     },
     Counts(26_542_080, 79_626_240, 28_311_552, 35_136),
     {
-        # The first reads with a projection of the query.
-        "gated_deltanet": (466_560, 2_211_840, 2_460),
-        "deltanet": (311_040, 1_105_920, 1_920),
-        "mamba2": (311_040, 1_105_920, 18_360),
+        # The first reads with a projection of the query, and each has a router.
+        "gated_deltanet": (466_560, 2_211_840, 3_000),
+        "deltanet": (311_040, 1_105_920, 2_460),
+        "mamba2": (311_040, 1_105_920, 18_900),
     },
 )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import AHNError
 from ..hub.published import MODELS, counts
 from ..model.config import AHNConfig
+from ..model.names import is_memory
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -180,7 +181,7 @@ def _try(model: "nn.Module") -> tuple[dict[str, float], Beside]:
 
 
 def _group(name: str, x: "mx.array") -> str:
-    ours = ".self_attn.ahn." in name
+    ours = is_memory(name)
     if x.ndim < 2:
         return "memory_vectors" if ours else "vectors"
     if ours:
