@@ -9,6 +9,7 @@ import json
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -169,16 +170,43 @@ def alone(attention, x, clamped, remembered=None):
     return mx.concatenate(out, axis=1)
 
 
+def late_alone(attention, x, remembered):
+    """mlx-lm's own queries, keys and values, each at its own place, and a query that looks at the
+    sinks from right behind a full window: one softmax over both."""
+    out = []
+    for t in range(x.shape[1]):
+        asked, pairs = [], []
+        for position in (min(t, WINDOW + SINKS), t):
+            with asking(attention) as queries:
+                attention(x[:, t : t + 1], None, Shown(position))
+            asked.append(np.array(queries[0][0, :, 0]))
+        for j in (j for j in range(t + 1) if j < SINKS or t - j < WINDOW):
+            shown = Shown(j)
+            attention(x[:, j : j + 1], None, shown)
+            k, v = (
+                np.array(y[0, :, 0]).repeat(len(asked[0]) // y.shape[1], axis=0)
+                for y in (shown.keys, shown.values)
+            )
+            pairs.append(((asked[j >= SINKS] * k).sum(-1) * attention.scale, v))
+        shares = np.exp(np.stack([score for score, _ in pairs]))  # [seen, H]
+        told = sum(w[:, None] * v for w, (_, v) in zip(shares, pairs, strict=True))
+        heads = told / shares.sum(0)[:, None] + remembered[t]
+        with asking(attention, told=mx.array(heads)[None, :, None]):
+            out.append(attention(x[:, t : t + 1], None, Shown(t)))
+    return mx.concatenate(out, axis=1)
+
+
 @contextmanager
-def asking(attention, more=None):
-    """What the layer's heads ask with, noted; and more [H, D] added to what they are told."""
+def asking(attention, more=None, told=None):
+    """What the layer's heads ask with, noted; more [H, D], added to what they are told, or what
+    they are told [1, H, 1, D]."""
     module, asked = sys.modules[type(attention).__module__], []
     theirs = module.scaled_dot_product_attention
 
     def ours(queries, *rest, **options):
         asked.append(queries)
-        told = theirs(queries, *rest, **options)
-        return told if more is None else told + mx.array(more)[None, :, None].astype(told.dtype)
+        y = theirs(queries, *rest, **options) if told is None else told
+        return y if more is None else y + mx.array(more)[None, :, None].astype(y.dtype)
 
     module.scaled_dot_product_attention = ours
     try:
@@ -227,16 +255,16 @@ def test_a_layer_past_its_window_is_its_own_attention_on_what_is_left_and_a_memo
         config = ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS, sink_positions=sinks)
         remember(augment(model, config))
         i, ours = list(memory_layers(model))[-1]
-        if ours.fit.late_norm and sinks == "clamped":
-            continue  # what is normed after RoPE does not depend on distances alone
-        x = mx.random.normal((1, 14, model.args.hidden_size))
+        x, not_far = mx.random.normal((1, 14, model.args.hidden_size)), sinks == "clamped"
         if family == "gemma2":  # its attention is no function that could be listened to
             ours.ahn.o_proj.weight = mx.zeros_like(ours.ahn.o_proj.weight)
-            wanted = alone(theirs[i], x, sinks == "clamped")
+            wanted = alone(theirs[i], x, not_far)
         else:
             said = recalled(theirs[i], ours.ahn, x)
             assert np.abs(said[WINDOW + SINKS :]).max() > 0.01
-            wanted = alone(theirs[i], x, sinks == "clamped", said)
+            # What is normed after RoPE does not depend on distances alone.
+            late = ours.fit.late_norm and sinks == "clamped"
+            wanted = late_alone(theirs[i], x, said) if late else alone(theirs[i], x, not_far, said)
         close(ours(x, None, AHNCache(WINDOW, SINKS)), wanted)
         cache = AHNCache(WINDOW, SINKS)
         steps = [ours(x[:, t : t + 1], None, cache) for t in range(14)]
@@ -696,6 +724,51 @@ def test_norms_after_rope_are_read_as_such(monkeypatch):
     close(chunked(model, [12] + [1] * 8), chunked(model, [20]))
 
 
+class Named(llama.Attention):
+    """That knows by the names of our methods what is a number there."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.heads, self.gates, self.merge = self.n_heads, 0, "no"
+
+
+def test_what_a_layer_knows_of_itself_hides_nothing_of_ours(monkeypatch):
+    monkeypatch.setattr(llama, "Attention", Named)
+    model = base("llama")
+    wanted = model(IDS)
+    mx.eval(wanted)
+    augment(model, ahn_mlx.AHNConfig(window=40, sinks=SINKS))
+    close(model(IDS, cache=model.make_cache()), wanted)
+
+
+class Shaped(llama.Attention):
+    """Heads of any number and size, part of which is turned."""
+
+    heads = (4, 2, 16, 16)
+
+    def __init__(self, args):
+        nn.Module.__init__(self)
+        H, G, D, turned = type(self).heads
+        C = args.hidden_size
+        self.n_heads, self.n_kv_heads, self.scale = H, G, D**-0.5
+        self.q_proj, self.k_proj = nn.Linear(C, H * D), nn.Linear(C, G * D)
+        self.v_proj, self.o_proj = nn.Linear(C, G * D), nn.Linear(H * D, C)
+        self.rope = nn.RoPE(turned)
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 16, 16), (3, 1, 7, 6), (4, 2, 10, 10), (3, 3, 2, 2)])
+def test_heads_of_any_number_and_size(heads, monkeypatch):
+    monkeypatch.setattr(Shaped, "heads", heads)
+    monkeypatch.setattr(llama, "Attention", Shaped)
+    model = base("llama")
+    wanted = model(IDS)
+    mx.eval(wanted)
+    augment(model, ahn_mlx.AHNConfig(window=40, sinks=SINKS))
+    close(model(IDS, cache=model.make_cache()), wanted)
+    model = remember(augment(base("llama"), ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS)))
+    close(chunked(model, [12] + [1] * 8), chunked(model, [20]))
+
+
 def test_attention_that_does_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(llama, "Attention", Biased)
     with pytest.raises(AHNError, match="layer 0 of model family 'llama' does not fit: its atten"):
@@ -712,6 +785,14 @@ def test_what_does_not_fit_says_what_is_missing():
     assert "latent" in said["deepseek_v3"].words
     assert "text_config" in said["qwen2_vl"].words
     assert [name for name, verdict in said.items() if verdict.fits] == ["qwen3"]
+
+
+def test_olmo_is_no_plain_decoder(monkeypatch):
+    # mlx-lm's file asks whether this package is there, and uses nothing of it.
+    monkeypatch.setitem(sys.modules, "hf_olmo", ModuleType("hf_olmo"))
+    monkeypatch.delitem(sys.modules, "mlx_lm.models.olmo", raising=False)
+    said = judge("olmo")
+    assert said.fits is False and "has no args.hidden_size" in said.words
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ def read(model, ids, cache):
 def test_it_is_the_plain_model_in_the_window_and_not_a_worse_one_past_it(file):
     model, tokenizer = plain(file)
     assert type(model) is gemma3_text.Model
-    ids = mx.array([tokenizer.encode(TEXT.read_text("utf-8")[:4000])])
-    assert ids.size > 800  # past the model's own windows of 512
+    ids = mx.array([tokenizer.encode(TEXT.read_text("utf-8")[:3000])])
+    assert ids.size > 600  # past the model's own windows of 512
     wanted = read(model, ids, make_prompt_cache(model))
     loss = -mx.take_along_axis(
         wanted[:, :-1] - wanted[:, :-1].logsumexp(-1, keepdims=True), ids[:, -63:, None], -1

@@ -151,6 +151,22 @@ def test_another_architecture_is_refused_by_name(arch, tmp_path):
         GGUFile(tmp_path / "a.gguf").config()
 
 
+@pytest.mark.parametrize(
+    "arch, key, value, match",
+    [
+        ("granite", "attention.head_count_kv", [2, 1], r"its layers have \[2, 1\] key/value heads"),
+        ("lfm2", "attention.head_count_kv", [0, 2, 0, 1], "its layers have .* key/value heads"),
+        ("glm4", "rope.dimension_sections", [4, 2, 2, 0], "in sections, as for pictures"),
+    ],
+)
+def test_layers_that_mlx_lm_has_not_are_refused(arch, key, value, match, tmp_path, monkeypatch):
+    written(arch, tmp_path / "a.gguf")
+    file = GGUFile(tmp_path / "a.gguf")
+    monkeypatch.setitem(file.metadata, f"{arch}.{key}", np.array(value))
+    with pytest.raises(AHNError, match=match):
+        file.config()
+
+
 TEXT = (
     "It was the best of times, it was the worst of times, it was the age of wisdom.",
     "Call me Ishmael. Some years ago -- never mind how long precisely -- in 1851 ...",

@@ -44,8 +44,8 @@ class Architecture(NamedTuple):
     file has added to the weights of norms. epsilon, settings: entry of config.json -> key of the
     metadata; fixed: entries that no key says; there, lacks: entry -> tensor that is there if it is
     true, and if it is false. attending: entry of the layers that have key/value heads, if others
-    have none. scaled_by_width: how many layers a model has whose scores are scaled by width over heads, and
-    not by the size of a head."""
+    have none. scaled_by_width: how many layers a model has whose scores are scaled by width over
+    heads, and not by the size of a head."""
 
     family: str
     permuted: bool = False
@@ -168,9 +168,9 @@ def shaped(stem: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def names_of(kind: str, config: dict[str, Any]) -> dict[str, str]:
-    """GGUF's names of tensors -> mlx-lm's, both without the last part, which is theirs alike; but for
-    BARE ones of mlx-lm's, which have no last part. Raises AHNError if the package is missing that
-    knows them."""
+    """GGUF's names of tensors -> mlx-lm's, both without the last part, which is theirs alike; but
+    one of mlx-lm's that ends in BARE is whole. Raises AHNError if the package is missing that knows
+    them."""
     layers = config["num_hidden_layers"]
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
         raise AHNError(f"its block_count must be from 1 to {MAX_LAYERS}, not {show(layers)}")

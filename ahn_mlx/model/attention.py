@@ -38,7 +38,8 @@ class AHNAttention(nn.Module):
         super().__init__()
         self.fit = fit = fit_of(attention, hidden)
         # A model file may ask its attention whether it is local, and the like.
-        self.__dict__.update(plain_facts(attention))
+        facts = plain_facts(attention).items()
+        self.__dict__.update({name: x for name, x in facts if not hasattr(AHNAttention, name)})
         for name in fit.children:
             self[name] = attention[name]
         self.n_heads, self.n_kv_heads = fit.n_heads, fit.n_kv_heads

@@ -212,6 +212,7 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
         "layer_types": None,
         "layers_block_type": ["mamba", "attention"] * (LAYERS // 2),
     },
+    "olmo": {"d_model": 64, "mlp_hidden_size": 96, "embedding_size": 100},
     "openelm": {
         **{"num_transformer_layers": LAYERS, "model_dim": 64, "ffn_dim_divisor": 32},
         **{"num_query_heads": [4] * LAYERS, "num_kv_heads": [2] * LAYERS},
