@@ -50,16 +50,16 @@ def read(model, ids, cache):
     return model(ids[:, -64:], cache=cache)
 
 
-def test_it_is_the_plain_model_in_the_window_and_not_a_worse_one_past_it(file):
+def test_it_is_the_plain_model_in_the_window(file):
     model, tokenizer = plain(file)
     assert type(model) is gemma3_text.Model
-    ids = mx.array([tokenizer.encode(TEXT.read_text("utf-8")[:3000])])
-    assert ids.size > 600  # past the model's own windows of 512
+    ids = mx.array([tokenizer.encode(TEXT.read_text("utf-8")[:4000])])
+    assert ids.size > 800  # past the model's own windows of 512
     wanted = read(model, ids, make_prompt_cache(model))
     loss = -mx.take_along_axis(
         wanted[:, :-1] - wanted[:, :-1].logsumexp(-1, keepdims=True), ids[:, -63:, None], -1
     ).mean()
-    assert loss.item() < 4  # a wrong norm or order of rows would say anything
+    assert loss.item() < 5  # a wrong norm or order of rows would say anything
     mx.eval(wanted)
 
     ahn_mlx.augment(model, ahn_mlx.AHNConfig(window=1024, sinks=4))
@@ -69,4 +69,3 @@ def test_it_is_the_plain_model_in_the_window_and_not_a_worse_one_past_it(file):
     said = read(model, ids, cache)
     assert (mx.abs(said - wanted).max() / mx.abs(wanted).max()).item() < 1e-4
     assert mx.array_equal(said.argmax(-1), wanted.argmax(-1))
-    del wanted, said
