@@ -10,7 +10,7 @@ import pytest
 from test_model import IDS, tiny
 
 from ahn_mlx import AHNConfig
-from ahn_mlx.memory import MEMORIES, Router
+from ahn_mlx.memory import MEMORIES, Router, forms
 from ahn_mlx.memory.layers import Kept, decay_init
 from ahn_mlx.model.division import heads_of_each, layers_of_each, rows_of_each
 from ahn_mlx.ops import band, chunks, delta, mamba2, window
@@ -361,3 +361,10 @@ def test_what_follows_from_parameters_is_made_once_while_they_stay():
     last = kept.of(memory)
     kept.drop()
     assert kept.of(memory) is not last
+
+
+def test_a_kernel_begins_with_a_state_of_32_bits_and_goes_on_from_another():
+    q = mx.zeros((2, 3, 1, 4), dtype=mx.bfloat16)
+    empty = forms._or_empty(None, q)
+    assert (empty.shape, empty.dtype) == ((2, 3, 4, 4), mx.float32) and not mx.any(empty)
+    assert forms._or_empty(empty, q) is empty

@@ -1,6 +1,7 @@
 """Suites from end to end, on invented records in the published layouts: what is asked, what is
 written, what a run that was killed has lost (nothing), and what is refused."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -279,6 +280,52 @@ def test_ctrl_c_ends_a_run_within_an_item_and_keeps_the_others(place, tmp_path) 
     with pytest.raises(KeyboardInterrupt):
         run.ask(pressed)
     assert len(lines(tmp_path / "out")["hotpotqa.jsonl"]) == 1
+
+
+@pytest.fixture(scope="module")
+def loaded(place) -> tuple[Any, Any]:
+    return load(place / "model", dtype="float32")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_what_a_run_costs_and_in_what_it_differs(place, loaded, tmp_path, suite) -> None:
+    """Of one of two items: its prompt, a token for each byte up to the limit, and an answer."""
+    shape = {"out": tmp_path / "out", "data": place / suite, "prompts": place / "prompts"}
+    length = "16k" if suite == "lveval" else ""
+    asked = suite_of(suite, "ahn", length)
+    tasks = asked.chosen(())[:2]
+    run = SuiteRun(asked, *loaded, tasks, **shape, length=length, limit=1)
+    cost = run.cost()
+    texts = [text for left in run.left for _, text in run._texts(left)]
+    new = sum(task.max_new["ahn"] for task in tasks)
+    tokens = sum(len(run.asker.encoder("", text)) for text in texts)
+    assert cost.items == len(texts) == 2 and new > 0
+    assert abs(cost.tokens - new - tokens) <= 0.2 * tokens and cost.seconds > 0
+    assert [(left.wanted, left.records, len(left.items)) for left in run.left] == 2 * [(1, 2, 1)]
+    ahn = loaded[0].ahn
+    expected = [
+        f"{loaded[0].origin.name} is not one of the paper's models",
+        "the base computes in float32, the paper's in bfloat16",
+        f"window {ahn.window}, the paper's {asked.window:,}",
+        f"sinks {ahn.sinks}, the paper's {asked.sinks:,}",
+        *(["length 16k, the paper's 128k"] if length else []),
+        *(f"the prompt of {task.name} is not known to be the paper's" for task in tasks),
+        *(f"{task.name}: 1 of 2 items" for task in tasks),
+    ]
+    assert run.deviations() == run.predictions.deviations == expected
+    full = SuiteRun(
+        asked,
+        *loaded,
+        tasks,
+        **shape | {"out": tmp_path / "b"},
+        mixer="full",
+        length="128k" if length else "",
+        protocol="ahn",
+    )
+    assert full.deviations() == [*expected[:2], *expected[-4:-2]]
+    small = dataclasses.replace(asked, limit=10)
+    few = SuiteRun(small, *loaded, tasks, **shape | {"out": tmp_path / "c"}, length=length, limit=1)
+    assert few.cost().tokens == 2 * 10 + new
 
 
 @pytest.mark.slow

@@ -878,5 +878,12 @@ def test_a_token_takes_some_experts_and_sees_an_own_window():
     assert windows.layers == windows.memory_layers == 2
     assert windows.beside.windows == ((6, 2 * 2 * 16),) * 2
     recurrent = counted("qwen3_next")
-    assert recurrent.beside.states > recurrent.beside.wide
+    assert recurrent.beside.states > recurrent.beside.wide > 0
+    model = augment(base("qwen3_next"), ahn_mlx.AHNConfig(window=WINDOW, sinks=SINKS))
+    model.set_dtype(mx.bfloat16)
+    caches = model.make_cache()
+    model(IDS[:, :1], cache=caches)
+    own = [c.state for c in caches if not isinstance(c, AHNCache)]
+    states = [x for _, x in tree_flatten(own) if isinstance(x, mx.array)]
+    assert recurrent.beside.wide == sum(x.size for x in states if x.dtype == mx.float32)
     assert counted("phi3").beside == counted("mixtral").beside

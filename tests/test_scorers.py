@@ -7,6 +7,20 @@ from pathlib import Path
 import pytest
 
 from ahn_mlx import AHNError
+from ahn_mlx.evaluate.fields import (
+    ALL_KEYWORDS,
+    COUNTS,
+    KEYWORDS,
+    LISTS,
+    NUMBERS,
+    OPTION,
+    SCALAR,
+    SUMMARY,
+    TEXT,
+    TEXTS,
+    Kind,
+    check,
+)
 from ahn_mlx.evaluate.scorers import SCORERS
 
 GOLDEN = Path(__file__).parent / "published"
@@ -86,3 +100,34 @@ MALFORMED = {
 def test_what_is_no_truth_at_all_is_named(name: str, given: tuple, message: str) -> None:
     with pytest.raises(AHNError, match=re.escape(message)):
         SCORERS[name](*given)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(78, 78 * "a"), (79, 76 * "a")])
+def test_what_is_no_truth_is_shown_in_80_characters(length: int, shown: str) -> None:
+    with pytest.raises(AHNError) as error:
+        check("label", length * "a", NUMBERS)
+    ending = '"' if length == 78 else "..."
+    assert str(error.value) == f'label must be a list of numbers, not "{shown}{ending}'
+
+
+KINDS = {
+    SCALAR: (["a", 1, 0.5, [], ["a", 2]], [None, True, {}, [None], [True]]),
+    NUMBERS: ([[], [1, 0.5], [[1, 2]], (1,)], ["1", 1, ["1"], [[1], [2]], [True], None]),
+    SUMMARY: (["a", ["a"], []], [1, [1], None]),
+    OPTION: (
+        [["a", "B"], ("", "A")],
+        [["a"], ["a", "BC"], ["a", ""], ["a", "B", "C"], "aB", [1, "B"]],
+    ),
+    COUNTS: ([["a", 1], []], ["a", 1, [None], [True]]),
+    LISTS: ([[["a"]], [[]], []], ["a", ["a"], [[1]]]),
+    KEYWORDS: (["a", "", None], [1, ["a"]]),
+    ALL_KEYWORDS: ([[None, "a"], []], [[1], None, "a"]),
+    TEXTS: ([["a"], ("a",), []], ["a", [1], [["a"]]]),
+    TEXT: (["", "a"], [None, 1, ["a"]]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.about)
+def test_what_lines_hold_is_of_its_kind(kind: Kind) -> None:
+    taken, refused = KINDS[kind]
+    assert all(map(kind.fits, taken)) and not any(map(kind.fits, refused))
