@@ -19,12 +19,13 @@ from checkpoints import (
 )
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
+from test_model import tiny
 
 import ahn_mlx
 from ahn_mlx import AHNError, load_model
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.cli import cli
-from ahn_mlx.hub import bases
+from ahn_mlx.hub import bases, zoo
 from ahn_mlx.hub.published import DEFAULT, MODELS
 from ahn_mlx.reading import memoryfile
 
@@ -219,3 +220,58 @@ def test_convert_takes_the_names_that_train_takes(place, monkeypatch):
     model, _ = load_model(place / "out", dtype="float32")
     other, _ = ahn_mlx.load(place / "base", ahn=place / "ahn", dtype="float32")
     np.testing.assert_array_equal(np.array(model(IDS)), np.array(other(IDS)))
+
+
+def test_parameters_that_come_with_us_are_all_there_or_refused(tmp_path, capsys):
+    plain, model = tiny(window=10, sinks=3)
+    stored = set(zoo._shapes(plain))
+    shapes = {name: shape for name, shape in zoo._shapes(model).items() if name not in stored}
+    memory = {name: mx.random.normal(shape) for name, shape in shapes.items()}
+    file = tmp_path / "ours.safetensors"
+    mx.save_safetensors(str(file), memory)
+    zoo._load_memory(model, stored, file)
+    found = dict(tree_flatten(model.parameters()))
+    assert len(memory) > 10 and all(mx.array_equal(found[name], x) for name, x in memory.items())
+    assert capsys.readouterr().err == ""
+    first = min(memory)
+    for wrong in (
+        {name: x for name, x in memory.items() if name != first},
+        {**memory, "a": mx.zeros(1)},
+        {**memory, first: mx.zeros((1, 2, 3))},
+    ):
+        mx.save_safetensors(str(file), wrong)
+        with pytest.raises(AHNError, match="is missing, extra or misshapen; reinstall"):
+            zoo._load_memory(model, stored, file)
+    file.write_bytes(b"x")
+    with pytest.raises(AHNError, match=r"ours.safetensors: .*; reinstall"):
+        zoo._load_memory(model, stored, file)
+    file.unlink()
+    zoo._load_memory(model, stored, file)
+    assert "note: ours has no trained memory yet" in capsys.readouterr().err
+    left = dict(tree_flatten(model.parameters()))
+    gates = {name for name in memory if not mx.array_equal(left[name], memory[name])}
+    assert gates == {
+        name
+        for name in memory
+        if name.endswith(("b_proj.weight", "a_proj.weight", "g_proj.weight"))
+    }
+    assert not any(mx.any(left[name]) for name in gates)
+
+
+def test_a_memory_has_the_window_that_is_asked_for(tmp_path):
+    base = make_base(tmp_path / "base")
+    for file in talking_model("qwen2-gdn", tmp_path / "talking").glob("tokenizer*"):
+        shutil.copy(file, base)
+    memory = memory_of(base, tmp_path / "memory")
+    kept, _ = ahn_mlx.load(base, ahn=memory, dtype="float32")
+    model, _ = ahn_mlx.load(base, ahn=memory, window=9, sinks=2, dtype="bfloat16")
+    assert (model.ahn.window, model.ahn.sinks) == (9, 2) != (kept.ahn.window, kept.ahn.sinks)
+    assert not model.training and not kept.training
+    assert model.model.norm.weight.dtype == mx.bfloat16
+    assert {x.dtype for _, x in tree_flatten(kept.parameters())} == {mx.float32}
+    assert (model.origin.name, model.origin.ahn) == (str(base), str(memory))
+    assert (model.origin.dtype, model.origin.q_bits) == ("bfloat16", None)
+    plain = talking_model("qwen2-gdn", tmp_path / "plain")
+    other, _ = ahn_mlx.load(plain, window=7, sinks=1, dtype="float32")
+    assert (other.ahn.window, other.ahn.sinks, other.origin.ahn) == (7, 1, None)
+    assert other.origin.name == str(plain)
