@@ -346,3 +346,24 @@ def test_a_saved_prompt_cache_goes_on(full, tmp_path):
     for _ in range(3):
         assert mx.array_equal(alone(model, 0, 1, again), alone(model, 0, 1, caches))
     assert mx.array_equal(alone(model, 0, 9, again), alone(model, 0, 9, caches))
+
+
+@pytest.mark.parametrize(
+    ("at", "count", "L", "every"),
+    [
+        *(((13,), None, 1, True), ((12,), None, 1, False), ((13, 40), None, 1, True)),
+        *(((40, 12), None, 1, False), ((40,), None, 2, False), ((40, 41), (1, 1), 1, False)),
+    ],
+)
+def test_single_tokens_behind_full_windows_see_every_slot(at, count, L, every):
+    """Else a query sees what is within 10 tokens, or among the first 4."""
+    found = place_of(at, count, L, 14, 10, 4)
+    assert (found.seen is None) is every
+    rows, counts = (None if x is None else mx.array(x) for x in (at, count))
+    whole = place(rows, counts, L, 14, 10, 4)
+    for mine, other in zip(found[:-1], whole[:-1], strict=True):
+        assert (mine is None and other is None) or mx.array_equal(mine, other)
+    if every:
+        assert mx.all(whole.seen)
+    else:
+        assert mx.array_equal(found.seen, whole.seen) and not mx.all(found.seen)
