@@ -116,14 +116,18 @@ def test_a_reader_sees_a_whole_model_or_none(place):
     place.clear()
     case.prepare(place)
     shutil.copytree(place.model, place.out / "deep/model", dirs_exist_ok=True)
-    generate = ("generate", "Why?", "--model", place.out / "deep/model", "-m", 2)
-    for _ in range(4):
+    model = ("--model", place.out / "deep/model")
+    for n in range(4):
         writer = place.server.start(*case.words(place))
-        readers = [place.server.start(*generate) for _ in range(2)]
+        readers = [
+            place.server.start("generate", "Why?", *model, "-m", 2),
+            place.server.start("export-pytorch", *model, "-o", place.out / f"read{n}"),
+        ]
         assert writer.wait() == 0, writer.said
         for reader in readers:
             if reader.wait():
                 one_line(reader)
+        assert (place.out / f"read{n}").exists() == (readers[1].status == 0)
 
 
 def test_a_reader_sees_a_whole_memory(place):
@@ -135,6 +139,32 @@ def test_a_reader_sees_a_whole_memory(place):
         assert run.status == 0, run.said
     assert writer.status == 0, writer.said
     assert place.server.run("memory", "verify", place.out / "book.ahn").status == 0
+
+
+def test_a_reader_sees_whole_answers(place):
+    """Of a suite that runs: as many as there are."""
+    case = CASES["eval longbench"]
+    place.clear()
+    writer = place.server.start(*case.words(place))
+    while writer.status is None:
+        run = place.server.run("eval", "score", place.out / "answers")
+        if run.status:
+            one_line(run)
+    assert writer.status == 0, writer.said
+    assert place.server.run("eval", "score", place.out / "answers").status == 0
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+def test_a_model_is_deleted_while_it_comes(place, delay):
+    """One waits for the other; what is there then is whole or not there."""
+    place.clear()
+    pull = place.server.start("pull", NAME)
+    time.sleep(delay)
+    gone = place.server.run("rm", NAME)
+    for run in (pull, gone):
+        if run.wait():
+            one_line(run)
+    assert place.server.run("generate", "Why?", "--model", NAME, "-m", 2).status == 0
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.2])
