@@ -18,6 +18,7 @@ from mlx_lm.utils import infer_quant_config
 from ..errors import AHNError, show
 from ..model.augment import FLOAT32, AHNModel, augment, build_base
 from ..model.config import AHNConfig
+from ..model.division import Part
 from ..model.names import is_memory, published_name, rename_published
 from ..model.ranks import Ranks
 from ..platform import default_dtype
@@ -25,7 +26,7 @@ from .claims import check_size
 from .directory import Source
 from .formats import Reader, describe
 from .identity import note_whole
-from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite
+from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite, read_part
 from .tokenizer import load_tokenizer
 
 
@@ -118,6 +119,7 @@ def _fill(model: nn.Module, config: dict[str, Any], sources: dict[str, Source], 
     found = fit(model, config, sources, path, path)
     model.load_weights([(name, read(source)) for name, source in found.items()], strict=True)
     model.eval()
+    vars(model)["sources"] = found  # of which a rank may read its part
 
 
 def fit(
@@ -232,16 +234,28 @@ def finish(model: nn.Module, dtype: str | None, source: Path, ranks: Ranks | Non
     chosen = DTYPES[dtype] if dtype else default_dtype()
     if chosen is not None:
         cast(model, chosen)
+    sources: dict[str, Source] = vars(model).pop("sources", {})
     if ranks is not None:
         note_whole(model)
+        parts = built(source, ranks.parts, model)
         built(source, ranks.cut, model)
+        _read_parts(model, parts, sources)
     parameters: Any = tree_flatten(model.parameters())
-    if ranks is not None:
-        for _, x in parameters:  # whole, and then its part: one at a time
-            mx.eval(x)
     mx.eval(model.parameters())
     if name := not_finite(parameters):
         raise AHNError(f"{source}: tensor {name} holds NaN or infinity; fetch or convert it again")
+
+
+def _read_parts(model: nn.Module, parts: dict[str, Part], sources: dict[str, Source]) -> None:
+    """Read what a rank has, one tensor after the other: of those that a file has in rows no more
+    than that, of others the whole and then its part."""
+    parameters: Any = tree_flatten(model.parameters())
+    for name, x in parameters:
+        source, part = sources.get(name), parts.get(name)
+        if source and part and source.file.suffix == ".safetensors" and source.info.dtype in STORED:
+            x = read_part(source.file, source.info, part).astype(x.dtype)
+            model.load_weights([(name, x)], strict=False)
+        mx.eval(x)
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import AHNError, show
+from ..model.division import Part
 
 FETCH = "fetch it again"  # of a damaged file that came from elsewhere
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
@@ -175,6 +176,25 @@ def mended(mend: str) -> Iterator[None]:
         if not str(e).endswith(FETCH):
             raise
         raise AHNError(str(e).removesuffix(FETCH) + mend) from None
+
+
+def read_part(file: Path, info: TensorInfo, part: Part) -> mx.array:
+    """A part of a tensor; nothing else of the file is read but where its tensors begin. Raises
+    AHNError if the file ends before."""
+    shape = (*info.shape[: part.axis], part.size, *info.shape[part.axis + 1 :])
+    before = math.prod(info.shape[: part.axis])
+    row = math.prod(info.shape[part.axis + 1 :]) * ITEM_SIZE[info.dtype]  # of one index, in bytes
+    held = np.zeros((before, part.size * row), dtype=np.uint8)
+    with file.open("rb", buffering=0) as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        first = 8 + length + info.begin + part.start * row
+        for i, to in enumerate(held[:, : (part.stop - part.start) * row]):
+            f.seek(first + i * info.shape[part.axis] * row)
+            while len(to):  # the system gives two gigabytes at most
+                if not (n := f.readinto(to.data)):
+                    raise _broken(file, "it ends too early")
+                to = to[n:]
+    return mx.array(held).view(STORED[info.dtype]).reshape(shape)
 
 
 class TensorWriter:

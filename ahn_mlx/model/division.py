@@ -1,7 +1,33 @@
 """How a model is divided among ranks: by heads, or by layers. Numbers alone, so that what a rank
 would hold and send can be counted without a model."""
 
+from typing import NamedTuple
+
 from ..errors import AHNError
+
+
+class Part(NamedTuple):
+    """Of an array: indices start ... stop - 1 of an axis, filled up with zeros to `size`."""
+
+    axis: int
+    start: int
+    stop: int
+    size: int
+
+
+def part_of(whole: tuple[int, ...], held: tuple[int, ...], rank: int) -> Part | None:
+    """What a rank has, if it is one of equal parts along the axis that is shorter than in the
+    whole; None if several are, or none.
+
+    >>> from ahn_mlx.model.division import part_of
+    >>> part_of((5, 8), (3, 8), 1)
+    Part(axis=0, start=3, stop=5, size=3)
+    """
+    axes = [i for i, (a, b) in enumerate(zip(whole, held, strict=True)) if a != b]
+    if len(axes) != 1:
+        return None
+    length, size = whole[axes[0]], held[axes[0]]
+    return Part(axes[0], min(rank * size, length), min((rank + 1) * size, length), size)
 
 
 def heads_of_each(kv_heads: int, ranks: int) -> int:

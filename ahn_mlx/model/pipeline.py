@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from ..errors import AHNError
 from .cache import AHNCache
-from .division import layers_of_each
+from .division import Part, layers_of_each
 from .ranks import Ranks
 
 # Messages on their way at a time; each is the hidden states of one step.
@@ -92,6 +92,10 @@ class Pipeline(Ranks):
             elif layer in model.ahn.fa_layer_ids:  # its cache counts tokens by what it holds
                 own[name] = mx.contiguous(x[:, :1, :, :1])
         return own
+
+    def parts(self, model: nn.Module) -> dict[str, Part]:
+        """None: what a layer has is whole."""
+        return {}
 
     def cut(self, model: nn.Module) -> None:
         """As Ranks has it. Raises AHNError also if layers are not one after the other."""

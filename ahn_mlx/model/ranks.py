@@ -6,6 +6,7 @@ gates, memory and output projection, so that nothing new crosses but the sum of 
 norm of Mamba2 needs. The vocabulary is divided too, which mlx-lm leaves whole.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,13 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generation_stream
 
 from ..errors import AHNError
 from ..platform import launched_rank
 from .attention import AHNAttention
-from .division import heads_of_each, rows_of_each
+from .division import Part, heads_of_each, part_of, rows_of_each
 
 T = TypeVar("T")
 
@@ -180,6 +181,26 @@ class Ranks:
             model.lm_head = self._cut_vocabulary(model.lm_head, _Head)
         model.ranks = self
 
+    def parts(self, model: nn.Module) -> dict[str, Part]:
+        """What `cut` will leave of the arrays of a model, by name, where that is a run of indices
+        of one axis; nothing is said of others. It is tried on numbers in their place. Raises
+        AHNError as cut."""
+        shapes = copy.deepcopy(model)
+        whole = _arrays(shapes)
+        self.cut(shapes)
+        found = {
+            name: part_of(whole[name].shape, x.shape, self.rank)
+            for name, x in _arrays(shapes).items()
+            if name in whole
+        }
+        likely = {name: part for name, part in found.items() if part is not None}
+        scout = copy.deepcopy(model)
+        numbers = {name: _numbers(whole[name].shape, part.axis) for name, part in likely.items()}
+        scout.load_weights(list(numbers.items()), strict=False)
+        self.cut(scout)
+        cut = _arrays(scout)
+        return {n: p for n, p in likely.items() if _is_part(cut[n], p, numbers[n])}
+
     def _cut_attention(self, attention: AHNAttention) -> None:
         """What mlx-lm does not know of: heads' memories."""
         fit, N = attention.fit, self.size
@@ -211,6 +232,26 @@ class Ranks:
         module.__class__ = type(kind.__name__, (kind, type(module)), {})
         module.__dict__["_rows"] = _Rows(self, vocabulary, rows)
         return module
+
+
+def _arrays(model: nn.Module) -> dict[str, mx.array]:
+    parameters: Any = tree_flatten(model.parameters())
+    return dict(parameters)
+
+
+def _numbers(shape: tuple[int, ...], axis: int) -> mx.array:
+    """One for each index of an axis: all differ, or are drawn, so that no two runs are alike."""
+    n = shape[axis]
+    drawn = mx.random.randint(0, 256, (n,), mx.uint8, key=mx.random.key(0))
+    each = drawn if n > 256 else mx.arange(n).astype(mx.uint8)
+    return mx.broadcast_to(each.reshape(-1, *(1 for _ in shape[axis + 1 :])), shape)
+
+
+def _is_part(cut: mx.array, part: Part, whole: mx.array) -> bool:
+    whole, cut = whole.swapaxes(0, part.axis), cut.swapaxes(0, part.axis)
+    held = part.stop - part.start
+    same = mx.array_equal(cut[:held], whole[part.start : part.stop])
+    return bool(same.item()) and not cut[held:].any().item()
 
 
 def _is_of_heads(name: str) -> bool:
