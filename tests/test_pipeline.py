@@ -14,6 +14,7 @@ from several import run as several
 from test_ranks import (  # noqa: F401, fixtures
     TEXT,
     arrays_of,
+    check_scores,
     check_stopped,
     directory,
     first,
@@ -105,6 +106,11 @@ def test_what_cannot_be_divided_is_refused():
         heads_of_each(2, 4)
     with pytest.raises(AHNError, match=r"1 key/value heads .*; take --pipeline"):
         heads_of_each(1, 2)
+
+
+@pytest.mark.slow
+def test_answers_and_scores_are_those_of_one_process(directory, place):  # noqa: F811
+    check_scores(directory, place, "--pipeline")
 
 
 @pytest.mark.slow

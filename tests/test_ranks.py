@@ -137,6 +137,11 @@ def check_stopped(stopped: list[Any], killed: list[Any]) -> None:
 
 
 def test_answers_and_scores_are_those_of_one(directory, place):
+    check_scores(directory, place)
+
+
+def check_scores(directory: Path, place: Path, *how: str) -> None:
+    """how: further options for two processes."""
     suites.write_prompts(place / "prompts")
     (place / "data").mkdir()
     for name, data in suites.files_of("longbench").items():
@@ -147,9 +152,11 @@ def test_answers_and_scores_are_those_of_one(directory, place):
     others = (
         ("generate", "book.txt", "Which times?", *model, "-m", 12, "--stop", "zz"),
         ("compare", "book.txt", *model, "--segments", 2, "--seq-len", 64, "--json"),
+        ("compare", "book.txt", *model, "--stream", 200, "--json"),
         ("eval", "recall", *model, "--documents", 1, "--needles", 2, "--tokens", 600, "--json"),
     )
-    *said, scored = map(first, run(*((2, call) for call in (*others, (*asked, "two")))))
+    calls = [(2, (*call, *how)) for call in (*others, (*asked, "two"))]
+    *said, scored = map(first, run(*calls))
     assert said[0] == one(*others[0])
     for ours, call in zip(said[1:], others[1:], strict=True):
         assert close(json.loads(ours), json.loads(one(*call))), call

@@ -24,7 +24,7 @@ from .options import (
     quiet_option,
     text_option,
 )
-from .ranks import OnRanks, is_first, share
+from .ranks import OnRanks, is_first, pipeline_option, share
 from .terminal import progress_bar, say
 from .words import read_typed
 
@@ -62,6 +62,7 @@ ERRORS = "±: standard error over tokens; noise: less than two of them away from
 @click.option("-o", "--out", "plot", type=click.Path(path_type=Path), help="Write a picture too.")
 @force_option
 @quiet_option
+@pipeline_option
 @needs_memory
 def compare(**options: Any) -> None:
     """Measure full attention, window alone and window with memory on a text.
@@ -108,7 +109,8 @@ def compare(**options: Any) -> None:
             model.ahn.sinks,
             bar.update,
         )
-    _show(result, options, out)
+    if is_first():  # others may have no logits
+        _show(result, options, out)
 
 
 def _too_short(options: dict[str, Any], tokens: int, said: str) -> str:
@@ -134,6 +136,8 @@ def _stream(model: Any, ids: Any, options: dict[str, Any], out: OutFile | None) 
         raise AHNError(f"--stream {n} from {first}: the text has {ids.size:,} tokens")
     with progress_bar(2 * (n - 1), "comparing", "tokens") as bar:
         result = stream(model, ids[None, :n], first, bar.update)
+    if not is_first():  # it may have no logits
+        return
     if options["as_json"]:
         click.echo(json.dumps([s._asdict() for s in result], indent=2))
     else:

@@ -20,7 +20,7 @@ from .options import (
     needs_memory,
     quiet_option,
 )
-from .ranks import OnRanks, is_first
+from .ranks import OnRanks, is_first, pipeline_option
 from .terminal import progress_bar, say, stop_between_steps, waiting, warn_slow
 
 LENGTHS = ("16k", "32k", "64k", "128k", "256k")
@@ -54,6 +54,7 @@ _SUITE = (
     _path("--data", "Directory with the suite's files. Default: downloaded."),
     _path("--prompts", "Directory with the prompts' file. Default: downloaded."),
     _path("-o/--out", "Directory of the predictions; a run goes on there.", required=True),
+    pipeline_option,
     json_option,
     quiet_option,
     needs_memory,

@@ -24,7 +24,7 @@ from .options import (
     quiet_option,
     text_option,
 )
-from .ranks import OnRanks, is_first, share
+from .ranks import OnRanks, is_first, pipeline_option, share
 from .suites import agree
 from .terminal import progress_bar, warn_slow
 
@@ -39,6 +39,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
             loading_options,
             text_option(help="Whose sentences hide the facts. Default: a novel of ours."),
             click.option("--seed", default=0, show_default=True, help="Of the items."),
+            pipeline_option,
             json_option,
             click.option(
                 "-o", "--out", "plot", type=click.Path(path_type=Path), help="Write a picture too."

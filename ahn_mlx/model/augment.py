@@ -318,12 +318,14 @@ def hidden_states(
 
 
 def head(model: nn.Module, hidden: mx.array) -> mx.array:
-    """Hidden states after the final norm -> logits, as the model itself makes them."""
+    """Hidden states after the final norm -> logits, as the model itself makes them; zeros on a rank
+    that makes none."""
     whole, inner = copy.copy(model), copy.copy(model.model)
     inner.__class__ = _giving(inner.__class__)
     inner.__dict__["given"], whole.model = hidden, inner
     logits: mx.array = whole(mx.zeros((1, 1), dtype=mx.int32))
-    return logits
+    shape = (*hidden.shape[:-1], logits.shape[-1])
+    return logits if logits.shape == shape else mx.zeros(shape, dtype=logits.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -129,6 +129,11 @@ def own_layers(model: nn.Module) -> range:
     return vars(model).get("run", range(len(model.layers)))
 
 
+def is_away(layer: nn.Module) -> bool:
+    """Whether it stands for a layer of another rank."""
+    return isinstance(layer, _Away)
+
+
 def _layer(name: str) -> int | None:
     """Which layer an array in a memory's file is of."""
     head, _, rest = name.partition(".")

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import CacheList
 from ..model.attention import AHNAttention
 from ..model.augment import hidden_states, memory_layers
 from ..model.cache import AHNCache
+from ..model.pipeline import is_away
 
 # Parameters of memories and routers, by their names in the model.
 Parameters = dict[str, mx.array]
@@ -143,6 +144,8 @@ def _layer(
     """The layer's output, and its heads where it has a memory."""
     if not isinstance(getattr(layer, "self_attn", None), AHNAttention):
         return call(layer, x, None), None
+    if is_away(layer):
+        return call(layer, x, cache()), None
 
     def forward(parameters: dict[str, Any], x: mx.array) -> tuple[mx.array, mx.array]:
         layer.self_attn.update(parameters)
