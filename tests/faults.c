@@ -34,8 +34,8 @@ long faults_end(void) {
   return count;
 }
 
-/* Whether this operation is refused. bytes: how many it writes, or NULL; half of them are left
- * where that half is all that will be written. */
+/* Count an operation, and say whether it is refused. bytes: how many it writes, or NULL. Before the
+ * last one the process ends, or else only half of the bytes are left to write. disk: or a socket. */
 static int refused(size_t *bytes, int disk) {
   if (done < 0) return 0;
   long n = ++done;

@@ -81,7 +81,7 @@ class ForkServer:
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         fixed = {"PYTHONPATH": str(REPO), "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         if COUNTS:
-            fixed["LD_PRELOAD"] = str(place / "faults.so")
+            fixed["LD_PRELOAD"] = str(place.resolve() / "faults.so")
             source = Path(__file__).with_name("faults.c")
             build = ["cc", "-O1", "-shared", "-fPIC", "-o", fixed["LD_PRELOAD"], source, "-ldl"]
             subprocess.run(build, check=True)
@@ -163,6 +163,9 @@ def _child(asked: dict[str, Any]) -> None:
     sys.argv = ["ahn-mlx", *asked["words"]]
     code: Any = 1
     faults = ctypes.CDLL(None) if COUNTS else None
+    if faults:
+        faults.faults_begin.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_long)
+        faults.faults_end.restype = ctypes.c_long
     try:
         from ahn_mlx.cli import main
 
