@@ -1,8 +1,12 @@
-"""New inputs from old ones where bytes alone seldom make sense: values of JSON."""
+"""New inputs from old ones where bytes alone seldom make sense: values of JSON, lines of it, and
+parts of archives."""
 
 import copy
+import io
 import json
 import random
+import warnings
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -19,39 +23,144 @@ SPECIAL: tuple[Any, ...] = (
 )
 
 
-def of_json(words: tuple[str, ...]) -> Mutator:
-    """Changes a few values of JSON, or else a few bytes. words: names that may matter."""
+def of_json(words: tuple[str, ...], mend: Callable[[Any], Any] | None = None) -> Mutator:
+    """Changes a value of JSON or two, mostly to what might stand there as well, or else a few
+    bytes. words: names that may matter. mend: makes what follows from others right again."""
 
     def mutate(data: bytes, longest: int, seed: int) -> bytes:
-        import atheris
-
         pick = random.Random(seed)
-        if pick.random() > 0.2:
+        if pick.random() > 0.1:
             try:
                 value = json.loads(data)
             except (ValueError, RecursionError):
                 value = None
             if value is not None:
-                for _ in range(pick.choice((1, 1, 1, 2, 3, 6))):
-                    value = _changed(value, pick, words)
+                change = _nearby if pick.random() < 0.7 else _changed
+                for _ in range(pick.choice((1, 1, 1, 1, 2, 3))):
+                    value = change(value, pick, words)
                 try:
+                    if mend is not None and pick.random() < 0.8:
+                        value = mend(value)
                     text = json.dumps(value, ensure_ascii=pick.random() < 0.7)
                     made = text.encode("utf-8", "surrogatepass")
                 except (ValueError, RecursionError):  # more digits than Python writes
                     made = b""
                 if made and len(made) <= longest:
                     return made
-        return bytes(atheris.Mutate(data, longest))
+        return _bytes(data, longest)
 
     return mutate
 
 
+def of_lines(words: tuple[str, ...]) -> Mutator:
+    """Changes a line that is JSON, or drops or repeats one, or else a few bytes."""
+    change = of_json(words)
+
+    def mutate(data: bytes, longest: int, seed: int) -> bytes:
+        pick = random.Random(seed)
+        lines = data.split(b"\n")
+        if pick.random() > 0.8 or len(lines) > 1000:
+            return _bytes(data, longest)
+        n, what = pick.randrange(len(lines)), pick.random()
+        if what < 0.8:
+            lines[n] = change(lines[n], max(1, longest - len(data)), seed)
+        elif what < 0.9:
+            lines.insert(n, lines[n])
+        else:
+            del lines[n]
+        made = b"\n".join(lines)
+        return made if made and len(made) <= longest else _bytes(data, longest)
+
+    return mutate
+
+
+def of_zip(words: tuple[str, ...]) -> Mutator:
+    """Changes a part of an archive, its name or how it is packed, and packs it again; or else a
+    few bytes, whose check sums are then wrong."""
+
+    def mutate(data: bytes, longest: int, seed: int) -> bytes:
+        pick = random.Random(seed)
+        try:
+            if pick.random() < 0.3:
+                raise ValueError
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                parts = [(i.filename, archive.read(i), i.compress_type) for i in archive.infolist()]
+            n, what = pick.randrange(len(parts)), pick.random()
+            name, part, method = parts[n]
+            if what < 0.6:
+                part = _bytes(part, len(part) + 200)
+            elif what < 0.75:
+                name = _text(name, pick, words) or "x"
+            elif what < 0.9:
+                method = pick.choice((0, 8, 12, 14))
+            parts[n : n + 1] = [(name, part, method)] * pick.choice((1, 1, 1, 1, 2, 0))
+            packed = io.BytesIO()
+            with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(packed, "w") as archive:
+                for name, part, method in parts:
+                    archive.writestr(name, part, method)
+            made = packed.getvalue()
+        except Exception:  # no archive any more, or no name
+            made = b""
+        return made if made and len(made) <= longest else _bytes(data, longest)
+
+    return mutate
+
+
+def _bytes(data: bytes, longest: int) -> bytes:
+    import atheris
+
+    return bytes(atheris.Mutate(data, longest))
+
+
+def _place(value: Any, pick: random.Random) -> tuple[Any, Any] | None:
+    """An object or list and a key of it; one of a thousand items is no likelier than one of two."""
+    holders = {id(holder): holder for holder, _ in _places(value)}
+    if not holders:
+        return None
+    holder = pick.choice(list(holders.values()))
+    return holder, pick.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+
+
+def _nearby(value: Any, pick: random.Random, words: tuple[str, ...]) -> Any:
+    """The value, with something in it that is as likely."""
+    if (place := _place(value, pick)) is None:
+        return _near(value, pick, words)
+    holder, key = place
+    what = pick.random()
+    if what < 0.12:
+        del holder[key]
+    elif what < 0.25 and isinstance(holder, dict) and words:
+        other = pick.choice(_places(value))
+        holder[pick.choice(words)] = copy.deepcopy(other[0][other[1]])
+    else:
+        holder[key] = _near(holder[key], pick, words)
+    return value
+
+
+def _near(old: Any, pick: random.Random, words: tuple[str, ...]) -> Any:
+    """Another value of the same type."""
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, int):
+        return pick.choice(
+            (old + 1, max(old - 1, 0), 2 * old, old // 2, 0, 1, 2, pick.getrandbits(8))
+        )
+    if isinstance(old, float):
+        return pick.choice((2 * old, old / 2, 1.0, 0.0, 1 - old, pick.random()))
+    if isinstance(old, str):
+        return pick.choice(words) if words and pick.random() < 0.4 else _text(old, pick, words)
+    if isinstance(old, list):
+        return pick.choice((old[1:], old[:-1], old[::-1], old + old[-1:], old[:1]))
+    if isinstance(old, dict):
+        return dict(list(old.items())[pick.randrange(len(old) + 1) :])
+    return pick.choice((0, 1, "", True, False, [], {}, 0.5))
+
+
 def _changed(value: Any, pick: random.Random, words: tuple[str, ...]) -> Any:
     """The value, with one place in it changed."""
-    places = list(_places(value))
-    if not places or pick.random() < 0.01:
+    if (place := _place(value, pick)) is None or pick.random() < 0.01:
         return _new(value, value, pick, words)
-    holder, key = pick.choice(places)
+    holder, key = place
     what = pick.random()
     if what < 0.1:
         del holder[key]
@@ -102,13 +211,11 @@ def _new(old: Any, whole: Any, pick: random.Random, words: tuple[str, ...]) -> A
 
 def _text(old: str, pick: random.Random, words: tuple[str, ...]) -> str:
     """Another text for an old one, by the dictionary or a few bytes."""
-    import atheris
-
     what = pick.random()
     if words and what < 0.3:
         at, word = pick.randrange(len(old) + 1), pick.choice(words)
         return old[:at] + word + old[at + pick.choice((0, 0, len(word))) :]
     if what < 0.4:
         return pick.choice([x for x in SPECIAL if isinstance(x, str)])
-    changed = bytes(atheris.Mutate(old.encode("utf-8", "surrogatepass"), len(old) + 60))
+    changed = _bytes(old.encode("utf-8", "surrogatepass"), len(old) + 60)
     return changed.decode("utf-8", "replace")

@@ -7,8 +7,8 @@ import resource
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,17 @@ class Broken(Exception):
     def __init__(self, key: str, text: str):
         super().__init__(text)
         self.key = key
+
+
+@contextmanager
+def also() -> Iterator[None]:
+    """Around what a target tries beside: its refusal does not count as one of the input, but has
+    to be a line like any other."""
+    try:
+        yield
+    except AHNError as e:
+        text = str(e)
+        assert text and text.isprintable() and len(text) <= LONGEST, f"{text!r:.3000}"
 
 
 @dataclass

@@ -11,7 +11,6 @@ from ..errors import AHNError, note
 from ..model.names import is_memory
 from . import pickles
 from .baseconfig import check_quantization, complete, normalise, read_config
-from .claims import check_layers
 from .directory import Source, find_files, load_safetensors, read_headers, read_unused
 from .ggufile import GGUFile
 
@@ -35,7 +34,6 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
     if all(map(is_memory, sources)):
         return config, sources  # of the base it says only what someone has written
     check_quantization(path, config)
-    check_layers(path, config, sources)
     tied = _tied(path, config.get("tie_word_embeddings"), sources)
     return complete({**config, "tie_word_embeddings": tied}), sources
 

@@ -22,7 +22,7 @@ from ..model.division import Part
 from ..model.names import is_memory, published_name, rename_published
 from ..model.ranks import Ranks
 from ..platform import default_dtype
-from .claims import check_size
+from .claims import check_layers, check_size
 from .directory import Source
 from .formats import Reader, describe
 from .identity import note_whole
@@ -37,7 +37,7 @@ def load_plain(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     path = Path(path)
     config, sources = describe(path)
     check_plain(path, sources)
-    model = built(path, build_base, config)
+    model = _base(path, config, sources)
     _fill(model, config, sources, path)
     return model, config
 
@@ -101,9 +101,15 @@ def built(path: Path, make: Callable[[Any], Any], config: Any) -> Any:
 def build_as(path: Path, config: dict[str, Any], sources: dict[str, Source]) -> nn.Module:
     """The AHN model that the config of a checkpoint describes, with random parameters. Finding out
     what its attention does computes with it, so that its base is held against the tensors first."""
+    return built(path, partial(augment, _base(path, config, sources)), AHNConfig.from_dict(config))
+
+
+def _base(path: Path, config: dict[str, Any], sources: dict[str, Source]) -> Any:
+    """The plain model of a config that claims no more than there is."""
+    check_layers(path, config, sources)
     base = built(path, build_base, config)
     check_size(path, base, sources)
-    return built(path, partial(augment, base), AHNConfig.from_dict(config))
+    return base
 
 
 def check_plain(base: Path, sources: dict[str, Source]) -> None:

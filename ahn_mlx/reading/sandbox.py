@@ -23,11 +23,12 @@ FOR_EACH = 64
 BITS = 1 << 13  # of a whole number
 WIDEST = 1 << 16  # a number that says how wide something is to be
 
-# Filters that make no text and copy no item, however large items are.
+# Filters that look at an item or two; and those that make no text, however large items are.
+_FREE = ("attr", "count", "d", "default", "first", "last", "length", "random")
 _LIGHT = (
-    *("attr", "batch", "count", "d", "default", "dictsort", "first", "float", "groupby", "int"),
-    *("items", "last", "length", "list", "map", "max", "min", "random", "reject", "rejectattr"),
-    *("reverse", "round", "select", "selectattr", "slice", "sort", "sum", "unique"),
+    *("batch", "dictsort", "float", "groupby", "int", "items", "list", "map", "max", "min"),
+    *("reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice", "sort", "sum"),
+    "unique",
 )
 # Filters and methods of texts that may say what they are given once for each sign of the text.
 _TIMES = (
@@ -185,9 +186,10 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             args = (*args[:first], value, *args[first + 1 :])
         if name in _LIGHT:
             _made(value)
-        else:
+        elif name not in _FREE:
             _check_text(name, value, rest)
-        return _made(function(*args, **named))
+        found = function(*args, **named)
+        return found if name in _FREE else _made(found)
 
     return guarded
 

@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ahn_mlx.model.augment import build, build_base
 from ahn_mlx.model.config import AHNConfig
 
 from ..mutate import of_json
-from ..oracle import Target
+from ..oracle import Target, also
 
 ROPE = (
     *("rope_theta", "rope_scaling", "rope_parameters", "rope_type", "type", "factor", "yarn"),
@@ -109,10 +110,19 @@ def _put(name: str) -> Any:
 
 def _config(data: bytes, place: Path, out: Path) -> None:
     config = read_config(place)
-    check_quantization(place, config)
-    check_same_base(place, config, place, json.loads((GDN / "base/config.json").read_text()))
-    describe_config(place)
-    load.built(place, AHNConfig.from_dict, config)
+    for work in (
+        lambda: check_quantization(place, config),
+        lambda: check_same_base(place, config, place, _base()),
+        lambda: describe_config(place),
+        lambda: load.built(place, AHNConfig.from_dict, config),
+    ):
+        with also():
+            work()
+
+
+@cache
+def _base() -> dict[str, Any]:
+    return dict(json.loads((GDN / "base/config.json").read_text()))
 
 
 def _generation(data: bytes, place: Path) -> None:
@@ -131,6 +141,13 @@ def _settings(data: bytes, place: Path) -> Any:
 def _ahn(value: Any, place: Path, out: Path) -> None:
     config = AHNConfig.from_dict(value)
     AHNConfig.from_dict({"ahn": json.loads(json.dumps(config.to_dict()))})
+
+
+def settings() -> list[bytes]:
+    """Of configs that have some, ours and the release's."""
+    found = map(json.loads, configs())
+    ours = [c for c in found if "ahn" in c or "_ahn_implementation" in c]
+    return [text({k: v for k, v in c.items() if k in SETTINGS}) for c in ours]
 
 
 # Files of tensors
@@ -169,11 +186,31 @@ def _read_tensors(file: Path, place: Path, out: Path) -> None:
             directory.check_finite(name, x)
 
 
+def in_order(header: Any) -> Any:
+    """The header with its tensors one after the other, as large as their shapes are."""
+    end = 0
+    for about in header.values() if isinstance(header, dict) else ():
+        try:
+            size = safetensors.ITEM_SIZE[about["dtype"]] * math.prod(about["shape"])
+            if 0 <= size < 1 << 18:
+                about["data_offsets"] = [end, end := end + size]
+        except (TypeError, KeyError, ValueError):
+            continue
+    return header
+
+
+def _mended(value: Any) -> Any:
+    """What the target `model` takes, with a header that is right."""
+    if isinstance(value, dict):
+        in_order(value.get("header"))
+    return value
+
+
 def headers() -> list[bytes]:
     raw = (GDN / "ahn_only/model.safetensors").read_bytes()
     whole = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
     whole = {k: v for k, v in whole.items() if isinstance(v, dict) and "dtype" in v}
-    found = [text(_packed_in_order(dict(list(whole.items())[:3])))]
+    found = [text(in_order(dict(list(whole.items())[:3])))]
     kinds = {"F32": 4, "BF16": 2, "U32": 4, "BOOL": 1, "I64": 8, "F8_E4M3": 1}
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -262,17 +299,7 @@ def models() -> list[bytes]:
         shapes = {"data_offsets": [end, end + 256], "shape": [64], "dtype": "F32"}
         header["model.norm.weight"] = shapes
         both = {"config.json": config, "generation_config.json": {"eos_token_id": [1, 2]}}
-        found.append(text({**both, "header": _packed_in_order(header)}))
-    return found
-
-
-def _packed_in_order(header: dict[str, Any]) -> dict[str, Any]:
-    """The header with its tensors one after the other."""
-    found, end = {}, 0
-    for name, about in header.items():
-        size = about["data_offsets"][1] - about["data_offsets"][0]
-        found[name] = {**about, "data_offsets": [end, end + size]}
-        end += size
+        found.append(text({**both, "header": in_order(header)}))
     return found
 
 
@@ -376,7 +403,7 @@ TARGETS = [
         of_json(("eos_token_id",)),
     ),
     Target(
-        "ahn-settings", _settings, _ahn, configs, ("model/config.py",), SETTINGS, of_json(SETTINGS)
+        "ahn-settings", _settings, _ahn, settings, ("model/config.py",), SETTINGS, of_json(SETTINGS)
     ),
     Target(
         "safetensors",
@@ -385,7 +412,7 @@ TARGETS = [
         headers,
         ("checkpoints/safetensors.py", "checkpoints/directory.py"),
         HEADER,
-        of_json(HEADER),
+        of_json(HEADER, in_order),
     ),
     Target(
         "index",
@@ -403,7 +430,7 @@ TARGETS = [
         models,
         ("checkpoints/load.py", "checkpoints/formats.py", "checkpoints/baseconfig.py"),
         (*CONFIG, *SETTINGS, *HEADER),
-        of_json((*CONFIG, *SETTINGS, *HEADER)),
+        of_json((*CONFIG, *SETTINGS, *HEADER), _mended),
         longest=1 << 15,
     ),
     Target(

@@ -20,8 +20,8 @@ from ahn_mlx.reading.text import (
     typed_paths,
 )
 
-from ..mutate import of_json
-from ..oracle import Target
+from ..mutate import of_json, of_lines, of_zip
+from ..oracle import Target, also
 
 ENCODINGS = (
     *("utf-8", "utf-16", "utf-7", "idna", "punycode", "undefined", "unicode_escape", "zlib", "hex"),
@@ -90,19 +90,18 @@ def _texts(file: Path, place: Path, out: Path) -> None:
     typed_paths(typed)
     with file.open("rb") as stream:
         kind_of(stream, ".txt")
-    folder, errors = place / "folder", []
+    folder = place / "folder"
     inside = str(folder / typed.replace("/", "_").replace("..", "_"))
-    for names in ([str(file)], [str(folder)], [inside]):
-        try:
-            find(names)
-            dict(read_each(names, read_file))
-            read_documents(names, has_prompt=False).encode()
-        except ValueError as e:
-            if type(e).__name__ not in ("AHNError", "Unreadable"):
-                raise
-            errors.append(e)
-    if errors:
-        raise errors[0]
+    for names in ([str(folder)], [inside]):
+        with also():
+            _read_all(names)
+    _read_all([str(file)])
+
+
+def _read_all(names: list[str]) -> None:
+    find(names)
+    dict(read_each(names, read_file))
+    read_documents(names, has_prompt=False).encode()
 
 
 def _folder(data: bytes, place: Path) -> Path:
@@ -179,6 +178,7 @@ TARGETS = [
         ],
         ("reading/text.py", "reading/encoding.py"),
         ('{"text": "', '"}\n', "\ufeff", "\\ud800", "\\u0000", "NaN", "1e999", "\u2028", "[[[["),
+        of_lines(("text", "id", "")),
     ),
     Target(
         "text",
@@ -230,5 +230,6 @@ TARGETS = [
         lambda: [*archives(), papers.epub({"a.xhtml": "<p>x</p>"}), papers.docx("")],
         ("reading/kinds.py", "reading/documents.py"),
         ("PK\x01\x02", "PK\x03\x04", "PK\x05\x06", "PK\x06\x06", "word/", "\xff\xff"),
+        of_zip(PARTS),
     ),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from ahn_mlx.evaluate.records import count_records, digest, read_records
 from ahn_mlx.evaluate.results import rows_of, score_directory
 from ahn_mlx.evaluate.suites import line_of
 
-from ..mutate import of_json
+from ..mutate import of_json, of_lines, of_zip
 from ..oracle import Target
 
 FILES = {
@@ -143,6 +143,12 @@ def predictions() -> list[bytes]:
     return [*found, json.dumps(more).encode()]
 
 
+def _any(data: bytes, longest: int, seed: int) -> bytes:
+    change = _ZIP if data.startswith(b"PK") else _LINES
+    return change(data, longest, seed)
+
+
+_ZIP, _LINES = of_zip(("a.jsonl", "x/a.jsonl")), of_lines(WORDS)
 TARGETS = [
     Target(
         "records",
@@ -151,6 +157,7 @@ TARGETS = [
         records,
         ("evaluate/records.py",),
         (*WORDS, "PK\x01\x02", "PK\x05\x06", "\x0e\0", "\x0c\0", "\x08\0"),
+        _any,
     ),
     Target(
         "predictions",

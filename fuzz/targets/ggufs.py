@@ -1,6 +1,7 @@
 """GGUF: headers, the settings in them, tensors and tokenizers."""
 
 import json
+import math
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +73,22 @@ def encode(facts: dict[str, Any]) -> bytes:
         out += _string(name) + _pack("I", len(shape)) + b"".join(_pack("Q", n) for n in shape)
         out += _pack("I", kind) + _pack("Q", offset)
     return out + bytes(-len(out) % 32) + bytes(min(max(int(facts["bytes"]), 0), 1 << 18))
+
+
+def _in_order(facts: Any) -> Any:
+    """With its tensors one after the other, as large as their shapes are."""
+    try:
+        end = 0
+        for tensor in facts["tensors"]:
+            _, shape, kind, _ = tensor
+            size = math.prod(shape) // KINDS[kind].values * KINDS[kind].size
+            if not 0 <= size < 1 << 17:
+                return facts
+            tensor[3], end = end, end + -(-size // 32) * 32
+        facts["bytes"] = end
+    except (TypeError, KeyError, ValueError):
+        pass
+    return facts
 
 
 def _file(data: bytes, place: Path) -> Path:
@@ -201,7 +218,7 @@ TARGETS = [
         files,
         ("checkpoints/ggufheader.py", "checkpoints/ggufile.py", "checkpoints/gguf.py"),
         WORDS,
-        of_json(WORDS),
+        of_json(WORDS, _in_order),
         longest=1 << 15,
     ),
     Target(

@@ -21,8 +21,8 @@ from ahn_mlx.reading.session import Session
 from ahn_mlx.train import loop, metrics, validation
 from ahn_mlx.train.settings import Settings
 
-from ..mutate import of_json
-from ..oracle import Target
+from ..mutate import of_json, of_lines
+from ..oracle import Target, also
 
 WORDS = (
     *FACTS,
@@ -188,7 +188,8 @@ def _state(data: bytes, place: Path) -> Path:
 def _resume(file: Path, place: Path, out: Path) -> None:
     trainer, _, _ = _trained()
     loop.read_settings(place)
-    trainer._resume(place)
+    with also():
+        trainer._resume(place)
 
 
 def trainings() -> list[bytes]:
@@ -252,5 +253,6 @@ TARGETS = [
         ],
         ("train/metrics.py",),
         ("step", "loss", "kl", "window_kl", "NaN", "1e999", "\n", "null"),
+        of_lines(("step", "loss", "kl", "window_kl", "window")),
     ),
 ]
