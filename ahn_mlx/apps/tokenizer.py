@@ -171,6 +171,9 @@ def _merges(model: dict[str, Any], words: dict[int, bytes]) -> np.ndarray:
     rows: dict[tuple[int, int], tuple[int, int]] = {}
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
+        # Of two tokens with one number the library forgets one.
+        if absent := next((x for x in (left, right, left + right) if x not in vocab), None):
+            raise NoTable(f"its merges have {show(absent)}, which has no number of its own")
         rows[vocab[left], vocab[right]] = rank, vocab[left + right]
     return np.array([(*pair, *rows[pair]) for pair in sorted(rows)], dtype="<u4")
 
