@@ -28,31 +28,14 @@ def main() -> int:
         about.error(f"there is no target {sorted(unknown)[0]}")
     work = given.work.resolve()
     if given.minutes:
-        for name in names:
-            seconds = max(1, round(given.minutes * 60 / len(names)))
-            print(f"{name}: {seconds} s ...", file=sys.stderr, flush=True)
-            _run(work, "fuzz", name, str(seconds))
-        print("lines that were reached ...", file=sys.stderr, flush=True)
-        _run(work, "lines", *names)
+        seconds = max(1, round(given.minutes * 60 / len(names)))
+        for how in (("fuzz", work, str(seconds)), ("lines", work)):
+            subprocess.run([sys.executable, "-m", "fuzz.one", *how, *names], check=True)
     return _table(names, work)
 
 
-def _run(work: Path, how: str, *rest: str) -> None:
-    """A process of its own; that it fails is a find."""
-    (work / "logs").mkdir(parents=True, exist_ok=True)
-    name = rest[0] if how == "fuzz" else "lines"
-    log = work / "logs" / f"{name}.txt"
-    command = [sys.executable, "-m", "fuzz.one", how, str(work), *rest]
-    with log.open("wb") as out:
-        done = subprocess.run(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        end = log.read_text(errors="replace").strip().splitlines()[-3:]
-        (work / "finds" / name).mkdir(parents=True, exist_ok=True)
-        (work / "finds" / name / "ended.txt").write_text("\n".join(end))
-        print(f"{name}: ended with {done.returncode}; see {log}", file=sys.stderr)
-
-
 def _table(names: list[str], work: Path) -> int:
+    # A second of the processor: what else a machine does says nothing of a parser.
     rows = [("target", "inputs", "a second", "accepted", "slowest", "lines", "finds")]
     reached: dict[str, set[int]] = {}
     there: dict[str, set[int]] = {}

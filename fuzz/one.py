@@ -1,7 +1,9 @@
-"""In a process of its own, as libFuzzer wants it: `python -m fuzz.one fuzz|lines DIRECTORY ...`.
+"""In a process of its own: `python -m fuzz.one fuzz DIRECTORY SECONDS NAME ...` or `lines DIRECTORY
+NAME ...`.
 
-fuzz runs a target on new inputs for some seconds; lines runs all inputs of targets that were worth
-keeping, and writes which lines of the parsers they reach.
+fuzz runs each target on new inputs for some seconds, in a copy of the process, as libFuzzer never
+returns; that one fails is a find. lines runs all inputs of targets that were worth keeping, and
+writes which lines of the parsers they reach.
 """
 
 import hashlib
@@ -11,9 +13,13 @@ import resource
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .oracle import Target
 
 ROOM = 8 << 30  # bytes of address space beyond what is used at the start
 ENDLESS = 600  # seconds of one input, after which libFuzzer ends the process
@@ -34,14 +40,39 @@ class Finds:
             (self.directory / f"{name}.txt").write_text(text, errors="replace")
 
 
-def fuzz(name: str, work: Path, seconds: int) -> None:
+def fuzz_all(names: list[str], work: Path, seconds: int) -> None:
     import atheris
 
     atheris.enabled_hooks.add("str")
     with atheris.instrument_imports(include=["ahn_mlx"]):
-        from .oracle import Broken, Oracle
-        from .targets import TARGETS
-    target = TARGETS[name]
+        from .targets import TARGETS  # which takes longer than a short run
+    for name in names:
+        log = work / "logs" / f"{name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{name}: {seconds} s ...", flush=True)
+        child = os.fork()
+        if not child:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(out, stream)
+            try:
+                _fuzz(TARGETS[name], work, seconds)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            end = log.read_text(errors="replace").strip().splitlines()[-3:]
+            (work / "finds" / name).mkdir(parents=True, exist_ok=True)
+            (work / "finds" / name / "ended.txt").write_text("\n".join(end))
+            print(f"{name}: ended with {status}; see {log}", flush=True)
+
+
+def _fuzz(target: "Target", work: Path, seconds: int) -> None:
+    import atheris
+
+    from .oracle import Broken, Oracle
+
+    name = target.name
     seeds = work / "seeds" / name
     corpus, stats = work / "corpus" / name, work / "stats" / f"{name}.json"
     for directory in (seeds, corpus, stats.parent):
@@ -57,11 +88,11 @@ def fuzz(name: str, work: Path, seconds: int) -> None:
     # As on a memory disk, where there is one.
     root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     oracle = Oracle(target, root)
-    begun = told = time.monotonic()
+    told, spent_before = time.monotonic(), time.process_time()
     done = 0
 
     def tell() -> None:
-        spent = time.monotonic() - begun
+        spent = time.process_time() - spent_before
         found = {
             "executions": totals["executions"] + done,
             "seconds": totals["seconds"] + spent,
@@ -144,6 +175,6 @@ def lines(names: list[str], work: Path) -> None:
 if __name__ == "__main__":
     how, work, *rest = sys.argv[1:]
     if how == "fuzz":
-        fuzz(rest[0], Path(work), int(rest[1]))
+        fuzz_all(rest[1:], Path(work), int(rest[0]))
     else:
         lines(rest, Path(work))

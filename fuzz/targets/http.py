@@ -303,11 +303,13 @@ def _request(data: bytes, place: Path) -> dict[str, Any]:
 
 def _stored(given: dict[str, Any], place: Path, out: Path) -> None:
     _, digests, kept, _ = _application()
+    jobs = len(digests.jobs)
     try:
         _answer(given, place, out)
     finally:
         # Jobs run beside; then nothing is left for the next request.
-        digests._worker.submit(lambda: None).result()
+        if len(digests.jobs) != jobs:
+            digests._worker.submit(lambda: None).result()
         if len(digests.jobs) > 20 or len(list((kept / "files").iterdir())) > 40:
             for job in list(digests.jobs):
                 digests.delete(job)
