@@ -1,0 +1,95 @@
+"""Both ways that operations take, a CPU's and a GPU's, against the same equations."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_equations import close, delta_rule, drawn, ssd
+from test_model import IDS, tiny
+
+from ahn_mlx.memory import MEMORIES
+from ahn_mlx.ops import delta, mamba2, window
+from ahn_mlx.ops.ring import Update
+from ahn_mlx.ops.window import Logits
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request, monkeypatch):
+    for module in (delta, mamba2, window):
+        monkeypatch.setattr(module, "on_cpu", lambda: request.param == "cpu")
+    return request.param
+
+
+@pytest.mark.parametrize("length", [1, 9, 37])
+def test_recurrences(way, length):
+    q, k, v, g, beta, M = drawn(length)
+    close(delta.gated_delta_rule(q, k, v, g, beta, M), delta_rule(q, k, v, g, beta, M))
+    close(delta.delta_rule(q, k, v, beta, M), delta_rule(q, k, v, 0 * g, beta, M))
+    A = -mx.linspace(0.1, 3.0, q.shape[2])
+    close(mamba2.ssd(q, k, v, beta, A, M), ssd(q, k, v, beta, A, M))
+
+
+def scores(q, k, near, far_from, cap):
+    """[B, H, L, K] in float64: of `near` for the first keys, capped."""
+    q, k, near = (np.array(x, dtype=np.float64) for x in (q, k, near))
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    s = np.einsum("bhld,bhkd->bhlk", q, k)
+    s[..., :far_from] = np.einsum("bhld,bhkd->bhlk", near, k[:, :, :far_from])
+    s *= 0.5
+    return s if cap is None else cap * np.tanh(s / cap)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("near", [False, True])
+def test_attention_with_capped_scores_and_heads_that_look_away(way, length, cap, away, near):
+    """A logit of its own takes part of a head's attention and gives nothing."""
+    q, other = (mx.random.normal((2, 6, length, 8)) for _ in range(2))
+    k, v = (mx.random.normal((2, 3, 50, 8)) for _ in range(2))
+    mask = np.arange(50)[None] <= np.arange(length)[:, None] + 42
+    own = mx.random.normal((6,)) if away else None
+    s = np.where(mask, scores(q, k, other, 4 if near else 0, cap), -np.inf)
+    p = np.exp(s)
+    total = p.sum(axis=-1, keepdims=True) + (
+        np.exp(np.array(own, dtype=np.float64))[:, None, None] if away else 0
+    )
+    expected = np.einsum("bhlk,bhkd->bhld", p / total, np.repeat(np.array(v), 2, axis=1))
+    logits = Logits(cap, own) if cap is not None or away else None
+    asked = (other, 4) if near else (None, 0)
+    found = window.attend(q, k, v, 0.5, mx.array(mask), *asked, logits=logits)
+    assert np.abs(np.array(found) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_a_chunk_behind_a_window(way, capped):
+    """Token t of the chunk sees t - 9 to t, and the first four."""
+    k, v = (mx.random.normal((1, 2, 60, 8)) for _ in range(2))
+    q, near = (mx.random.normal((1, 4, 25, 8)) for _ in range(2))
+    t, j = np.arange(35, 60)[:, None], np.arange(60)[None]
+    mask = (j <= t) & ((j < 4) | (t - j < 10))
+    cap = 2.0 if capped else None
+    p = np.exp(np.where(mask, scores(q, k, near, 4, cap), -np.inf))
+    p /= p.sum(axis=-1, keepdims=True)
+    expected = np.einsum("bhlk,bhkd->bhld", p, np.repeat(np.array(v), 2, axis=1))
+    slots = [*range(4), *([0] * 10)]
+    for t in range(25, 35):
+        slots[4 + (t - 4) % 10] = t
+    ring = tuple(x[:, :, mx.array(slots)] for x in (k, v))
+    chunk = tuple(x[:, :, 35:] for x in (k, v))
+    update = Update(ring, chunk, 35, 10, 4)
+    logits = Logits(cap, None) if capped else None
+    found = window.window_attention(q, update, 0.5, near, False, logits)
+    assert np.abs(np.array(found) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("memory", list(MEMORIES))
+def test_a_whole_model_is_the_same_either_way(memory, monkeypatch):
+    said = []
+    for cpu in (True, False):
+        for module in (delta, mamba2, window):
+            monkeypatch.setattr(module, "on_cpu", lambda cpu=cpu: cpu)
+        _, model = tiny(memory=memory, window=10, sinks=3, sink_positions="clamped")
+        cache = model.make_cache()
+        parts = [model(ids, cache=cache) for ids in (IDS[:, :7], IDS[:, 7:40], IDS[:, 40:41])]
+        said.append(mx.concatenate(parts, axis=1))
+    assert mx.allclose(*said, atol=1e-4)
