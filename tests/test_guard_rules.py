@@ -6,8 +6,11 @@ import resource
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from ahn_mlx.serve import guard
+from ahn_mlx.serve.app import _http_error
 from ahn_mlx.serve.guard import Guard
 from ahn_mlx.serve.parameters import APIError
 
@@ -238,3 +241,23 @@ def test_a_process_may_have_as_many_files_as_connections(monkeypatch, soft, hard
     monkeypatch.setattr(resource, "setrlimit", lambda what, to: set_to.append(to))
     guard.allow_connections()
     assert set_to == ([] if asked is None else [(asked, limits[1])])
+
+
+@pytest.mark.parametrize(
+    ("failed", "status", "said"),
+    [
+        (HTTPException(404), 404, "there is no such route"),
+        (HTTPException(405, headers={"Allow": "POST"}), 405, "this route has no such method"),
+        (HTTPException(400, "too many parts"), 400, "too many parts"),
+        (HTTPException(418, ""), 418, "the server failed"),
+        (KeyError("secret"), 500, "the server failed"),
+    ],
+)
+def test_what_fails_outside_of_routes_is_said_in_the_form_of_the_api(failed, status, said):
+    for path, known in (("/v1/models", ("param", "code")), ("/v1/messages", ())):
+        request = Request({"type": "http", "method": "GET", "path": path, "headers": []})
+        answer = asyncio.run(_http_error(request, failed))
+        found = json.loads(answer.body)["error"]
+        assert (answer.status_code, found["message"]) == (status, said)
+        assert set(known) <= found.keys() and (known or "param" not in found)
+        assert answer.headers.get("allow") == ("POST" if status == 405 else None)
