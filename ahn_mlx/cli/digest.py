@@ -246,6 +246,7 @@ def _job(session: Any, text: str, options: dict[str, Any]) -> str:
 
 def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]:
     """The session of an interrupted run of the same job, with what its file says, or none."""
+    from ..model.ranks import Lost
     from ..reading import memoryfile
     from ..reading.session import Session
 
@@ -259,6 +260,8 @@ def _resume(partial: Path, session: Any, job: str) -> tuple[Any, dict[str, Any]]
         resumed = Session.load(partial, session.model, session.tokenizer)
         if resumed.tokens - session.tokens != facts["done"]:
             raise AHNError(f"{partial}: damaged, {facts['done']} is not what it has read")
+    except Lost:
+        raise
     except AHNError as e:
         say(f"note: {e}; starting anew")
         return None, {}

@@ -4,6 +4,7 @@ import ipaddress
 import os
 import signal
 import socket
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +15,11 @@ import click
 from ..errors import AHNError
 from ..outputs.files import check_writable
 from .options import check_numbers, load_model, loading_options, needs_memory, window_bits_options
-from .ranks import OnRanks, is_first, share
+from .ranks import OnRanks, here, is_first, share
 from .terminal import say, warn_slow
 
 LONGEST_KEY = 1 << 12  # characters
+LATE = 30.0  # seconds in which what is being done with other ranks comes to its end
 
 
 @click.command(cls=OnRanks)
@@ -180,10 +182,23 @@ def _run(
         pass
     finally:
         began = time.monotonic()
+        late = threading.Timer(LATE, _leave)
+        late.daemon = True
+        if here() is not None:
+            late.start()
         end(service, digests)
+        late.cancel()
         say(f"stopped in {time.monotonic() - began:.1f} s")
         if broken := service.engine.acts.broken:
             raise broken
+
+
+def _leave() -> None:
+    """End though a rank that is gone is waited for. What was saved is whole."""
+    from ..model.ranks import LOST
+
+    say(f"error: {LOST}")
+    os._exit(2)
 
 
 def _follow(options: dict[str, Any], model: Any, tokenizer: Any) -> None:

@@ -27,6 +27,15 @@ from .division import Part, heads_of_each, part_of, rows_of_each
 T = TypeVar("T")
 
 LOST = "another rank has ended; mlx.launch says which"
+
+
+class Lost(AHNError):
+    """A rank is not there any more, and nothing can be done without it."""
+
+    def __init__(self) -> None:
+        super().__init__(LOST)
+
+
 UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -89,7 +98,7 @@ class Ranks:
         """Raise AHNError unless all are there. What came before from one that is not may be
         anything."""
         if self.sum(mx.array(1)).item() != self.size:
-            raise AHNError(LOST)
+            raise Lost
 
     def settle(self) -> None:
         """Wait for what mlx-lm computes ahead of an answer that has ended. Two streams that both
@@ -112,7 +121,7 @@ class Ranks:
             try:
                 told = json.loads(self._send(b"", root))
             except ValueError:
-                raise AHNError(LOST) from None
+                raise Lost from None
             if "error" in told:
                 raise AHNError(told["error"])
             return told["made"]

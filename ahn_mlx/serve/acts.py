@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AHNError
 from ..model.augment import dtype_of
-from ..model.ranks import LOST, Ranks
+from ..model.ranks import Lost, Ranks
 from ..model.together import Together
 from ..reading.session import Session
 from ..reading.tail import Tail
@@ -233,7 +233,7 @@ class Acts:
         said: Any = self.ranks.sum(mx.array([1, int(failed), int(self.pressed)])).tolist()
         there, failures, pressed = said
         if there != self.ranks.size or failures not in (0, there):
-            raise AHNError(LOST)
+            raise Lost
         self.pressed = self.pressed or bool(pressed)
 
     def _note(self, session: Session) -> None:

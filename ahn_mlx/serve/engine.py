@@ -219,7 +219,8 @@ class Engine:
         try:
             work()
         except BaseException as e:
-            log.error("%s in the engine", type(e).__name__)  # no words of a client's
+            if self.acts.broken is None:  # which is said once, when the server has ended
+                log.error("%s in the engine", type(e).__name__)  # no words of a client's
 
     def _begin(self, request: Request) -> None:
         try:
