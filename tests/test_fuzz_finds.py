@@ -573,6 +573,9 @@ def test_what_templates_do_every_day_is_not_changed() -> None:
         "{{ 2 ** 10 % 7 }}{{ missing }}{{ missing is defined }}{{ 'x' * 3 }}{{ [1] * 2 }}"
         "{% for a, b in {'k': [1]}.items() recursive %}{{ a }}{{ b[:] }}{% endfor %}"
         "{% for t in nothing %}{% endfor %}"
+        "{{ '%d %s' % (10**9, 10**9) }}{{ '{:,}'.format(10**9) }}{{ say(10**9) }}"
+        "{{ '%d' | format(10**9) }}{{ missing | default(10**9) }}{{ 'abc'.find('c', 0, 10**9) }}"
+        "{{ [10**9] | select('equalto', 10**9) | list }}{{ [1] | sum(start=10**9) }}"
     )
     messages = [{"role": "user", "content": "One"}, {"role": "system", "content": "abc"}]
     tokenizer = chat_tokenizer()

@@ -30,12 +30,16 @@ _LIGHT = (
     *("reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice", "sort", "sum"),
     "unique",
 )
-# Filters and methods of texts that may say what they are given once for each sign of the text.
-_TIMES = (
-    *("expandtabs", "format", "format_map", "indent", "tojson", "translate", "urlize"),
-    *("wordwrap", "xmlattr"),
+# Filters and methods that may say what they are given once for each sign of a text.
+_TIMES = ("expandtabs", "indent", "tojson", "translate", "urlize", "wordwrap", "xmlattr")
+_FORMATS = ("format", "format_map")
+_MILLION = re.compile(r"%[^a-zA-Z%]*\d{6}|\{[^{}]*:[^{}]*\d{6}")
+_ASKED = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{")  # a width that is among the values
+# Those whose numbers are widths, or how many there are to be.
+_WIDE = (
+    *("batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "to_bytes"),
+    *("tojson", "truncate", "urlize", "wordwrap", "zfill"),
 )
-
 
 _TEXTS = (str, bytes)
 _VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
@@ -141,8 +145,15 @@ class _Counted:
             yield item
 
 
-def _check_text(name: str, text: Any, args: tuple[Any, ...]) -> None:
-    """What a filter or a method of texts will make of it can be paid for."""
+def _check(name: str, text: Any, args: tuple[Any, ...]) -> None:
+    """What a filter or a method of texts will make can be paid for."""
+    numbers = [abs(x) for x in args if isinstance(x, int)]
+    if name in _WIDE and any(x > WIDEST for x in numbers):
+        raise TemplateRuntimeError(f"it asks for {max(numbers):.3g} characters")
+    if name in _FORMATS:
+        text = str(text)
+        if _MILLION.search(text) or (_ASKED.search(text) and _largest(args) > WIDEST):
+            raise TemplateRuntimeError("it asks for a million characters")
     most = _left()[0]
     size, more = _deep(text, most), _deep(args, most)
     if name == "replace" and len(args) > 1:
@@ -150,25 +161,19 @@ def _check_text(name: str, text: Any, args: tuple[Any, ...]) -> None:
         size += str(text).count(old) * len(new) if size <= most else 0
     elif name == "join":
         size += more + _size(text) * max(map(_size, args), default=0)
+    elif name in _FORMATS:
+        size *= more + (_largest(args) if _ASKED.search(text) else 0)
     elif name in _TIMES:
-        size *= more + sum(abs(n) for n in args if isinstance(n, int))
+        size *= more + sum(numbers)
     else:
         size += more
     _afford(size)
 
 
-def _check_widths(*values: Any) -> None:
-    """No number is one of characters by which memory could be filled."""
-    for x in values:
-        if isinstance(x, int) and abs(x) > WIDEST:
-            raise TemplateRuntimeError(f"it asks for {abs(x):.3g} characters")
-        if isinstance(x, tuple):
-            _check_widths(*x)
-
-
-def _check_format(text: str) -> None:
-    if re.search(r"%[^a-zA-Z%]*\d{6}|\{[^{}]*:[^{}]*\d{6}", text):
-        raise TemplateRuntimeError("it asks for a million characters")
+def _largest(values: Any) -> int:
+    """The largest whole number of some values."""
+    numbers = (_largest(x) if isinstance(x, tuple) else x for x in values)
+    return max((abs(x) for x in numbers if isinstance(x, int)), default=0)
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,16 +183,13 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def guarded(*args: Any, **named: Any) -> Any:
         value, rest = args[first], (*args[first + 1 :], *named.values())
-        _check_widths(*rest)
-        if name == "format":
-            _check_format(str(value))
         if name == "join" and not hasattr(value, "__len__"):
             value = list(value)
             args = (*args[:first], value, *args[first + 1 :])
-        if name in _LIGHT:
+        if name in _WIDE or name not in (*_FREE, *_LIGHT):
+            _check(name, value, rest)
+        elif name in _LIGHT:
             _made(value)
-        elif name not in _FREE:
-            _check_text(name, value, rest)
         found = function(*args, **named)
         return found if name in _FREE else _made(found)
 
@@ -229,26 +231,20 @@ class Bounded(ImmutableSandboxedEnvironment):
             times, item = (left, right) if isinstance(left, int) else (right, left)
             _spend(_deep(item, _left()[0]) * max(times, 1) if isinstance(times, int) else 1)
         elif operator == "%" and isinstance(left, str | bytes):
-            _check_format(str(left))
-            _check_widths(right)
-            _check_text("format", left, (right,))
+            _check("format", left, (right,))
         elif operator == "+":
             _afford(_size(left) + _size(right))
         return _made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __called: Any, *args: Any, **named: Any) -> Any:
         name = getattr(__called, "__name__", "")
-        text = getattr(getattr(__called, "__wrapped__", __called), "__self__", None)
+        of = getattr(getattr(__called, "__wrapped__", __called), "__self__", None)
         values = (*args, *named.values())
-        if not isinstance(__called, type) and name != "safe_range":
-            _check_widths(*values)
-        if isinstance(text, str | bytes):
+        if isinstance(of, str | bytes | int):
             if name == "join" and args and not hasattr(args[0], "__len__"):
                 args = values = (list(args[0]),)
-            if name in ("format", "format_map"):
-                _check_format(str(text))
             joined = name == "join" and len(args) == 1
-            _check_text(name, *((args[0], (text,)) if joined else (text, values)))
+            _check(name, *((args[0], (of,)) if joined else (of, values)))
         _spend(sum(map(_size, values)))  # a recursive loop goes over what it is called with
         return _made(super().call(__context, __called, *args, **named))
 
