@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gpt_neox, llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -222,3 +222,17 @@ def test_a_rope_that_needs_numbers_is_refused_wherever_it_differs(wrong_from):
     model.layers[0].self_attn.rope = Rope(8)
     with pytest.raises(AHNError, match="cannot run here, it needs positions as numbers"):
         augment(model, AHNConfig(window=8, sinks=2))
+
+
+def test_parameters_that_are_changed_in_place_count_from_the_next_text_on():
+    _, model = tiny(window=10, sinks=3)
+    model.eval()
+    before = model(IDS)
+    for layer in model.layers:
+        weight = layer.self_attn.ahn.b_proj.weight
+        weight[:] = weight + 1
+    after = model(IDS)
+    assert mx.abs(after - before).max() > 1e-3
+    copies = {name: mx.array(x) for name, x in tree_flatten(model.parameters())}
+    model.update(tree_unflatten(list(copies.items())))
+    assert mx.allclose(model(IDS), after, atol=1e-5)

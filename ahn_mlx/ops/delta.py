@@ -134,10 +134,10 @@ def step(
     """
     B, _, H, D = q.shape
     Hkv = k.shape[2]
-    heads = (B, Hkv, H // Hkv, 1, D)
-    scalars = (*heads[:3], 1, 1)
+    heads = (B, Hkv, H // Hkv)
+    scalars = (*heads, 1, 1)
     both = stacked(k, q)
-    M = state.reshape(*heads[:3], D, D)
+    M = state.reshape(*heads, D, D)
     read = both @ M
     kk, kq, qq = products(both)
     k_scale, q_scale = mx.rsqrt(kk + 1e-6), mx.rsqrt(qq + 1e-6) * D**-0.5

@@ -27,7 +27,6 @@ def picture(path: Path, reads: tuple[Path, ...] = (), force: bool | None = None)
     check_drawing(str(path))
     out = OutFile(path, "a picture of ours", is_picture, reads, force, tuple(MARKS))
     out.check()
-    new_figure(1, 1)
     return out
 
 
