@@ -586,6 +586,45 @@ def test_what_templates_do_every_day_is_not_changed() -> None:
     assert "yy" in expected and sandbox.render(tokenizer, messages) == expected
 
 
+ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
+LONG = [
+    # As models with tools have it: one text, to which all are added.
+    "{% set ns = namespace(t='') %}{% for m in messages %}"
+    "{% set ns.t = ns.t + '### ' + m.role ~ '\n' + m.content %}{% endfor %}{{ ns.t }}",
+    "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{{ tools | tojson }}" + ALL,
+    "{% for m in messages %}{% if false %}" + "x" * 4000 + "{% endif %}{{ m.content }}{% endfor %}",
+    "{% macro f(v) %}{% if v is mapping %}{% for k, x in v.items() %}{{ k }}:{{ f(x) }}{% endfor %}"
+    "{% else %}{{ v }}{% endif %}{% endmacro %}{% for t in tools %}{{ f(t) }}{% endfor %}" + ALL,
+    "{% set ns = namespace(all=[]) %}{% for m in messages %}{% set ns.all = ns.all + [m] %}"
+    "{% endfor %}{% for m in ns.all[1:] %}{{ m.content | trim }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", LONG)
+def test_long_conversations_with_many_tools_are_written(template: str) -> None:
+    messages = [
+        {"role": "assistant" if n % 2 else "user", "content": f"{n} " + "word " * 200}
+        for n in range(500)
+    ]
+    fields = {
+        f"field{n}": {"type": "string", "description": "What it is. " * 12} for n in range(12)
+    }
+    tools = [
+        {"name": f"tool{n}", "since": 1735689600, "parameters": {"properties": fields}}
+        for n in range(100)
+    ]
+    tokenizer = chat_tokenizer()
+    tokenizer._tokenizer.chat_template = template
+    said = sandbox.render(tokenizer, messages, tools=tools)
+    assert all(m["content"].strip() in said for m in messages[1:])
+    assert "tools" not in template or said.count("1735689600") >= 100
+
+
+def test_templates_of_other_programs_are_not_counted() -> None:
+    made = sandbox.Bounded().from_string("{{ 'ab' * n }}").render(n=1 << 26)
+    assert len(made) == 1 << 27
+
+
 def steps(kind: str, n: int, **fields: Any) -> dict[str, Any]:
     """Of a tokenizer, one and the same n times."""
     return {"type": "Sequence", f"{kind}s": [fields] * n}
@@ -599,9 +638,9 @@ TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     [
         {"normalizer": steps("normalizer", 40, **TWICE)},
         {"normalizer": steps("normalizer", 40, type="ByteLevel")},
-        {"normalizer": steps("normalizer", 3, **{**TWICE, "content": "b" * 999})},
-        {"normalizer": {**TWICE, "pattern": {"Regex": ""}, "content": "b" * 999}},
-        {"normalizer": {"type": "Prepend", "prepend": "x" * 999}},
+        {"normalizer": steps("normalizer", 3, **{**TWICE, "content": "b" * 9999})},
+        {"normalizer": {**TWICE, "pattern": {"Regex": ""}, "content": "b" * 9999}},
+        {"normalizer": {"type": "Prepend", "prepend": "x" * 9999}},
         {"decoder": steps("decoder", 40, **TWICE)},
     ],
 )

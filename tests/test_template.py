@@ -163,7 +163,7 @@ def test_a_document_in_pieces_and_then_a_question():
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed .*recursion"),
         ("{{ 1 // 0 }}", "failed .*zero"),
         ("{% for i in range(10**9) %}{% endfor %}" + CHATML, "failed .*[Rr]ange"),
-        ("{% for i in range(99999) %}twelve chars{% endfor %}" + CHATML, "failed .*without end"),
+        ("{% for i in range(99999) %}" * 2 + "." + "{% endfor %}" * 2 + CHATML, "without end"),
         ("Hello!", "does not say a message just once"),
         (CHATML + "{{ messages[-1].content }}", "does not say a message just once"),
         (CHATML.replace("m.content", "m.content | e"), "changes what it is given"),
@@ -178,7 +178,7 @@ def test_what_cannot_be_taken_apart_is_refused(source, reason):
 
 
 def test_a_template_without_end_is_given_up(monkeypatch):
-    monkeypatch.setattr("ahn_mlx.reading.template.SECONDS", 0.2)
+    monkeypatch.setattr("ahn_mlx.reading.template.SECONDS", 0.01)
     loops = "{% for i in range(9999) %}" * 2 + "{% endfor %}" * 2
     with pytest.raises(TemplateError, match="does not end"):
         Template(chat_tokenizer(loops + CHATML))

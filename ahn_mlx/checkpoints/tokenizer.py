@@ -25,7 +25,7 @@ READ = (".json", ".jinja", ".txt", ".model")
 NO_CODE = {"trust_remote_code": False}
 # mlx-lm keeps a list as long as the largest number of a token.
 MOST_TOKENS = 1 << 24
-MOST_GROWTH = 1 << 8  # characters that are made of one
+MOST_GROWTH = 1 << 12  # characters that are made of one
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 

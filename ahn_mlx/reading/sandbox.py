@@ -1,11 +1,12 @@
 """Chat templates are programs of strangers. jinja's sandbox keeps them from files and from Python;
 here what they make and how often they go round is bounded, before it is made.
 
-Each step of a loop, each call and each character that is made is one of a rendering's steps. So
-time and memory have one bound, which is the same on every machine.
+What a rendering may make is counted in characters, and a turn of a loop, a call and an item cost
+as much time as some. So time and memory have one bound, which is the same on every machine.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,8 +19,10 @@ from jinja2.utils import Namespace
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.utils import chat_template_utils
 
-STEPS = 1 << 20  # of a rendering, and for each character that it is given
-FOR_EACH = 64
+# Characters that a rendering may make, and for each that it is given: whoever adds message after
+# message to one text copies the first as often as there are others.
+MOST, FOR_EACH = 1 << 26, 1 << 10
+TURN, ITEM = 1 << 6, 1 << 3  # what costs as much
 BITS = 1 << 13  # of a whole number
 WIDEST = 1 << 16  # a number that says how wide something is to be
 
@@ -53,16 +56,16 @@ def render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], **option
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
-_LEFT: ContextVar[list[int] | None] = ContextVar("steps", default=None)
+_LEFT: ContextVar[list[int] | None] = ContextVar("characters", default=None)
 
 
 @contextmanager
 def bounded(*given: Any) -> Iterator[None]:
-    """All renderings within it have the steps of one, if they are not within another."""
+    """All renderings within it have what one may make, if they are not within another."""
     if _LEFT.get() is not None:
         yield
         return
-    before = _LEFT.set([STEPS + FOR_EACH * _deep(given, STEPS * FOR_EACH)])
+    before = _LEFT.set([MOST + FOR_EACH * _deep(given, MOST)])
     try:
         yield
     finally:
@@ -70,21 +73,21 @@ def bounded(*given: Any) -> Iterator[None]:
 
 
 def _left() -> list[int]:
-    """Steps that are left, in a list of one."""
+    """Characters that are left, in a list of one. Other programs' templates are not ours."""
     left = _LEFT.get()
-    return [STEPS] if left is None else left
+    return [sys.maxsize] if left is None else left
 
 
-def _spend(steps: int) -> None:
+def _spend(characters: int) -> None:
     left = _left()
-    left[0] -= steps
+    left[0] -= characters
     if left[0] < 0:
         raise TemplateRuntimeError("it writes or loops without end")
 
 
-def _afford(steps: int) -> None:
+def _afford(characters: int) -> None:
     """As _spend, of what is not made yet and will be paid for."""
-    if steps > _left()[0]:
+    if characters > _left()[0]:
         raise TemplateRuntimeError("it writes or loops without end")
 
 
@@ -94,7 +97,7 @@ def _deep(value: Any, most: int) -> int:
     found, left = 0, [value]
     while left and found <= most:
         x: Any = left.pop()
-        found += 1
+        found += ITEM
         if isinstance(x, _TEXTS):
             found += len(x)
         elif isinstance(x, _HOLDERS):
@@ -110,7 +113,9 @@ def _deep(value: Any, most: int) -> int:
 
 def _size(value: Any) -> int:
     """Of a value that was made: its own characters or items."""
-    return len(value) + 1 if isinstance(value, Sized) else 1
+    if isinstance(value, _TEXTS):
+        return len(value) + ITEM
+    return ITEM * (len(value) + 1) if isinstance(value, Sized) else ITEM
 
 
 def _whole(value: Any) -> Any:
@@ -134,7 +139,7 @@ class _Counted:
     """What a loop goes over. weight: characters that stand in the loop."""
 
     def __init__(self, items: Any, weight: int):
-        self.items, self.cost = items, max(weight, 0) + 1
+        self.items, self.cost = items, max(weight, 0) + TURN
 
     def __len__(self) -> int:
         return len(self.items)
@@ -164,7 +169,7 @@ def _check(name: str, text: Any, args: tuple[Any, ...]) -> None:
     elif name in _FORMATS:
         size *= more + (_largest(args) if _ASKED.search(text) else 0)
     elif name in _TIMES:
-        size *= more + sum(numbers)
+        size *= TURN * (more + sum(numbers))  # they take long
     else:
         size += more
     _afford(size)
@@ -245,7 +250,7 @@ class Bounded(ImmutableSandboxedEnvironment):
                 args = values = (list(args[0]),)
             joined = name == "join" and len(args) == 1
             _check(name, *((args[0], (of,)) if joined else (of, values)))
-        _spend(sum(map(_size, values)))  # a recursive loop goes over what it is called with
+        _spend(TURN + sum(map(_size, values)))  # a recursive loop goes over what it is called with
         return _made(super().call(__context, __called, *args, **named))
 
 
