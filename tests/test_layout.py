@@ -97,7 +97,7 @@ def test_facts_at_their_bounds(name):
             check_facts({**GOOD, name: value})
 
 
-@pytest.mark.parametrize("name", GOOD.keys() - {"version"})
+@pytest.mark.parametrize("name", sorted(GOOD.keys() - {"version"}))
 def test_each_fact_is_there_but_for_what_is_newer(name):
     facts = {key: value for key, value in GOOD.items() if key != name}
     with pytest.raises(ValueError, match=f"it does not say its {name}"):
