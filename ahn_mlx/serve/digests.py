@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -202,9 +203,11 @@ class Digests:
                 job = Job(**json.loads(file.read_text()))
             except (OSError, ValueError, TypeError):
                 continue  # not one of ours
+            self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
                 job.status = "done" if self._is_made(job) else "paused"
-            self.jobs[job.id] = job
+                with suppress(OSError):  # a full disk: it is found again next time
+                    self._note(job)
         for part in (*parts_in(self.directory), *parts_in(library.directory)):
             clear_part(part)
         for file in library.directory.glob(".job-*.partial") if files.alone else ():
