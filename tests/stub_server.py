@@ -34,6 +34,7 @@ class Words:
         self.tokenizer, self.metrics, self.rows = chat_tokenizer(), Metrics(), ROWS
         self.model: Any = type("Model", (), {"args": type("Args", (), {"vocab_size": 256})})
         self.free, self.reading, self.stuck, self.beat = ROWS, 0, False, time.monotonic()
+        self.over = False
         self.running: list[tuple[Request, list[int]]] = []
         self.lock = threading.Lock()
         threading.Thread(target=self.turn, daemon=True).start()

@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 import ahn_mlx
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.hub import zoo
+from ahn_mlx.model.names import is_memory
 
 SIZES = {
     "model_type": "llama",
@@ -198,7 +199,7 @@ def test_refusals_name_what_is_wrong():
 def test_smollm2_equals_plain_mlx_lm_in_the_window():
     model, tokenizer = zoo.load(zoo.DEFAULT, window=1024, sinks=64, dtype="float32")
     plain = llama.Model(model.args)
-    base = [(k, v) for k, v in tree_flatten(model.parameters()) if ".ahn." not in k]
+    base = [(k, v) for k, v in tree_flatten(model.parameters()) if not is_memory(k)]
     plain.load_weights(base)
     text = (Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt").read_text("utf-8")
     ids = mx.array(tokenizer.encode(text[:2000]))

@@ -93,9 +93,26 @@ def export_app(
             write_json(directory / "manifest.json", _with_hash(manifest))
 
 
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    """What a disk has against a file that MLX writes, as an OSError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not str(e).startswith("[write]"):
+            raise
+        with file.open("ab") as again:  # MLX does not say it
+            again.write(bytes(1 << 16))
+        raise OSError("MLX could not write it") from None
+
+
 def _trace(file: Path, model: nn.Module, state: list[mx.array], lengths: list[int]) -> None:
     step = pure_step(model, last=True)
-    with _own_weights(model) as weights, mx.exporter(str(file), step) as trace:
+    with (
+        _written(file),
+        _own_weights(model) as weights,
+        mx.exporter(str(file), step) as trace,
+    ):
         for L in lengths:
             example = (mx.zeros((1, L), mx.int32), mx.array([0]), mx.array([L]), *state)
             # Kernels are compared and timed when they are first wanted, not while tracing.
