@@ -460,7 +460,10 @@ def test_a_config_that_claims_more_than_its_tensors(
             read(base)
 
 
-@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])
+LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_that_have_no_tensor(name: str, base: Path) -> None:
     edit_config(base, **{name: 900})
     with pytest.raises(AHNError, match=rf"config\.json: {name} is 900, but there are 26 tensors"):
@@ -472,7 +475,7 @@ def test_layers_that_have_no_tensor(name: str, base: Path) -> None:
         load_plain(base)
 
 
-@pytest.mark.parametrize("name", ["num_experts", "n_routed_experts", "altup_num_inputs", "n_group"])
+@pytest.mark.parametrize("name", ["n_head", "n_routed_experts", "altup_num_inputs", "n_group"])
 def test_lists_that_a_config_makes_long(name: str, base: Path) -> None:
     edit_config(base, **{name: 4096})
     read_config(base)
@@ -587,7 +590,7 @@ def test_what_templates_do_every_day_is_not_changed() -> None:
 
 
 ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
-LONG = [
+LONG_TALKS = [
     # As models with tools have it: one text, to which all are added.
     "{% set ns = namespace(t='') %}{% for m in messages %}"
     "{% set ns.t = ns.t + '### ' + m.role ~ '\n' + m.content %}{% endfor %}{{ ns.t }}",
@@ -600,7 +603,7 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("template", LONG)
+@pytest.mark.parametrize("template", LONG_TALKS)
 def test_long_conversations_with_many_tools_are_written(template: str) -> None:
     messages = [
         {"role": "assistant" if n % 2 else "user", "content": f"{n} " + "word " * 200}

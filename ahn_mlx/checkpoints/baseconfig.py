@@ -24,7 +24,7 @@ LIMITS = {
     "max_position_embeddings": 1 << 40,
 }
 # Of parts, by whatever name, at any depth: model files make lists of them. And the most there are.
-COUNT = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?(?:layers?|experts|heads|inputs|groups?|blocks)$")
+COUNT = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?(?:layers?|experts?|heads?|inputs|groups?|blocks)$")
 MOST = 1 << 12
 POSITIVE = {"rms_norm_eps": 1.0, "rope_theta": 1e15}
 LARGEST = 1 << 63  # of any other number; what libraries take

@@ -13,7 +13,7 @@ from ..errors import AHNError, show
 from .directory import Source
 
 # What mlx-lm's models call the number of their layers, of which lists are made.
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+LAYERS = ("num_hidden_layers", "num_layers", "num_transformer_layers", "n_layers", "n_layer")
 PACKED = 16  # the most numbers that MLX packs into one of 32 bits
 TWICE = 2  # a head may be the embedding again
 
