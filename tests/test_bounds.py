@@ -29,6 +29,13 @@ def test_what_was_asked_for_last_stays_longest(tmp_path):
     assert shelf.get("d") is shelf.get("e") is not None
     assert (len(shelf), shelf.nbytes) == (2, 2 * session.nbytes)
     assert shelf.get("d").tokens == session.tokens + 3
+    # And whichever name it was asked for by, it stays under both.
+    named, first = Shelf(2 * session.nbytes), Kept(session.fork())
+    named.put(first, "id:1", "text 1")
+    named.put(Kept(session.fork()), "id:2")
+    named.get("text 1")
+    named.put(Kept(session.fork()), "id:3")
+    assert named.get("id:1") is first and named.get("id:2") is None
     small, right = Shelf(session.nbytes - 1), Shelf(session.nbytes)
     for one in (small, right):
         one.put(Kept(session), "a")

@@ -3,6 +3,7 @@ anything is computed; what a session writes comes back bit for bit."""
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import normalizers
 
-from ahn_mlx import AHNConfig, AHNError, augment, load_model
+from ahn_mlx import AHNConfig, AHNError, augment, load, load_model
 from ahn_mlx.checkpoints.load import cast
 from ahn_mlx.cli.digest import _resume, load_as_read
 from ahn_mlx.hub.zoo import ZOO
@@ -758,3 +759,28 @@ def test_a_memory_is_of_a_model_with_its_settings(loaded, tmp_path, settings):
     model.ahn = replace(model.ahn, **settings)
     with pytest.raises(AHNError, match=r"another model.*\(settings differ\)"):
         Session.load(tmp_path / "a.ahn", model, loaded[1])
+
+
+def test_a_file_that_another_replaces_is_read_again(tmp_path, monkeypatch):
+    """Between its header, which is of the one, and its arrays, of the other."""
+    model, tokenizer = load(talking_model("qwen2-gdn", tmp_path), dtype="float32")
+    files = [tmp_path / f"{n}.ahn" for n in range(2)]
+    for n, file in enumerate(files):
+        session = Session(model, tokenizer)
+        session.read("call me ishmael" * (n + 1))
+        session.save(file)
+    expected = Session.load(files[1], model, tokenizer).tokens
+    read, there = memoryfile._arrays, tmp_path / "book.ahn"
+
+    def late(file, *rest):
+        if files[1].exists():
+            files[1].rename(there)
+        return read(file, *rest)
+
+    shutil.copy(files[0], there)
+    with monkeypatch.context() as patched:
+        patched.setattr(memoryfile, "_arrays", late)
+        assert Session.load(there, model, tokenizer).tokens == expected
+    there.write_bytes(there.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(AHNError, match="damaged"):
+        memoryfile.verify(there)

@@ -8,10 +8,10 @@ be like.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +38,8 @@ from . import layout, own
 from .caches import Cache, Own, each, held, joined, make_caches
 from .penalty import Seen, pack, unpack
 from .tail import Before, Tail, before, changed, redo, undo
+
+T = TypeVar("T")
 
 VERSIONS = (1, 2, 3)
 AGAIN = "digest the text again"
@@ -166,10 +168,14 @@ def read_facts(file: Path) -> dict[str, Any]:
 
 def verify(file: Path) -> None:
     """Check all that can be checked without the model. Raises AHNError if it is damaged."""
-    facts, found, metadata = _read(file)
-    with _named(file):
-        layout.check_arrays(found, facts, layout.of_any_model(facts))
-    _arrays(file, facts, metadata, None)
+
+    def read() -> None:
+        facts, found, metadata = _read(file)
+        with _named(file):
+            layout.check_arrays(found, facts, layout.of_any_model(facts))
+        _arrays(file, facts, metadata, None)
+
+    _of_one(file, read)
 
 
 def load(
@@ -191,7 +197,7 @@ def load(
         arrays.update(_arrays(file, facts, metadata, model.args.vocab_size))
         return facts
 
-    facts = share(model.ranks, read)
+    facts = share(model.ranks, lambda: _of_one(file, read))
     if model.ranks is not None:
         arrays = model.ranks.divided(arrays, model)
     caches = [_cache(i, layer, arrays) for i, layer in enumerate(facts["layers"])]
@@ -203,6 +209,25 @@ def load(
     packed = arrays.get(layout.SEEN)
     seen = None if packed is None else unpack(packed, model.args.vocab_size)
     return joined(make_caches(model), caches), tail, seen, facts
+
+
+def _of_one(file: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of a file that it opens several times: again, if another took its name."""
+    while True:
+        before = _which(file)
+        try:
+            return read()
+        except AHNError:
+            if _which(file) == before:
+                raise
+
+
+def _which(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:

@@ -205,7 +205,9 @@ class Digests:
                 continue  # not one of ours
             self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
-                job.status = "done" if self._is_made(job) else "paused"
+                made = self._made_of(job)
+                job.status = "paused" if made is None else "done"
+                job.tokens = job.tokens_read = job.tokens if made is None else made
                 with suppress(OSError):  # a full disk: it is found again next time
                     self._note(job)
         for part in (*parts_in(self.directory), *parts_in(library.directory)):
@@ -215,14 +217,16 @@ class Digests:
             if ID.fullmatch(job_id) and self.jobs.get(job_id, _GONE).status in ("done", "gone"):
                 file.unlink(missing_ok=True)
 
-    def _is_made(self, job: Job) -> bool:
-        """Whether its memory is there, though the server was killed before it had said so."""
+    def _made_of(self, job: Job) -> int | None:
+        """Tokens of its document in a memory that is there, though the server was killed before it
+        had said so; None if there is none."""
         try:
             facts = memoryfile.read_facts(self.library.file(job.name))
             names = ", ".join(self.files.get(f)["filename"] for f in job.files)
         except (APIError, OSError, KeyError, ValueError):
-            return False
-        return [text["name"] for text in facts.get("texts", [])][-1:] == [names]
+            return None
+        last = facts.get("texts", [])[-1:]
+        return last[0]["tokens"] if last and last[0]["name"] == names else None
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:

@@ -40,8 +40,11 @@ class Shelf:
         with self._lock:
             if key not in self._kept:
                 return None
-            self._kept.move_to_end(key)
-            return self._kept[key][0]
+            found = self._kept[key][0]
+            # By whatever key it is found again: one that is lost alone frees nothing.
+            for other in [k for k, (kept, _) in self._kept.items() if kept is found]:
+                self._kept.move_to_end(other)
+            return found
 
     def put(self, kept: Kept, *keys: str) -> None:
         """Keep it, unless it alone is too large."""
