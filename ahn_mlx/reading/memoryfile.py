@@ -225,7 +225,7 @@ def _of_one(file: Path, read: Callable[[], T]) -> T:
 def _which(file: Path) -> tuple[int, int, int] | None:
     try:
         found = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # or a name with a NUL
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
 
