@@ -367,7 +367,7 @@ def fill(ballast: Path, room: int) -> None:
         with ballast.open("wb") as file:
             file.write(bytes(max(0, free - room)))
     except OSError as e:  # another process has taken the rest
-        if e.errno != errno.ENOSPC:
+        if room or e.errno != errno.ENOSPC:
             raise
 
 

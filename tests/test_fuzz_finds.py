@@ -548,12 +548,15 @@ MADE = [
         *(f"{{{{ {made} }}}}" for made in MADE),
     ],
 )
-def test_templates_that_would_fill_the_memory_or_not_end(template: str) -> None:
+def test_templates_that_would_fill_the_memory_or_not_end(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ahn_mlx.reading.template.SECONDS", 300)  # not by the clock
     tokenizer = chat_tokenizer()
     said = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer._tokenizer.chat_template = template + said
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(AHNError, match=r"end|characters|too|recursion|undefined"):
+    with pytest.raises(AHNError, match=r"without end|characters|too|recursion|undefined"):
         Template(tokenizer)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 

@@ -157,6 +157,23 @@ def test_what_is_read_when_the_server_ends_is_kept(tmp_path):
         assert begun <= now - paused["tokens_read"] + 50  # not from the start again
 
 
+def test_what_a_server_was_at_that_was_killed(tmp_path):
+    """What its jobs say on the disk is of their begin; the memory of one is there."""
+    with serving(tmp_path) as site:
+        jobs = [digest(site, name, b"One two three. " * 40) for name in ("made", "lost")]
+    (tmp_path / "lost.ahn").unlink()
+    for job, read in zip(jobs, (0, 7), strict=True):
+        known = tmp_path / "jobs" / f"{job['id']}.json"
+        facts = {**json.loads(known.read_text()), "status": "reading", "tokens_read": read}
+        known.write_text(json.dumps({**facts, "tokens": 2 * read}))
+    with serving(tmp_path) as site:
+        made, lost = (site.ok(f"/v1/memory_jobs/{job['id']}") for job in jobs)
+    assert made == jobs[0] and made["tokens"] > 0
+    assert (lost["status"], lost["tokens_read"], lost["tokens"]) == ("paused", 7, 14)
+    noted = json.loads((tmp_path / "jobs" / f"{jobs[0]['id']}.json").read_text())
+    assert noted["status"] == "done" and noted["tokens"] == made["tokens"]
+
+
 def test_a_document_that_is_no_text_fails_by_its_own_name(site: Site):
     job = digest(site, "broken", b"\x00\x01\x02" * 50)
     assert job["status"] == "failed" and "binary" in job["error"]

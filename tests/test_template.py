@@ -163,6 +163,7 @@ def test_a_document_in_pieces_and_then_a_question():
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed .*recursion"),
         ("{{ 1 // 0 }}", "failed .*zero"),
         ("{% for i in range(10**9) %}{% endfor %}" + CHATML, "failed .*[Rr]ange"),
+        ("{% for i in range(99999) %}twelve chars{% endfor %}" + CHATML, "1,199,988|1,200,0"),
         ("{% for i in range(99999) %}" * 2 + "." + "{% endfor %}" * 2 + CHATML, "without end"),
         ("Hello!", "does not say a message just once"),
         (CHATML + "{{ messages[-1].content }}", "does not say a message just once"),

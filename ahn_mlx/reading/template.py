@@ -21,6 +21,7 @@ MARKS = ("FIRST-MESSAGE-7f3a", "ANSWER-7f3a", "SECOND-MESSAGE-7f3a", "REPLY-7f3a
 PROBE = ' \n\tOne\'s "<&>" {{ two }} {% three %} \\n\n\n \u00e9\u4e16 \n\n'
 
 SECONDS = 10.0  # before a template is said not to end
+LONGEST = 1 << 20  # characters around short messages
 
 Pieces = tuple[str, ...]
 
@@ -197,10 +198,13 @@ class Template:
             for message in messages:
                 message["content"] = [{"type": "text", "text": message["content"]}]
         try:
-            return render(self.tokenizer, messages, add_generation_prompt=True)
+            text = render(self.tokenizer, messages, add_generation_prompt=True)
         except Exception as e:  # whatever the template's own code raises
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise TemplateError(f"the chat template failed ({reason})") from None
+        if len(text) > LONGEST:
+            raise TemplateError(f"the chat template writes {len(text):,} characters of its own")
+        return text
 
     def _pieces(self, text: str) -> Pieces:
         """Scaffolding, with the system message as content where its mark stands."""

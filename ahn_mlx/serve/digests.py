@@ -205,17 +205,23 @@ class Digests:
                 continue  # not one of ours
             self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
-                made = self._made_of(job)
-                job.status = "paused" if made is None else "done"
-                job.tokens = job.tokens_read = job.tokens if made is None else made
-                with suppress(OSError):  # a full disk: it is found again next time
-                    self._note(job)
+                self._after_a_death(job)
         for part in (*parts_in(self.directory), *parts_in(library.directory)):
             clear_part(part)
         for file in library.directory.glob(".job-*.partial") if files.alone else ():
             job_id = file.name[1:].removesuffix(".partial")
             if ID.fullmatch(job_id) and self.jobs.get(job_id, _GONE).status in ("done", "gone"):
                 file.unlink(missing_ok=True)
+
+    def _after_a_death(self, job: Job) -> None:
+        """Of a job that a server was at when it ended: paused, if its memory is not there."""
+        made = self._made_of(job)
+        if made is None:
+            job.status = "paused"
+            return
+        job.status, job.tokens, job.tokens_read = "done", made, made
+        with suppress(OSError):  # a full disk: it is found again next time
+            self._note(job)
 
     def _made_of(self, job: Job) -> int | None:
         """Tokens of its document in a memory that is there, though the server was killed before it
