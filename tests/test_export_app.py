@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx import AHNError, load
-from ahn_mlx.apps.export import export_app
+from ahn_mlx.apps.export import _written, export_app
 from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.cli import cli
 
@@ -133,3 +133,15 @@ def test_the_command(tmp_path):
     assert "wrote" in done.output and sorted(p.name for p in out.iterdir()) == FILES
     done = CliRunner().invoke(cli, ["export-app", "-o", str(tmp_path / "b"), "--chunk", "0"])
     assert done.exit_code != 0 and "--chunk" in str(done.exception or done.output)
+
+
+def test_only_what_the_disk_refuses_is_said_of_the_disk(tmp_path):
+    """MLX says neither which error it was nor that it is the disk's, but for a word."""
+    file = tmp_path / "model.mlxfn"
+    with pytest.raises(RuntimeError, match="shapes"), _written(file):
+        raise RuntimeError("[matmul] shapes do not match")
+    assert not file.exists()
+    with pytest.raises(OSError, match="MLX could not write"), _written(file):
+        raise RuntimeError("[write] Unable to write 8 bytes to file.")
+    with pytest.raises(IsADirectoryError), _written(tmp_path):
+        raise RuntimeError("[write] Unable to write 8 bytes to file.")

@@ -719,6 +719,8 @@ def test_archives_whose_compression_is_not_known(kind: str, method: int, tmp_pat
         "x: 'a\n---x'\n" + "".join(f"k{i}: [1, 2]\n" for i in range(40_000)),  # a minute
         "".join(f"k{i}: [1, 2]\n" for i in range(40_000)),
         "k: " + "[" * 5000,
+        "k: " + "{}," * 513,
+        "k: [" + "{a: 1}, " * 513 + "]",
         "k: " + "1" * 5000,
         "k: !!python/object/apply:os.system [false]",
         "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60)),

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from serving import wait_until
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model
+from ahn_mlx.serve.acts import Acts
 from ahn_mlx.serve.answers import Piece
 from ahn_mlx.serve.budget import row_bytes
 from ahn_mlx.serve.engine import fresh
@@ -208,3 +209,35 @@ def test_rows_hold_what_is_said_of_them():
             wait_until(lambda: engine.reading == 0)
             time.sleep(0.5)
             assert engine.call(held).result() <= before + 4 * row * 1.02 + 16384
+
+
+class Two:
+    """Ranks of which the other says what it is told to, of each act: whether it has failed."""
+
+    size, rank = 2, 0
+
+    def __init__(self, failed: int):
+        self.failed = failed
+
+    def share(self, value):
+        return value()
+
+    def sum(self, mine):
+        return mine + mx.array([1, self.failed, 0])
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_ranks_that_part_do_nothing_more(loaded, tmp_path, failed):
+    """One has failed, the other has not: what they hold is no longer alike."""
+    acts = Acts(*loaded, rows=1)
+    acts.ranks = Two(failed)
+    if failed:  # both have
+        for _ in range(2):
+            with pytest.raises(AHNError, match="no such file"):
+                acts.load(tmp_path / "none.ahn")
+        assert acts.broken is None
+        return
+    for _ in range(2):
+        with pytest.raises(APIError, match="lost one of its machines"):
+            acts.load(tmp_path / "none.ahn")
+    assert acts.broken is not None
