@@ -101,6 +101,7 @@ class Place:
 def _counts(path: Path) -> bool:
     """Not what locks leave, nor what huggingface-hub leaves of its own where it was stopped."""
     theirs = path.suffix in (".incomplete", ".tmp", ".TAG") or path.name.startswith("tmp_")
+    theirs |= path.name.startswith("dummy_file_")  # what it tries links with
     theirs &= "hf" in path.parts and not path.name.endswith(".ahn-mlx.incomplete")
     lock = path.name.endswith(".lock")
     return (path.is_symlink() or not path.is_dir()) and not lock and not theirs

@@ -59,8 +59,9 @@ def environments(n: int, directory: Path) -> list[dict[str, str]]:
 Stop = tuple[int, int, str]  # a rank, a signal for it, and the file that it comes after
 Ended = list[Any]  # a process's exit code, stdout, stderr
 
-# Seconds for one call, and for the others after one has failed.
-MOST, AFTER = 400.0, 60.0
+# Seconds for one call, and for the others after one has failed: until they are told to end, as
+# mlx.launch tells them, and until they are killed. MLX may wait for ever for one that is gone.
+MOST, TOLD, AFTER = 400.0, 20.0, 60.0
 
 
 def run(*calls: tuple[Any, ...]) -> list[list[Ended]]:
@@ -74,6 +75,15 @@ def run(*calls: tuple[Any, ...]) -> list[list[Ended]]:
     done = subprocess.run([sys.executable, __file__, told], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def last_words(rank: subprocess.Popen[str]) -> str:
+    """What a rank has said on stderr when it ends, as another has died: by itself, or told to."""
+    try:
+        return rank.communicate(timeout=TOLD)[1]
+    except subprocess.TimeoutExpired:
+        rank.terminate()
+        return rank.communicate(timeout=AFTER)[1]
 
 
 def report(ended: list[Ended]) -> str:
@@ -106,6 +116,7 @@ def fork(directory: Path, n: int, arguments: list[str], stop: Stop | None = None
 def wait(children: list[int], stop: Stop | None) -> dict[int, int]:
     """The exit code of each. What hangs is killed."""
     until, codes = time.monotonic() + MOST, {}
+    told = until
     begun = os.path.getmtime(stop[2]) if stop and os.path.exists(stop[2]) else 0.0
     while len(codes) < len(children):
         for child in children:
@@ -113,13 +124,15 @@ def wait(children: list[int], stop: Stop | None) -> dict[int, int]:
             if pid:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:
+                    told = min(told, time.monotonic() + TOLD)
                     until = min(until, time.monotonic() + AFTER)
         if stop and os.path.exists(stop[2]) and os.path.getmtime(stop[2]) != begun:
             os.kill(children[stop[0]], stop[1])
             stop = None
-        if time.monotonic() > until:
+        late = signal.SIGKILL if time.monotonic() > until else signal.SIGTERM
+        if time.monotonic() > told:
             for child in set(children) - set(codes):
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, late)
         time.sleep(0.01)
     return codes
 

@@ -145,9 +145,12 @@ def check_stopped(stopped: list[Any], killed: list[Any]) -> None:
     assert [code for code, *_ in stopped] == [130, 130], said
     read = re.search(r"stopped after ([\d,]+) of", stopped[0][2])
     assert read and f"going on after {read[1]} tokens" in killed[0][2], said
-    assert [code for code, *_ in killed] == [2, -signal.SIGKILL], said
-    assert killed[0][2].splitlines()[-1].startswith("error: another rank has ended"), said
-    assert "Traceback" not in killed[0][2], said
+    (code, _, told), other = killed
+    assert other[0] == -signal.SIGKILL and "Traceback" not in told, said
+    # By itself, but where MLX waits for ever and mlx.launch has to end it.
+    assert code in (2, -signal.SIGTERM), said
+    if code == 2:
+        assert told.splitlines()[-1].startswith("error: another rank has ended"), said
 
 
 def test_answers_and_scores_are_those_of_one(directory, place):

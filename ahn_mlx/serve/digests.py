@@ -322,7 +322,7 @@ class Digests:
                 job.status = "paused"
                 self._note(job)
                 return
-            known = isinstance(e, AHNError | APIError)
+            known = isinstance(e, AHNError | APIError | OSError)
             job.error = self.library.said(e, job.name) if known else type(e).__name__
             job.status = "failed"
         finally:
