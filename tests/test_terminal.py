@@ -153,6 +153,17 @@ def test_a_log_has_a_line_when_it_begins_and_one_every_tenth() -> None:
     assert lines[0].startswith("reading: 700 of 2,400 tokens, ")
 
 
+def test_a_last_step_may_go_beyond_what_was_to_be_done() -> None:
+    """As one of a training by the clock does."""
+    program = "import ahn_mlx.cli.terminal as terminal; terminal.BETWEEN = 0\nimport time\n"
+    program += "with progress_bar(10, 'training', 'seconds') as bar: bar.update(9); bar.update(9)"
+    done = subprocess.run([sys.executable, "-c", BEGIN + program], env=ENV, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr.decode().splitlines()[-1].startswith("training: 10 of 10 seconds, ")
+    shown = screen("-c", BEGIN + program, columns=100)
+    assert "Traceback" not in " ".join(shown), shown
+
+
 def test_short_work_leaves_nothing_in_a_log() -> None:
     program = "with progress_bar(50, 'reading', 'tokens') as bar: bar.update(50); say('done')"
     done = subprocess.run([sys.executable, "-c", BEGIN + program], env=ENV, capture_output=True)

@@ -218,9 +218,10 @@ class _Bar(tqdm):
         return super().display(*args, **about) and self.seen  # a line is not returned to
 
     @staticmethod
-    def format_meter(*args: Any, ncols: int | None = None, **about: Any) -> str:
-        # Room for the ^C of a terminal.
-        return str(tqdm.format_meter(*args, ncols=ncols and max(ncols - 3, 1), **about))
+    def format_meter(n: float, total: float | None, *args: Any, **about: Any) -> str:
+        about["ncols"] = about["ncols"] and max(about["ncols"] - 3, 1)  # the ^C of a terminal
+        # A last step may take longer than the minutes that were left.
+        return str(tqdm.format_meter(min(n, total) if total else n, total, *args, **about))
 
     @staticmethod
     def status_printer(file: Any) -> Any:
