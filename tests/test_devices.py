@@ -1,6 +1,7 @@
 """Both ways that operations take, a CPU's and a GPU's, against the same equations."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from test_equations import close, delta_rule, drawn, ssd
@@ -10,6 +11,7 @@ from ahn_mlx.memory import MEMORIES
 from ahn_mlx.ops import delta, mamba2, window
 from ahn_mlx.ops.ring import Update
 from ahn_mlx.ops.window import Logits
+from ahn_mlx.train.layerwise import _without_common_key as without_common_key
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -93,3 +95,30 @@ def test_a_whole_model_is_the_same_either_way(memory, monkeypatch):
         parts = [model(ids, cache=cache) for ids in (IDS[:, :7], IDS[:, 7:40], IDS[:, 40:41])]
         said.append(mx.concatenate(parts, axis=1))
     assert mx.allclose(*said, atol=1e-4)
+
+
+def test_what_is_turned_has_bytes_of_its_own(monkeypatch):
+    """With CUDA, MLX writes what RoPE makes of a view of the same numbers to the same bytes."""
+    seen = []
+
+    class Recording(nn.RoPE):
+        def __call__(self, x, offset=0):
+            mx.eval(x)
+            about = memoryview(x)
+            seen.append(all(s for n, s in zip(about.shape, about.strides, strict=True) if n > 1))
+            return super().__call__(x, offset)
+
+    monkeypatch.setattr(nn, "RoPE", Recording)
+    mx.disable_compile()
+    try:
+        _, model = tiny(window=10, sinks=3, sink_positions="clamped", query_projection=True)
+        looked = len(seen)
+        assert looked  # that it turns rows apart
+        cache = model.make_cache()
+        for ids in (IDS[:, :20], *(IDS[:, n : n + 1] for n in range(20, 24))):
+            mx.eval(model(ids, cache=cache))
+        normed = [mx.random.normal((1, 40, model.args.hidden_size))]
+        without_common_key(model.layers[0].self_attn, normed, 10)
+    finally:
+        mx.enable_compile()
+    assert len(seen) > looked + 4 and all(seen)

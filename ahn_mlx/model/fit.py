@@ -123,7 +123,8 @@ class Fit:
         return norm(x)
 
     def turn(self, m: nn.Module, x: mx.array, offset: Any = 0) -> mx.array:
-        """x [B, heads, L, D] at the positions from `offset` on, a number or one for each row."""
+        """x [B, heads, L, D] at the positions from `offset` on, a number or one for each row. Each
+        row must have bytes of its own: with CUDA, MLX writes to a view as it reads it."""
         return x if self.rope is None else m[self.rope](x, offset=offset)
 
     def turn_queries(self, m: nn.Module, q: mx.array, offset: Any = 0) -> mx.array:
