@@ -152,6 +152,8 @@ def test_data_come_from_the_hub_at_one_revision(place, whole, tmp_path) -> None:
         done = subprocess.run(command, env={**kept, **env}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "out/run.json").read_text())["data"]["revision"] == commit
+        asked = [path for _, path, _ in hub.downloads()]
+        assert asked and all(f"/resolve/{commit}/" in path for path in asked)
         strip = [[x["pred"] for x in v] for v in lines(tmp_path / "out").values()]
         assert strip == [[x["pred"] for x in v] for v in lines(whole["infinitebench"]).values()]
     finally:
