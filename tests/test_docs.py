@@ -290,10 +290,10 @@ def test_python_of_the_training_makes_the_shipped_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = "ahn-gdn-smollm2-135m.safetensors"
+    name = "ahn-dn-smollm2-135m.safetensors"
     mx: Any = importlib.import_module("mlx.core")
     shipped = mx.load(str(Path(ahn_mlx.__file__).parent / "weights" / name))
-    options = {"base": zoo.DEFAULT, "memory": "gated_deltanet", "window": 256, "sinks": 32}
+    options = {"base": zoo.DEFAULT, "memory": "deltanet", "window": 256, "sinks": 32}
     options |= {
         "sink_positions": "clamped",
         "router": True,
@@ -309,8 +309,8 @@ def test_python_of_the_training_makes_the_shipped_file(
         elif n.endswith(".o_proj.weight"):
             begun[n] = x / 1.1
     install(base.model, begun)
-    Path("gdn-routed").mkdir()
-    write_checkpoint(Path("gdn-routed"), base, options)
+    Path("dn-routed").mkdir()
+    write_checkpoint(Path("dn-routed"), base, options)
     exec(python_of(REPO / "docs/training.md")[-1], {})
     made = mx.load(name)
     assert made.keys() == shipped.keys()
