@@ -198,8 +198,8 @@ def _has_memory(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "self_attn", None), AHNAttention)
 
 
-# A position near and one far away, and how much what is turned there may differ: far away one kernel
-# of a GPU is parts of a radian off another, and what is turned by another rule is anywhere.
+# A position near and one far away, and how much what is turned there may differ: far away a kernel
+# of a GPU may be parts of a radian off, and what is turned by another rule is anywhere.
 APART = {7: 1e-4, 1 << 20: 0.25}
 
 
