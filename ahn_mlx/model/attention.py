@@ -261,7 +261,8 @@ class AHNAttention(nn.Module):
             return turn(self, q, where.at), None
         if L == 1:
             # Both at once.
-            twice = turn(self, mx.concatenate([q, q]), where.both)
+            twice = mx.contiguous(mx.broadcast_to(q, (2, *q.shape))).reshape(2 * B, H, 1, D)
+            twice = turn(self, twice, where.both)
             return twice[:B], twice[B:]
         alone = q.swapaxes(1, 2).reshape(B * L, H, 1, D)
         near = turn(self, alone, where.near.flatten()).reshape(B, L, H, D).swapaxes(1, 2)
