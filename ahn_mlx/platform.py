@@ -81,6 +81,13 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU now."""
+    import mlx.core as mx
+
+    return mx.cuda.is_available() and not on_cpu()
+
+
 class Tiles(NamedTuple):
     """How finely work is cut. chunk: tokens of a recurrence at once, a power of two. query:
     queries of prefill at once."""

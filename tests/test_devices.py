@@ -8,6 +8,7 @@ from test_equations import close, delta_rule, drawn, ssd
 from test_model import IDS, tiny
 
 from ahn_mlx.memory import MEMORIES
+from ahn_mlx.model import fit
 from ahn_mlx.ops import delta, mamba2, window
 from ahn_mlx.ops.ring import Update
 from ahn_mlx.ops.window import Logits
@@ -109,6 +110,7 @@ def test_what_is_turned_has_bytes_of_its_own(monkeypatch):
             return super().__call__(x, offset)
 
     monkeypatch.setattr(nn, "RoPE", Recording)
+    monkeypatch.setattr(fit, "on_cuda", lambda: True)
     mx.disable_compile()
     try:
         _, model = tiny(window=10, sinks=3, sink_positions="clamped", query_projection=True)

@@ -261,7 +261,7 @@ class AHNAttention(nn.Module):
             return turn(self, q, where.at), None
         if L == 1:
             # Both at once.
-            twice = mx.contiguous(mx.broadcast_to(q, (2, *q.shape))).reshape(2 * B, H, 1, D)
+            twice = mx.broadcast_to(q, (2, *q.shape)).reshape(2 * B, H, 1, D)
             twice = turn(self, twice, where.both)
             return twice[:B], twice[B:]
         alone = q.swapaxes(1, 2).reshape(B * L, H, 1, D)

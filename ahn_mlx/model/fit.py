@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..errors import AHNError
 from ..ops.window import Logits, attend
+from ..platform import on_cuda
 
 # What mlx-lm's files call the same thing; a name that is not here is looked for by its shape.
 HEADS = ("n_heads", "num_attention_heads", "num_heads")
@@ -123,9 +124,12 @@ class Fit:
         return norm(x)
 
     def turn(self, m: nn.Module, x: mx.array, offset: Any = 0) -> mx.array:
-        """x [B, heads, L, D] at the positions from `offset` on, a number or one for each row. Each
-        row must have bytes of its own: with CUDA, MLX writes to a view as it reads it."""
-        return x if self.rope is None else m[self.rope](x, offset=offset)
+        """x [B, heads, L, D] at the positions from `offset` on, a number or one for each row."""
+        if self.rope is None:
+            return x
+        if on_cuda():  # where MLX writes rows that are one array broadcast over one another
+            x = mx.contiguous(x)
+        return m[self.rope](x, offset=offset)
 
     def turn_queries(self, m: nn.Module, q: mx.array, offset: Any = 0) -> mx.array:
         return self._late(m, self.q_norm, self.turn(m, q, offset))

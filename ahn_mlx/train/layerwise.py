@@ -177,7 +177,7 @@ def _without_common_key(attention: AHNAttention, normed: list[mx.array], window:
     mean = mx.stack(means).mean(axis=0)
     # Seen from position 0, the keys that have left the window stand at -L ... -window - 1.
     L = normed[0].shape[1]
-    there = mx.contiguous(mx.repeat(mean[:, :, None], L - window, axis=2))
+    there = mx.repeat(mean[:, :, None], L - window, axis=2)
     seen = attention.turn(there, -L).mean(axis=2)[0]
     seen = seen / mx.linalg.norm(seen, axis=-1, keepdims=True)
     keep = mx.eye(seen.shape[-1]) - seen[:, :, None] * seen[:, None]
