@@ -63,6 +63,9 @@ Ended = list[Any]  # a process's exit code, stdout, stderr
 # mlx.launch tells them, and until they are killed. MLX may wait for ever for one that is gone.
 MOST, TOLD, AFTER = 400.0, 20.0, 60.0
 
+# What MLX's ring has said then: a process may be told to end for nothing else.
+GIVEN_UP = "Failing pending tasks"
+
 
 def run(*calls: tuple[Any, ...]) -> list[list[Ended]]:
     """Calls one after the other, each as so many processes: how each of them ended.

