@@ -55,10 +55,10 @@ def training(lengths: str, sizes: str) -> None:
     for size, length in tqdm(cases, leave=False):
         parts = gigabytes(f"ahn-gdn-{size}", length)
         total = sum(parts.values())
-        fits = [str(mac) for mac in MACS if mac >= 16 and total <= USABLE * mac]
+        fits = next((str(mac) for mac in MACS if mac >= 16 and total <= USABLE * mac), "none")
         cells = [f"{x:.1f}" for x in (*parts.values(), total)]
-        rows.append([f"{size}, {length:,} tokens", *cells, ", ".join(fits) or "none"])
-    heads = ["weights", "optimizer", "checkpoints", "one layer", "head", "all, GB", "fits in, GB"]
+        rows.append([f"{size}, {length:,} tokens", *cells, fits])
+    heads = ["weights", "optimizer", "checkpoints", "one layer", "head", "all, GB", "a Mac of, GB"]
     table(["with --grad-checkpoint", *heads], rows)
 
 
@@ -120,7 +120,7 @@ def gigabytes(name: str, length: int) -> dict[str, float]:
         # The input of each layer, and the teacher's last hidden states.
         "checkpoints": 2 * (layers + 1) * length * C / 1e9,
         "one layer": _layer_peak(one, length) / 1e9,
-        "head": _head_peak(whole.args.vocab_size, C) / 1e9,
+        "head": _head_peak(build({**config, "num_hidden_layers": 1})) / 1e9,
     }
 
 
@@ -137,17 +137,14 @@ def _layer_peak(model: nn.Module, length: int) -> int:
     return _peak(lambda: mx.value_and_grad(loss)(parameters), model)
 
 
-def _head_peak(vocabulary: int, C: int) -> int:
+def _head_peak(model: nn.Module) -> int:
     """Bytes beyond weights of the loss of some rows, which are taken a block at a time."""
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.embed_tokens = nn.Embedding(vocabulary, C)
     labels = mx.zeros((1, 4 * ROWS), dtype=mx.int32)
 
     def loss(x: mx.array) -> mx.array:
         return kl(model, Stream(0.5 * x, []), Stream(x, []), labels, 0)
 
-    x = mx.random.normal((1, 4 * ROWS, C))
+    x = mx.random.normal((1, 4 * ROWS, model.args.hidden_size))
     return _peak(lambda: mx.value_and_grad(loss)(x), model)
 
 
