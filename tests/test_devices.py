@@ -124,3 +124,23 @@ def test_what_is_turned_has_bytes_of_its_own(monkeypatch):
     finally:
         mx.enable_compile()
     assert len(seen) > looked + 4 and all(seen)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_no_loop_over_tokens_with_cuda(monkeypatch, gated):
+    """MLX's own delta rule has no kernel there: it is as many launches as tokens, times ten."""
+    used = []
+    theirs = mx.fast.gated_delta_update
+    monkeypatch.setattr(
+        mx.fast, "gated_delta_update", lambda *args: used.append(args) or theirs(*args)
+    )
+    monkeypatch.setattr(delta, "on_cpu", lambda: False)
+    q, k, v, g, beta, M = drawn(70)
+    expected = delta_rule(q, k, v, g if gated else 0 * g, beta, M)
+    for cuda in (False, True):
+        monkeypatch.setattr(delta, "on_cuda", lambda cuda=cuda: cuda)
+        if gated:
+            close(delta.gated_delta_rule(q, k, v, g, beta, M), expected)
+        else:
+            close(delta.delta_rule(q, k, v, beta, M), expected)
+        assert len(used) == 1  # with Metal alone

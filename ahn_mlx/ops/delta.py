@@ -10,7 +10,7 @@ Per head and token, with state M [key, value] (paper, section 3):
 The sequential form reads like that and is the test reference; the step form is
 one token; the chunked form is the WY representation, many tokens by matrix products, the
 states between chunks one after the other. The form at once has the same products, all chunks of
-each in one launch: it holds every state, for gradients on a GPU.
+each in one launch: it holds every state, for gradients on a GPU and for CUDA.
 """
 
 import math
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..platform import on_cpu
+from ..platform import on_cpu, on_cuda
 from . import linear
 from .chunks import (
     causal,
@@ -84,8 +84,8 @@ def _choose(
         return step(q, k, v, g, beta, state)
     if on_cpu():
         return chunked(q, k, v, g, beta, state)
-    # The gradient of MLX's own is that of a loop over tokens.
-    return (at_once if gradients else mlx_fast)(q, k, v, g, beta, state)
+    # MLX's own is a loop over tokens on CUDA, and its gradient is one everywhere.
+    return (at_once if gradients or on_cuda() else mlx_fast)(q, k, v, g, beta, state)
 
 
 def normalize(x: mx.array, scale: float = 1.0) -> mx.array:
@@ -335,7 +335,8 @@ def mlx_fast(
     beta: mx.array,
     state: mx.array,
 ) -> Result:
-    """MLX's own update: linear decays, state [value, key], as many key heads as queries."""
+    """MLX's own update, with Metal a kernel: linear decays, state [value, key], as many key heads
+    as queries."""
     D = q.shape[-1]
     group = q.shape[2] // k.shape[2]
     kn = mx.repeat(normalize(k), group, axis=2)
