@@ -6,6 +6,7 @@ import builtins
 import copy
 import importlib.util
 import inspect
+import random
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ from click.testing import CliRunner
 import ahn_mlx
 from ahn_mlx.cli import COMMANDS, cli
 from ahn_mlx.cli.options import is_given
+from ahn_mlx.evaluate import recall
 from ahn_mlx.hub import zoo
 from ahn_mlx.train.output import load_base, write_checkpoint
 from ahn_mlx.train.streams import install
@@ -311,11 +313,24 @@ def test_python_of_the_training_makes_the_shipped_file(
     install(base.model, begun)
     Path("dn-routed").mkdir()
     write_checkpoint(Path("dn-routed"), base, options)
-    exec(python_of(REPO / "docs/training.md")[-1], {})
+    (block,) = [x for x in python_of(REPO / "docs/training.md") if "dn-routed" in x]
+    exec(block, {})
     made = mx.load(name)
     assert made.keys() == shipped.keys()
     for k in made:
         assert made[k].dtype == shipped[k].dtype and mx.array_equal(made[k], shipped[k]).item()
+
+
+def test_python_of_the_training_tells_facts_again_but_none_of_those_that_are_asked_for() -> None:
+    (block,) = [x for x in python_of(REPO / "docs/training.md") if "def weave" in x]
+    made: dict[str, Any] = {}
+    exec(block, made)
+    text = " ".join(f"This is sentence {n}." for n in range(500))
+    told = re.findall(r"[A-Z][^.]+\.", made["weave"](text, random.Random(1)))
+    facts = [sentence for sentence in told if "This is" not in sentence]
+    assert len(facts) == 100 and 30 <= len(set(facts)) <= 50
+    asked = {word.strip() for word in (*recall.NAMES, *recall.ROOMS)}
+    assert not asked & {*made["NAMES"], *made["THINGS"]}
 
 
 # --- what documents point at ---
