@@ -1,9 +1,9 @@
-"""In a process of its own: `python -m fuzz.one fuzz DIRECTORY SECONDS NAME ...` or `lines DIRECTORY
-NAME ...`.
+"""In a process of its own: `python -m fuzz.one fuzz DIRECTORY SECONDS NAME ...`, `lines DIRECTORY
+NAME ...` or `seeds DIRECTORY NAME ...`.
 
 fuzz runs each target on new inputs for some seconds, in a copy of the process, as libFuzzer never
 returns; that one fails is a find. lines runs all inputs of targets that were worth keeping, and
-writes which lines of the parsers they reach.
+writes which lines of the parsers they reach. seeds runs each target on its seeds alone.
 """
 
 import hashlib
@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .oracle import Target
+    from .oracle import Oracle, Target
 
 ROOM = 8 << 30  # bytes of address space beyond what is used at the start
 ENDLESS = 600  # seconds of one input, after which libFuzzer ends the process
@@ -57,6 +58,7 @@ def fuzz_all(names: list[str], work: Path, seconds: int) -> None:
                 os.dup2(out, stream)
             try:
                 _fuzz(TARGETS[name], work, seconds)
+                os._exit(0)  # of a target that cannot begin, which is said
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
@@ -78,6 +80,9 @@ def _fuzz(target: "Target", work: Path, seconds: int) -> None:
     for directory in (seeds, corpus, stats.parent):
         directory.mkdir(parents=True, exist_ok=True)
     given = target.seeds()
+    if not given:
+        print("its seeds are made with a package that is not installed")
+        return
     for seed in given:
         (seeds / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
     words = work / "seeds" / f"{name}.dict"
@@ -116,8 +121,7 @@ def _fuzz(target: "Target", work: Path, seconds: int) -> None:
             tell()
             told = time.monotonic()
 
-    for seed in given:  # what is made once has been made when time is taken
-        one(seed)
+    _begin(oracle, given, one)  # what is made once has been made when time is taken
     _limit_memory()
     options = [f"-max_total_time={seconds}", f"-max_len={target.longest}", f"-dict={words}"]
     options += [f"-timeout={ENDLESS}", "-rss_limit_mb=0", "-malloc_limit_mb=0"]
@@ -126,6 +130,38 @@ def _fuzz(target: "Target", work: Path, seconds: int) -> None:
     mutate = {"custom_mutator": target.mutate} if target.mutate else {}
     atheris.Setup([name, *options, str(corpus), str(seeds)], one, **mutate)
     atheris.Fuzz()
+
+
+def _begin(oracle: "Oracle", seeds: list[bytes], one: Callable[[bytes], None]) -> None:
+    """Read the seeds. Raises RuntimeError if all are refused: nothing would be fuzzed then."""
+    for seed in seeds:
+        one(seed)
+    if not oracle.accepted:
+        raise RuntimeError(f"{oracle.target.name}: none of its {len(seeds)} seeds is accepted")
+
+
+def seeds(names: list[str], work: Path) -> int:
+    """Print what became of each target's seeds, in a copy of the process. Returns how many targets
+    fail on their own."""
+    from .oracle import Oracle
+    from .targets import TARGETS
+
+    failed = 0
+    for name in names:
+        if not (child := os.fork()):
+            given, root = TARGETS[name].seeds(), work / name
+            root.mkdir(parents=True)
+            oracle = Oracle(TARGETS[name], root)
+            try:
+                if given:
+                    _begin(oracle, given, oracle)
+                print(f"{name}: {oracle.accepted} of {len(given)} accepted", flush=True)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        failed += os.waitpid(child, 0)[1] != 0
+    return failed
 
 
 def _limit_memory() -> None:
@@ -176,5 +212,7 @@ if __name__ == "__main__":
     how, work, *rest = sys.argv[1:]
     if how == "fuzz":
         fuzz_all(rest[1:], Path(work), int(rest[0]))
-    else:
+    elif how == "lines":
         lines(rest, Path(work))
+    else:
+        sys.exit(seeds(rest, Path(work)))

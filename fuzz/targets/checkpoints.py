@@ -6,9 +6,9 @@ import math
 import pickle
 import shutil
 import struct
-import sys
 import zipfile
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -353,20 +353,22 @@ def _read_pickle(file: Path, place: Path, out: Path) -> None:
 
 
 def _pickles() -> list[bytes]:
+    """None without torch, which reads what is accepted."""
+    if not find_spec("torch"):
+        return []
+    import torch
+
     plain = pickle.dumps({"a": 1, "b": [1.5, "x", None]}, protocol=2)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
         z.writestr("archive/data.pkl", plain)
         z.writestr("archive/version", "3\n")
     found = [b"P" + plain, buffer.getvalue(), text({"weight_map": {"a": "pytorch_model.bin"}})]
-    if "torch" in sys.modules or _has_torch():
-        import torch
-
-        with zipfile.ZipFile(io.BytesIO(_saved(torch, torch.ones(2, 3)))) as z:
-            name = next(n for n in z.namelist() if n.endswith("data.pkl"))
-            found.append(b"P" + z.read(name))
-        found += [_saved(torch, torch.ones(2, 3)), _saved(torch, torch.ones(3).to(torch.bfloat16))]
-        found.append(_saved(torch, torch.eye(3).to_sparse()))
+    with zipfile.ZipFile(io.BytesIO(_saved(torch, torch.ones(2, 3)))) as z:
+        name = next(n for n in z.namelist() if n.endswith("data.pkl"))
+        found.append(b"P" + z.read(name))
+    found += [_saved(torch, torch.ones(2, 3)), _saved(torch, torch.ones(3).to(torch.bfloat16))]
+    found.append(_saved(torch, torch.eye(3).to_sparse()))
     return found
 
 
@@ -374,12 +376,6 @@ def _saved(torch: Any, x: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save({"model.norm.weight": x}, buffer)
     return buffer.getvalue()
-
-
-def _has_torch() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("torch") is not None
 
 
 _JSON = of_json((*CONFIG, *SETTINGS))

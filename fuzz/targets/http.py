@@ -13,6 +13,7 @@ from typing import Any
 from serving import TOOLS, model, tokenizer
 
 from ahn_mlx.errors import AHNError
+from ahn_mlx.serve.acts import Acts
 from ahn_mlx.serve.answers import Done, Piece, Request, Token
 from ahn_mlx.serve.app import make_app
 from ahn_mlx.serve.digests import Digests, Files
@@ -64,6 +65,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.model, self.tokenizer = model(window=12), tokenizer(TOOLS)
+        self.acts = Acts(self.model, self.tokenizer, 4)
         self.metrics, self.rows, self.free, self.reading = Metrics(), 4, 4, 0
         self.stuck, self.beat = False, time.monotonic()
 
