@@ -164,6 +164,11 @@ async def _ask(app: Any, given: dict[str, Any]) -> tuple[int, dict[str, str], by
 
 def _answer(given: dict[str, Any], place: Path, out: Path) -> None:
     app, digests, kept, loop = _application()
+    if EARLIER in given["body"]:
+        first = {**given, "path": "/v1/responses", "body": json.dumps(FIRST).encode()}
+        _, _, text = loop.run_until_complete(_ask(app, {**first, "headers": JSON, "split": False}))
+        earlier = json.loads(text)["id"].encode()
+        given = {**given, "body": given["body"].replace(EARLIER, earlier)}
     status, headers, text = loop.run_until_complete(_ask(app, given))
     kind = headers.get("content-type", "").partition(";")[0]
     if status >= 500:
@@ -244,6 +249,8 @@ COMPLETE = (
     {"model": "tiny", "prompt": ["a", "b"], "stream": True, "n": 2, "suffix": None},
     {"model": "tiny@book", "prompt": [1, 2, 3], "stop": "x"},
 )
+EARLIER = b"resp_0"  # stands for the response to FIRST
+FIRST = {"model": "tiny", "input": "Hi", "instructions": "Be brief."}
 RESPOND = (
     {"model": "tiny", "input": "Hi", "max_output_tokens": 9},
     {
@@ -254,7 +261,11 @@ RESPOND = (
             {"type": "function_call_output", "call_id": "c", "output": "1"},
         ],
     },
-    {"model": "tiny", "input": "Hi", "previous_response_id": "resp_0", "store": True},
+    {"model": "tiny", "input": "Hi", "previous_response_id": EARLIER.decode(), "store": True},
+    {
+        **{"model": "tiny", "input": "Hi", "max_output_tokens": 99, "tool_choice": "auto"},
+        **{"tools": [{"type": "function", **TOOL["function"]}], "stream": True},
+    },
 )
 SPEAK = (
     {"model": "tiny", "messages": [ASK], "max_tokens": 9, "system": "Be brief."},
