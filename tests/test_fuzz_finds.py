@@ -527,6 +527,7 @@ MADE = [
         "{% for i in range(10**8) %}x{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+        "{% set x = range(99999) | list %}{% for i in range(300) %}{{ x | max }}{% endfor %}",
         "{% set x = range(99999) | list %}{% for i in x %}{% if 'q' in x %}{% endif %}{% endfor %}",
         "{% set x %}{% for i in range(99999) %}LONG{% endfor %}{% endset %}".replace("LONG", LONG),
         "{% macro f() %}LONG{% endmacro %}".replace("LONG", LONG)

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from ahn_mlx import AHNError
 from ahn_mlx.cli import cli
+from ahn_mlx.evaluate.predictions import Predictions
 from ahn_mlx.evaluate.records import read_records
 
 
@@ -53,6 +54,20 @@ def test_predictions_of_infinitebenchs_own_layout_are_scored(tmp_path) -> None:
     its = [{"id": 0, "prediction": "It is 12.", "ground_truth": 12}]
     found = json.loads(score(predictions(tmp_path / "a", preds_code_run=its), "--json").stdout)
     assert found["suite"] == "infinitebench" and found["tasks"]["code_run"]["score"] == 100
+
+
+def test_a_line_is_on_the_disk_before_the_next_begins(tmp_path) -> None:
+    made = Predictions(tmp_path / "out", {"suite": "longbench"})
+    with made.working(), made.appending("a.jsonl") as append:
+        for n in range(2):
+            append({"item": n, "pred": "mühe"})
+            assert [line["item"] for line in made.done("a.jsonl").values()] == [*range(n + 1)]
+    whole = (tmp_path / "out/a.jsonl").read_bytes()
+    assert whole.decode() == '{"item": 0, "pred": "mühe"}\n{"item": 1, "pred": "mühe"}\n'
+    (tmp_path / "out/a.jsonl").write_bytes(whole + b'{"item": 2, "pr')
+    with made.appending("a.jsonl") as append:
+        append({"item": 3})
+    assert (tmp_path / "out/a.jsonl").read_bytes() == whole + b'{"item": 3}\n'
 
 
 WRONG = {

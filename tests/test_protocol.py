@@ -7,7 +7,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import mlx.core as mx
+import numpy as np
 import pytest
+import serving
 from checkpoints import chat_tokenizer, talking_model
 
 from ahn_mlx import AHNError, load
@@ -44,6 +47,62 @@ def test_a_prompt_that_is_too_long_loses_its_begin_or_its_middle() -> None:
 def test_what_is_no_message_goes_in_bare() -> None:
     assert said(asker(100, "both"), TEXT, chat=False) == TEXT[:50] + TEXT[-50:]
     assert said(asker(300, "end", template=False), TEXT) == TEXT
+
+
+def test_answers_are_greedy_with_a_penalty_over_all_and_without_what_ends_them() -> None:
+    model, tokenizer = serving.model(), serving.tokenizer()
+    prompt, said = list(range(40, 90)), []
+    cache = model.make_cache()
+    logits = model(mx.array([prompt]), cache=cache)[0, -1]
+    for _ in range(9):
+        x = np.array(logits.astype(mx.float32))
+        seen = sorted({*prompt, *said})
+        x[seen] = np.where(x[seen] > 0, x[seen] / 1.7, x[seen] * 1.7)
+        said.append(int(x.argmax()))
+        logits = model(mx.array([[said[-1]]]), cache=cache)[0, -1]
+    read: list[int] = []
+    asked = Asker(model, tokenizer, 300, "end", 1.7)
+    assert asked.answer(prompt, 9, read.append) == tokenizer.decode(said)
+    assert read[-1] == len(prompt)
+    tokenizer.add_eos_token(said[4])
+    assert asked.answer(prompt, 9, read.append) == tokenizer.decode(said[: said.index(said[4])])
+
+
+# The suites' own tables: tokens of an answer at most.
+LONGEST = {
+    "longbench": {
+        32: "hotpotqa 2wikimqa musique triviaqa passage_count passage_retrieval_en"
+        " passage_retrieval_zh",
+        64: "multifieldqa_en multifieldqa_zh trec lsht lcc repobench-p",
+        128: "narrativeqa qasper dureader samsum",
+        512: "gov_report qmsum multi_news vcsum",
+    },
+    "infinitebench": {
+        3: "math_find",
+        5: "code_run code_debug",
+        6: "passkey",
+        12: "number_string",
+        40: "longbook_qa_eng longbook_qa_chn longbook_choice_eng longdialogue_qa_eng",
+        50: "kv_retrieval",
+        1200: "longbook_sum_eng",
+        30_000: "math_calc",
+    },
+    "lveval": {
+        16: "factrecall_en factrecall_zh",
+        64: "hotpotwikiqa_mixup loogle_SD_mixup loogle_CR_mixup loogle_MIR_mixup"
+        " multifieldqa_en_mixup multifieldqa_zh_mixup cmrc_mixup lic_mixup dureader_mixup",
+    },
+}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_an_answer_is_as_long_as_its_suite_lets_it(name: str) -> None:
+    table = {task: n for n, tasks in LONGEST[name].items() for task in tasks.split()}
+    found = suite_of(name, "published", "128k").tasks
+    assert {task: about.max_new["published"] for task, about in found.items()} == table
+    for task, about in suite_of(name, "ahn", "128k").tasks.items():
+        ours = {"longbench": min(500, table[task]), "infinitebench": 256, "lveval": table[task]}
+        assert about.max_new["ahn"] == ours[name]
 
 
 def test_control_tokens_of_a_text_stay_text() -> None:
@@ -216,6 +275,20 @@ def test_an_average_is_of_all_tasks_of_the_paper_alike() -> None:
     part = table_of(suite, tasks, {}, [])
     assert part["average"] is part["average_error"] is part["paper_average"] is None
     assert len(rows_of(part)) == 6
+
+
+def test_words_are_found_without_a_word_of_how(capfd) -> None:
+    pytest.importorskip("jieba")
+    normalize._segmenter.cache_clear()
+    assert normalize.jieba_cut("他来到了网易杭研大厦") == [
+        "他",
+        "来到",
+        "了",
+        "网易",
+        "杭研",
+        "大厦",
+    ]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_jieba_its_tasks_are_refused_in_a_sentence(monkeypatch) -> None:
