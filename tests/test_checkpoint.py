@@ -10,7 +10,7 @@ import pytest
 from checkpoints import BOM, GDN, GOLDEN, IDS, model_dir, read_json, same
 
 from ahn_mlx.checkpoints.baseconfig import read_config
-from ahn_mlx.checkpoints.directory import INDEX, read_headers, read_tensors
+from ahn_mlx.checkpoints.directory import INDEX, copy_files, read_headers, read_tensors
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import load_model
 from ahn_mlx.errors import AHNError
@@ -27,6 +27,31 @@ def one_line(error: pytest.ExceptionInfo[AHNError]) -> str:
 
 
 # --- what is sound is read ---
+
+
+@pytest.mark.parametrize("begin", [b"", BOM])
+def test_files_beside_a_model_are_copied_without_a_bom(begin, tmp_path):
+    for place in ("first", "second", "out"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "second/a.json").write_bytes(begin + b'{"a": 1}')
+    for place in ("first", "second"):
+        (tmp_path / place / "b.txt").write_text(place)
+    inputs = [tmp_path / "first", tmp_path / "second"]
+    copy_files(["a.json", "b.txt", "c.json"], inputs, tmp_path / "out")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert found == {"a.json": b'{"a": 1}', "b.txt": b"first"}
+
+
+@pytest.mark.parametrize("number", [1 << 63, -1 << 63])
+def test_numbers_that_no_library_takes_are_no_settings(number, tmp_path):
+    for value in (number, [number], {"b": number}):
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "a": value}))
+        read_config(tmp_path)
+    for value in (number + (1 if number > 0 else -1), [1, 2 * number], {"b": float("nan")}):
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "a": value}))
+        with pytest.raises(AHNError, match=r"'[ab]' is no setting") as refused:
+            read_config(tmp_path)
+        one_line(refused)
 
 
 def test_sound_directories():

@@ -28,6 +28,7 @@ from tokenizers import pre_tokenizers
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_headers, read_tensors
+from ahn_mlx.checkpoints.ggufheader import KINDS, Header
 from ahn_mlx.checkpoints.ggufile import GGUFile
 from ahn_mlx.checkpoints.ggufmodels import NAMES
 from ahn_mlx.hub import zoo
@@ -482,6 +483,24 @@ def test_gguf_headers_that_lie(raw, match, tmp_path):
         convert(file, GDN / "ahn_only", tmp_path / "out/x")
     assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_are_as_large_as_gguf_has_them():
+    for number, kind in KINDS.items():
+        known = ggml.GGMLQuantizationType(number)
+        assert (kind.name, (kind.values, kind.size)) == (known.name, ggml.GGML_QUANT_SIZES[known])
+
+
+def test_four_dimensions_are_the_most(tmp_path):
+    def header(*shape: int) -> Header:
+        sizes = [("I", len(shape)), *(("Q", n) for n in shape)]
+        raw = gguf_header(("I", 3), ("Q", 1), ("Q", 0), "a", *sizes, ("I", 0), ("Q", 0))
+        (tmp_path / "x.gguf").write_bytes(raw + bytes(4096))
+        return Header(tmp_path / "x.gguf")
+
+    assert header(5, 4, 3, 2).tensors["a"].shape == (2, 3, 4, 5)
+    with pytest.raises(AHNError, match="has 5 dimensions"):
+        header(1, 1, 1, 1, 1)
 
 
 def test_gguf_of_another_kind(tmp_path):
