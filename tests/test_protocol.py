@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import serving
 from checkpoints import chat_tokenizer, talking_model
+from mlx_lm.models.cache import KVCache
 
 from ahn_mlx import AHNError, load
 from ahn_mlx.evaluate import normalize
@@ -19,6 +21,7 @@ from ahn_mlx.evaluate.prompts import FILES, TEMPLATES, Prompts, fill, read_promp
 from ahn_mlx.evaluate.protocol import Asker, checkpoint_penalty
 from ahn_mlx.evaluate.records import spaced
 from ahn_mlx.evaluate.results import Score, model_facts, paper_row, rows_of, score_of, table_of
+from ahn_mlx.evaluate.run import reading_speed
 from ahn_mlx.evaluate.suites import label_of, suite_of
 from ahn_mlx.hub.datasets import checked_text
 
@@ -275,6 +278,23 @@ def test_an_average_is_of_all_tasks_of_the_paper_alike() -> None:
     part = table_of(suite, tasks, {}, [])
     assert part["average"] is part["average_error"] is part["paper_average"] is None
     assert len(rows_of(part)) == 6
+
+
+def test_the_speed_of_reading_is_that_of_the_model() -> None:
+    read = []
+
+    class Slow:
+        def make_cache(self) -> list[KVCache]:
+            return [KVCache()]
+
+        def __call__(self, ids: mx.array, cache: list[KVCache]) -> None:
+            read.append(ids.size)
+            keys = mx.zeros((1, 1, ids.size, 8))
+            cache[0].update_and_fetch(keys, keys)
+            time.sleep(0.25)
+
+    speed = reading_speed(Slow())
+    assert len(read) == 2 and 0 < speed <= read[1] / 0.25
 
 
 def test_words_are_found_without_a_word_of_how(capfd) -> None:
