@@ -299,6 +299,26 @@ def test_slots_grow_with_the_longest_row_only():
     assert batch[0].extract(0).nbytes < batch[0].nbytes / 3
 
 
+def test_slots_double_so_that_few_steps_copy_them():
+    args = ModelArgs("llama", 32, 1, 32, 4, rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=2)
+    model = augment(Model(args), AHNConfig(window=3000, sinks=8))
+    batch, held = merge([model.make_cache() for _ in range(2)]), []
+    for _ in range(26):
+        forward(model, batch, [0, 1], [64, 64], 64)
+        held.append(batch[0].rows.buffers[0].shape[2])
+    assert sorted(set(held)) == [256, 512, 1024, 2048]
+
+
+def test_rows_that_have_read_nothing_take_the_type_of_the_others():
+    args = ModelArgs("llama", 32, 1, 32, 4, rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=2)
+    model = augment(Model(args), AHNConfig(window=40, sinks=3))
+    model.set_dtype(mx.bfloat16)
+    read, fresh = model.make_cache(), model.make_cache()
+    alone(model, 0, 9, read)
+    for batch in (merge([read, fresh]), merge([fresh, read])):
+        assert {x.dtype for x in batch[0].rows.buffers[:2]} == {mx.bfloat16}
+
+
 def test_a_step_writes_in_place():
     """Eight rows of 4 MB: what one more token takes is a small part of them."""
     args = ModelArgs("llama", 64, 1, 32, 1, rms_norm_eps=1e-5, vocab_size=64)

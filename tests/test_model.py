@@ -237,3 +237,10 @@ def test_parameters_that_are_changed_in_place_count_from_the_next_text_on():
     copies = {name: mx.array(x) for name, x in tree_flatten(model.parameters())}
     model.update(tree_unflatten(list(copies.items())))
     assert mx.allclose(model(IDS), after, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["window", "sinks"])
+def test_settings_are_what_int32_counts(name):
+    assert getattr(AHNConfig(**{"window": 8, name: 1 << 30}), name) == 1 << 30
+    with pytest.raises(AHNError, match=f"{name} must be at most 1,073,741,824"):
+        AHNConfig(**{"window": 8, name: (1 << 30) + 1})
