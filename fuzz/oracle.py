@@ -21,10 +21,13 @@ TIMES = 4
 LONGEST = 2000  # characters of a message
 EVERY = 200  # inputs between two looks at what memory is in use
 
-# What is checked in a path that is opened, made, renamed, linked or removed.
-_WRITES = {
-    **dict.fromkeys(("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
-    **dict.fromkeys(("os.rename", "os.link", "os.symlink"), (0, 1)),
+# What makes, renames, links or removes: which arguments are paths, and of each the directory that
+# it is in if it is a name alone.
+_WRITES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    **dict.fromkeys(("os.remove", "os.rmdir"), ((0, 1),)),
+    **dict.fromkeys(("os.mkdir", "os.chmod"), ((0, 2),)),
+    **dict.fromkeys(("os.rename", "os.link"), ((0, 2), (1, 3))),
+    **{"os.truncate": ((0, None),), "os.symlink": ((0, None), (1, 2))},
 }
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn")
 _REACHES = ("socket.connect", "socket.sendto", "socket.gethostbyname", "socket.getaddrinfo")
@@ -85,8 +88,8 @@ class Watch:
         elif event == "open" and self._writes(args):
             self._judge(event, args[0])
         elif event in _WRITES:
-            for n in _WRITES[event]:
-                self._judge(event, args[n])
+            for n, directory in _WRITES[event]:
+                self._judge(event, args[n], -1 if directory is None else args[directory])
 
     def _writes(self, args: tuple[Any, ...]) -> bool:
         mode, flags = args[1], args[2]
@@ -94,10 +97,11 @@ class Watch:
             return any(sign in mode for sign in "wax+")
         return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
-    def _judge(self, event: str, path: Any) -> None:
+    def _judge(self, event: str, path: Any, directory: int = -1) -> None:
         if isinstance(path, int):
             return
-        real = os.path.realpath(os.fsdecode(path))
+        beside = os.readlink(f"/proc/self/fd/{directory}") if directory >= 0 else ""
+        real = os.path.realpath(os.path.join(beside, os.fsdecode(path)))
         if not real.startswith(self.place) and real != os.devnull:
             self.found.append(f"{event} {real!r:.200}")
 

@@ -165,8 +165,9 @@ async def _ask(app: Any, given: dict[str, Any]) -> tuple[int, dict[str, str], by
 def _answer(given: dict[str, Any], place: Path, out: Path) -> None:
     app, digests, kept, loop = _application()
     if EARLIER in given["body"]:
-        first = {**given, "path": "/v1/responses", "body": json.dumps(FIRST).encode()}
-        _, _, text = loop.run_until_complete(_ask(app, {**first, "headers": JSON, "split": False}))
+        first = {"method": "POST", "path": "/v1/responses", "headers": JSON, "split": False}
+        asked = _ask(app, {**first, "body": json.dumps(FIRST).encode()})
+        _, _, text = loop.run_until_complete(asked)
         earlier = json.loads(text)["id"].encode()
         given = {**given, "body": given["body"].replace(EARLIER, earlier)}
     status, headers, text = loop.run_until_complete(_ask(app, given))
