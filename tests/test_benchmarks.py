@@ -1,4 +1,4 @@
-"""Every benchmark that the documents name still runs, on little."""
+"""Benchmarks still run, on little; but for those that build, install or train for minutes."""
 
 import sys
 from pathlib import Path
