@@ -196,6 +196,15 @@ def test_rows_hold_what_is_said_of_them():
         row = row_bytes(engine, session)
         requests = []
 
+        def full() -> int:
+            read = session.fork()
+            for n in range(2 * read.caches[0].capacity):
+                model(mx.array([[n]]), cache=read.caches)
+                mx.eval([c.state for c in read.caches])
+            return sum(c.nbytes for c in read.caches)
+
+        assert row == engine.call(full).result()
+
         def held() -> int:
             mx.clear_cache()
             return mx.get_active_memory()

@@ -521,8 +521,9 @@ def test_validation_is_the_divergence_of_what_was_held_out(place, tmp_path):
     again.measure(0)
     again.measure(4)
     assert [x["step"] for x in again.lines] == [0, 4]
-    validation.Validation(file, model, data, SETTINGS, 3)
-    assert [x["step"] for x in validation.read_validation(file)] == [0]
+    for step, kept in ((4, [0, 4]), (3, [0])):
+        validation.Validation(file, model, data, SETTINGS, step)
+        assert [x["step"] for x in validation.read_validation(file)] == kept
 
 
 def test_what_is_held_out_is_not_trained_on(place):
