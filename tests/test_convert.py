@@ -220,11 +220,11 @@ def test_help_and_usage():
 def test_memory_stays_at_a_few_tensors(tmp_path):
     """235 MB of weights in tensors of at most 4 MB, cast on the way."""
     program = (
-        "import sys, resource; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+        "import sys; sys.path[:0] = sys.argv[1:2]; from pathlib import Path; "
         "from ahn_mlx.checkpoints.convert import convert; import ahn_mlx.model.augment; "
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "from tests.resident import most; before = most(); "
         "convert(None, Path(sys.argv[2]), Path(sys.argv[3]), 'bfloat16'); "
-        "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))"
+        "print(most() - before)"
     )
     source = tmp_path / "in"
     source.mkdir()

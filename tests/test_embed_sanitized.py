@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from checkpoints import talking_model
+from resident import FROM_A_SMALL_ONE
 
 from ahn_mlx import load
 from ahn_mlx.apps.export import export_app
@@ -96,6 +97,7 @@ def test_fuzz_targets_find_nothing_in_ten_seconds(folder, target, tmp_path):
     (tmp_path / "out").mkdir()
     done = subprocess.run(
         [
+            *FROM_A_SMALL_ONE,  # its limit is of ru_maxrss
             *(str(built("-DAHN_FUZZ=ON", compiler="clang++") / f"fuzz-{target}"), "-timeout=30"),
             *("-max_total_time=10", "-print_final_stats=1", "out", f"in/{target}"),
         ],

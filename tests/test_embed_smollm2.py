@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import resident
 from checkpoints import chat_tokenizer, talking_model
 from test_embed import by_model, by_python
 from test_embed_tokenizer import BOOK
@@ -62,20 +63,14 @@ def test_logits_far_beyond_the_window(smollm2):
 def test_exporting_holds_no_second_copy_of_the_weights(smollm2, tmp_path):
     """Beyond the 549 MB of the model: next to nothing in MLX, and a small part in the process."""
     model, tokenizer, _ = smollm2
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
-    before = most_resident()
+    resident.start_over()
+    before = resident.most()
     mx.reset_peak_memory()
     held = mx.get_active_memory()
     export_app(model, tokenizer, tmp_path / "app", chunk=64)
     assert held > 500e6
     assert mx.get_peak_memory() - held < 1e6
-    assert most_resident() - before < 150e6
-
-
-def most_resident() -> int:
-    """Bytes, at the most since the peak was set back."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10
+    assert resident.most() - before < 150e6
 
 
 def test_no_window_is_copied_in_a_hundred_steps(smollm2):

@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import os
-import resource
 import struct
 import zipfile
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import papers
 import pytest
+import resident
 from checkpoints import (
     byte_bpe,
     byte_tokenizer,
@@ -556,10 +556,11 @@ def test_templates_that_would_fill_the_memory_or_not_end(
     tokenizer = chat_tokenizer()
     said = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer._tokenizer.chat_template = template + said
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident.start_over()
+    before = resident.most()
     with pytest.raises(AHNError, match=r"without end|characters|too|recursion|undefined"):
         Template(tokenizer)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    assert resident.most() - before < 100 << 20
 
 
 def test_what_templates_do_every_day_is_not_changed() -> None:

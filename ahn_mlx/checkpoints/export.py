@@ -1,5 +1,6 @@
 """A converted directory back to the PyTorch release's layouts: the memory alone, or merged
-with its base. What conversion has cast or set aside is undone, bit for bit."""
+with its base. What conversion has cast or set aside is undone, bit for bit; what that release has
+no word for, a gain by window, becomes part of what it has."""
 
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AHNError, show
+from ..memory import gain
 from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import is_memory, published_name
 from ..outputs.directories import check_out, replacing, reporting
@@ -51,7 +53,7 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
             ahn = AHNConfig.from_dict(config)
         except AHNError as e:
             raise AHNError(f"{path}: {e}") from None
-        plan = _plan(path, config, layout)
+        plan = _without_gain(_plan(path, config, layout), ahn.window)
         parameters = sum(math.prod(tensor.source.info.shape) for tensor in plan.values())
         names = ("generation_config.json", *(TOKENIZER_FILES if layout == "merged" else ()))
         with replacing(out, force) as directory:
@@ -99,6 +101,20 @@ def _plan(path: Path, config: dict[str, Any], layout: str) -> dict[str, Tensor]:
             raise AHNError(f"{source.file}: tensor {show(source.name)} is {source.info.dtype}")
     read = Reader()
     return {name: Tensor(s, _dtype(name, sources, read)) for name, s in sources.items()}
+
+
+def _without_gain(plan: dict[str, Tensor], window: int) -> dict[str, Tensor]:
+    """The release has one window: what a router's gain is there goes into its beta."""
+    read, found = Reader(), {}
+    for name, tensor in plan.items():
+        stem, _, last = name.rpartition(".")
+        gamma = plan.get(f"{stem}.gamma") if stem.endswith(".ahn_router") else None
+        if gamma is None:
+            found[name] = tensor
+        elif last != "gamma":
+            more = gain(read(gamma.source), window) if last == "beta" else None
+            found[name] = tensor._replace(more=more)
+    return found
 
 
 def _dtype(name: str, sources: dict[str, Source], read: Reader) -> mx.Dtype:

@@ -17,7 +17,7 @@ def model_identity(model: nn.Module) -> dict[str, str]:
     """Hashes of the settings, of names, shapes and dtypes of all weights, and of the values
     of the small ones, which differ between trainings. Of a model that several processes run
     it is that of the whole."""
-    ahn = {**vars(model.ahn), "window": 0, "sinks": 0}
+    ahn = {**model.ahn.to_dict(), "window": 0, "sinks": 0}
     weights = vars(model).get("whole") or _of_weights(model)
     return {"settings": hash_of([vars(model.args), ahn]), **weights}
 

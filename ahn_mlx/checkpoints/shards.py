@@ -24,11 +24,13 @@ class Tensor(NamedTuple):
     """One tensor of a plan: where it is now, and what is to be written of it.
 
     dtype: of the values, or of their scales if quantized. bits: quantize to so many, or 0.
+    more: what is added to the values first, if anything.
     """
 
     source: Source
     dtype: mx.Dtype
     bits: int = 0
+    more: mx.array | None = None
 
     def layout(self, name: str) -> dict[str, Layout]:
         """What is written under `name` and, of a quantized tensor, beside it."""
@@ -111,6 +113,8 @@ def _read(tensor: Tensor, read: Reader) -> mx.array:
     x = read(tensor.source)
     if not mx.issubdtype(x.dtype, mx.floating):
         return x  # packed by a quantizer
+    if tensor.more is not None:
+        x = x + tensor.more
     cast = x.astype(tensor.dtype, stream=mx.cpu)
     if not is_finite(cast):
         file, name = tensor.source.file, tensor.source.name

@@ -55,6 +55,7 @@ MOST = 1 << 31  # of any whole number: steps, sequences, tokens
     help="Of memory.",
 )
 @click.option("--router", is_flag=True, help="Let it grow louder with what it has compressed.")
+@click.option("--window-gain", is_flag=True, help="A router that also learns a gain by window.")
 @click.option(
     "--data",
     multiple=True,
@@ -152,6 +153,7 @@ def train(**options: Any) -> None:
         _take_memory(options, options["ahn"])
         if not is_given("base"):
             options["base"] = bases.base_of(options["ahn"])
+    options["router"] = options["router"] or options["window_gain"]
     drawable = _can_draw(out)
     base = output.load_base(options)
     if options["ahn"]:
@@ -290,6 +292,7 @@ def _take_memory(options: dict[str, Any], directory: Path) -> None:
     options |= {k: v for k, v in found.items() if not is_given(k)}
     options["query_projection"] = config.query_projection
     options["router"] = options["router"] or config.router
+    options["window_gain"] = options["window_gain"] or config.window_gain
 
 
 def _can_draw(out: Path) -> bool:

@@ -104,14 +104,16 @@ def _memory_in(directory: Path) -> tuple[dict[str, Any], dict[str, Source]]:
 
 def put_memory(base: Base, directory: Path) -> None:
     """Give a model, which has been augmented, the memory of an AHN-only checkpoint. If that has
-    no router, the model's own says nothing yet. Raises AHNError if it does not fit, or was
-    trained for another base."""
+    no router, or none with a gain by window, the model's own says nothing yet. Raises
+    AHNError if it does not fit, or was trained for another base."""
     config, sources = _memory_in(directory)
     check_same_base(Path(base.origin.repo), base.config, directory, config)
     model: Any = base.model
     parameters: Any = tree_flatten(model.parameters())
-    adds = model.ahn.router and not AHNConfig.from_dict(config).router
-    expected = {n: x for n, x in parameters if is_memory(n) and not (adds and is_router(n))}
+    there = AHNConfig.from_dict(config)
+    adds = model.ahn.router and not there.router
+    fresh = {n for n, _ in parameters if is_router(n) and (adds or _is_new_gain(n, there))}
+    expected = {n: x for n, x in parameters if is_memory(n) and n not in fresh}
     found = rename_published(sources, model.ahn.fa_layer_ids)
     for name in sorted(expected | found):
         if (
@@ -132,6 +134,11 @@ def put_memory(base: Base, directory: Path) -> None:
         outputs = (name for name in memory if name.endswith(".o_proj.weight"))
         memory |= {name: memory[name] / UNLEARNED for name in outputs}
     model.update(tree_unflatten(list(memory.items())))
+
+
+def _is_new_gain(name: str, there: AHNConfig) -> bool:
+    """Whether a router's parameter is a gain by window that a checkpoint has not."""
+    return name.endswith(".gamma") and not there.window_gain
 
 
 def smollm2_base() -> tuple[nn.Module, TokenizerWrapper]:

@@ -92,7 +92,7 @@ def shape_by_name(name: str, ahn: AHNConfig) -> Shape:
     """Of a model that has a name, with other AHN settings perhaps."""
     base = MODELS[name].base
     published = next(e.ahn for e in MODELS.values() if (e.base, e.memory) == (base, ahn.memory))
-    special = ("fa_layer_ids", "router", "query_projection")
+    special = ("fa_layer_ids", "router", "query_projection", "window_gain")
     if any(getattr(ahn, field) != getattr(published, field) for field in special):
         return shape_of({**base.config, "ahn": ahn.to_dict()})
     found, config = counts(name, ahn.memory), base.config

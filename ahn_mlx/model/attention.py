@@ -48,7 +48,7 @@ class AHNAttention(nn.Module):
         options = {"query_projection": True} if config.query_projection else {}
         self.ahn = MEMORIES[config.memory](hidden, self.n_heads, self.head_dim, **options)
         if config.router:
-            self.router = Router(self.n_heads)
+            self.router = Router(self.n_heads, config.window_gain)
         self._lock, self._derived = RLock(), Kept()
 
     def __call__(

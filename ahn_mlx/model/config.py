@@ -31,6 +31,7 @@ class AHNConfig:
     fa_layer_ids: layers that keep full attention and get no memory.
     router: scale each head's memory by how much it has compressed.
     query_projection: the memory reads with a projection of the raw queries.
+    window_gain: the router has a gain by window, which the PyTorch release's has not.
 
     Raises AHNError on a value out of range.
 
@@ -45,6 +46,7 @@ class AHNConfig:
     fa_layer_ids: tuple[int, ...] = field(default=())
     router: bool = False
     query_projection: bool = False
+    window_gain: bool = False
 
     def __post_init__(self) -> None:
         _one_of("memory", self.memory, tuple(PUBLISHED_NAMES.values()))
@@ -52,9 +54,11 @@ class AHNConfig:
         _whole("window", self.window, 1)
         _whole("sinks", self.sinks, 0)
         object.__setattr__(self, "fa_layer_ids", _layer_ids(self.fa_layer_ids))
-        for name in ("router", "query_projection"):
+        for name in ("router", "query_projection", "window_gain"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"{name} must be true or false, not {show(getattr(self, name))}")
+        if self.window_gain and not self.router:
+            raise AHNError("window_gain is a router's, and router is false")
         if self.query_projection and self.memory != "gated_deltanet":
             # The other two memories ignore the flag, as in the PyTorch release.
             object.__setattr__(self, "query_projection", False)
@@ -94,7 +98,10 @@ class AHNConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The `ahn` entry of our config.json."""
-        return {**asdict(self), "fa_layer_ids": list(self.fa_layer_ids)}
+        found = {**asdict(self), "fa_layer_ids": list(self.fa_layer_ids)}
+        if not self.window_gain:  # versions before it know all else
+            del found["window_gain"]
+        return found
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -38,6 +38,7 @@ STATE = "training.safetensors"
 # trained in units of its first size: from head to head that differs by a factor of 256.
 RATES = {"gain": 400.0, "o_proj.weight": 200.0, "q_proj.weight": 10.0}
 OF_ROUTER = {"router.alpha": 400.0, "router.beta": 400.0}
+OF_GAIN = {"router.gamma": 400.0}
 
 # Size of an output matrix that starts at zero.
 FRESH = 1e-3
@@ -79,6 +80,7 @@ class Trainer:
             self.sizes[matrix] = _sizes(self.parameters[matrix])
             self.parameters[matrix] = self.parameters[matrix] / self.sizes[matrix]
         rates = RATES | (OF_ROUTER if model.ahn.router else {})
+        rates |= OF_GAIN if model.ahn.window_gain else {}
         self.factors = (*rates.values(), 1.0)
         self.optimizer = optim.MultiOptimizer(
             [self._adamw(factor) for factor in self.factors],

@@ -68,8 +68,8 @@ QUANTIZED = ("quantization", "quantization_config")  # which a memory is not
 def load_base(options: dict[str, Any]) -> Base:
     """The base with a memory that says nothing yet.
 
-    options: base, memory, window, sinks, sink_positions, dtype of `ahn-mlx train`; router
-    and query_projection, which is otherwise chosen where base and memory can have one.
+    options: base, memory, window, sinks, sink_positions, dtype of `ahn-mlx train`; router,
+    window_gain and query_projection, which is otherwise chosen where base and memory can have one.
     """
     mx.random.seed(options["seed"])
     base = bases.load_base(options["base"])
@@ -80,6 +80,7 @@ def load_base(options: dict[str, Any]) -> Base:
         sinks=options["sinks"],
         sink_positions=options["sink_positions"],
         router=options["router"],
+        window_gain=options["window_gain"],
         query_projection=_queries_fit(base.model) if projects is None else projects,
     )
     built(base.path, partial(augment, base.model), config)
