@@ -177,7 +177,7 @@ FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 BOM = b"\xef\xbb\xbf"
 TRAINING = {
     **{"memory": "gated_deltanet", "window": 60, "sinks": 4, "sink_positions": "clamped"},
-    "router": False,
+    **{"router": False, "window_gain": False},
     **{"dtype": "float32", "seed": 0, "data": ["a.txt"]},
 }
 

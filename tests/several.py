@@ -172,7 +172,8 @@ def random_model(kind: str, sinks: str, bits: int | None, **config: Any) -> Any:
 
     from ahn_mlx.model.augment import build
 
-    ahn = {"memory": kind, "window": 12, "sinks": 3, "sink_positions": sinks, "router": True}
+    ahn = {"memory": kind, "window": 12, "sinks": 3, "sink_positions": sinks}
+    ahn |= {"router": True, "window_gain": True}
     model = build({**CONFIG, "ahn": ahn, **config})
     mx.random.seed(5)
     weights = tree_map(lambda x: mx.random.normal(x.shape) * 0.3, model.parameters())

@@ -66,7 +66,12 @@ def test_what_is_written_down_of_a_name_is_what_its_model_has(name):
 
 def test_other_settings_of_a_name():
     entry = MODELS["ahn-gdn-3b"]
-    for other in ({"memory": "mamba2", "window": 99}, {"router": True}, {"fa_layer_ids": (3,)}):
+    for other in (
+        {"memory": "mamba2", "window": 99},
+        {"window_gain": True, "router": True},
+        {"router": False},
+        {"fa_layer_ids": (3,)},
+    ):
         ahn = replace(entry.ahn, **other)
         config = {**entry.base.config, "ahn": ahn.to_dict()}
         assert cost.shape_by_name("ahn-gdn-3b", ahn) == cost.shape_of(config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_model import IDS, tiny
 
-from ahn_mlx import AHNConfig
+from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.memory import MEMORIES, Router, forms
 from ahn_mlx.memory.layers import Kept, decay_init
 from ahn_mlx.model.division import heads_of_each, layers_of_each, rows_of_each
@@ -280,6 +280,21 @@ def test_a_router_is_its_equation():
     assert router(mx.array(n[:, None]), 16).shape == (4, 3, 1, 1)
 
 
+def test_a_gain_by_window_is_its_equation():
+    """None at 256, and in float32 also where the parameters are not."""
+    router = Router(3, window_gain=True)
+    alpha, beta, gamma = (0.5, -1.0, 2.0), (0.125, 0.25, -0.375), (-0.5, 0.75, 0.0)
+    router.alpha, router.beta, router.gamma = map(mx.array, (alpha, beta, gamma))
+    router.set_dtype(mx.bfloat16)
+    n = np.array([1, 16, 5000])
+    for window in (16, 256, 2048):
+        found = router(mx.array(n), window)
+        for head, (a, b, c) in enumerate(zip(alpha, beta, gamma, strict=True)):
+            z = a * np.log(n / window) + b + c * np.log(window / 256)
+            assert np.allclose(np.array(found[head, :, 0]), sigmoid(z), rtol=1e-5)
+    assert "gamma" not in Router(3)
+
+
 @pytest.mark.parametrize("memory", list(MEMORIES))
 def test_a_model_of_16_bits_keeps_16_bits(memory):
     """Window, gates and logits; the state alone has 32."""
@@ -321,6 +336,17 @@ def test_parts_of_a_divided_model():
 
 def test_settings_at_their_bounds():
     assert (AHNConfig(window=1, sinks=0).window, AHNConfig(window=1, sinks=0).sinks) == (1, 0)
+
+
+def test_a_gain_by_window_is_said_where_there_is_one_and_is_a_routers():
+    """Versions before it refuse what they do not know, and know a model by what is said."""
+    gains = AHNConfig(router=True, window_gain=True)
+    assert "window_gain" not in AHNConfig(router=True).to_dict()
+    assert AHNConfig.from_dict({"ahn": gains.to_dict()}) == gains
+    with pytest.raises(AHNError, match="window_gain is a router's, and router is false"):
+        AHNConfig(window_gain=True)
+    with pytest.raises(AHNError, match="window_gain must be true or false, not 1"):
+        AHNConfig(router=True, window_gain=1)
 
 
 def test_a_query_projection_begins_as_none():

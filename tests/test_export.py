@@ -10,12 +10,12 @@ import pytest
 import yaml
 from checkpoints import GDN, GOLDEN, byte_tokenizer, edit_config, read_json, same
 
-from ahn_mlx import AHNError
+from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.export import export_pytorch
-from ahn_mlx.checkpoints.load import load
+from ahn_mlx.checkpoints.load import load, load_model
 
 VARIANTS = sorted(p.name for p in GOLDEN.glob("qwen*"))
 
@@ -67,6 +67,29 @@ def test_float32_decays_beside_bfloat16(tmp_path):
     for name, x in given.items():
         keeps = name.endswith((".A_log", ".dt_bias", ".D"))
         assert same({name: back[name]}, {name: x if keeps else x.astype(mx.bfloat16)})
+
+
+def test_what_the_release_has_no_word_for_becomes_what_it_has(tmp_path):
+    """At the window that is exported a gain by window is a beta."""
+    convert(None, GOLDEN / "qwen2-gdn-router/merged", tmp_path / "mlx")
+    config = read_json(tmp_path / "mlx")
+    edit_config(tmp_path / "mlx", ahn={**config["ahn"], "window": 21, "window_gain": True})
+    weights = read_tensors(tmp_path / "mlx")
+    for name in [name for name in weights if name.endswith("router.beta")]:
+        gamma = mx.random.normal(weights[name].shape)
+        weights[name.replace("beta", "gamma")] = gamma
+    mx.save_safetensors(str(tmp_path / "mlx/model.safetensors"), weights)
+    with_gain, _ = load_model(tmp_path / "mlx")
+    ids = mx.arange(90)[None] * 7 % 64
+    for layout in ("merged", "ahn-only"):
+        export_pytorch(tmp_path / "mlx", tmp_path / layout, layout)
+        given = read_tensors(GOLDEN / "qwen2-gdn-router/merged")
+        assert read_tensors(tmp_path / layout).keys() <= given.keys()
+        assert not AHNConfig.from_dict(read_json(tmp_path / layout)).window_gain
+    back, _ = load_model(tmp_path / "merged")
+    assert mx.allclose(back(ids), with_gain(ids), atol=1e-5)
+    elsewhere, _ = load_model(tmp_path / "mlx", window=30)
+    assert not mx.allclose(load_model(tmp_path / "merged", window=30)[0](ids), elsewhere(ids))
 
 
 def test_twice_there_and_back(tmp_path):

@@ -23,6 +23,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import normalizers
 
 from ahn_mlx import AHNConfig, AHNError, augment, load, load_model
+from ahn_mlx.checkpoints.identity import hash_of, model_identity
 from ahn_mlx.checkpoints.load import cast
 from ahn_mlx.cli.digest import _resume, load_as_read
 from ahn_mlx.hub.zoo import ZOO
@@ -759,6 +760,14 @@ def test_a_memory_is_of_a_model_with_its_settings(loaded, tmp_path, settings):
     model.ahn = replace(model.ahn, **settings)
     with pytest.raises(AHNError, match=r"another model.*\(settings differ\)"):
         Session.load(tmp_path / "a.ahn", model, loaded[1])
+
+
+def test_settings_of_a_memory_are_said_as_ever():
+    """Of a model that has none of the newer ones; whoever digested with it has their files."""
+    model = small()
+    then = {"memory": "gated_deltanet", "window": 0, "sinks": 0, "sink_positions": "clamped"}
+    then |= {"fa_layer_ids": [], "router": False, "query_projection": False}
+    assert model_identity(model)["settings"] == hash_of([vars(model.args), then])
 
 
 def test_a_file_that_another_replaces_is_read_again(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_answers_are_the_same_alone_and_in_company(engine, base, loaded):
     [
         ("deltanet", {}),
         ("mamba2", {}),
-        ("gated_deltanet", {"router": True}),
+        ("gated_deltanet", {"router": True, "window_gain": True}),
         ("gated_deltanet", {"query_projection": True}),
     ],
 )

@@ -36,6 +36,29 @@ def test_a_memory_that_had_none_begins_as_it_was(place, tmp_path):  # noqa: F811
     assert alphas and any(x.any().item() for x in alphas)
 
 
+def test_a_gain_by_window_begins_as_none_and_is_learned(place, tmp_path):  # noqa: F811
+    """By itself, of a memory that has a router already, and on from there unasked."""
+    first, gains, again = (tmp_path / name for name in ("first", "gains", "again"))
+    for out, options in (
+        (first, ("--steps", 0, "--ahn", GDN / "ahn_only", "--router")),
+        (gains, ("--steps", 0, "--ahn", first, "--window-gain")),
+        (again, ("--steps", 1, "--ahn", gains)),
+    ):
+        done = train(place, out, *options)
+        assert done.returncode == 0, done.stderr
+    without, _ = ahn_mlx.load(place / "base", ahn=first, dtype="float32")
+    begun, _ = ahn_mlx.load(place / "base", ahn=gains, dtype="float32")
+    assert not without.ahn.window_gain and begun.ahn.window_gain
+    assert mx.array_equal(begun(TOKENS), without(TOKENS))
+    trained = mx.load(str(again / "model.safetensors"))
+    gammas = [x for n, x in trained.items() if n.endswith("ahn_router.gamma")]
+    assert gammas and any(x.any().item() for x in gammas)
+    done = train(place, tmp_path / "both", "--steps", 0, "--ahn", GDN / "ahn_only", "--window-gain")
+    assert done.returncode == 0, done.stderr
+    both, _ = ahn_mlx.load(place / "base", ahn=tmp_path / "both", dtype="float32")
+    assert both.ahn.router and mx.allclose(both(TOKENS), begun(TOKENS), atol=1e-5)
+
+
 def test_a_router_that_its_file_should_have_is_not_made_up(place, tmp_path):  # noqa: F811
     on = tmp_path / "on"
     done = train(place, on, "--steps", 0, "--ahn", GDN / "ahn_only", "--router")
@@ -65,7 +88,7 @@ def test_layers_are_fitted_as_without_one(place, memory):  # noqa: F811
 
 def test_it_learns_at_a_rate_of_its_own(place):  # noqa: F811
     """Its numbers have to come as far as ones; those of gates as hundredths."""
-    model, tokenizer = base_model(place, router=True)
+    model, tokenizer = base_model(place, router=True, window_gain=True)
     settings = loop.Settings(**{**vars(SETTINGS), "lr": 1e-3, "warmup": 1})
     trainer = loop.Trainer(model, sequences(place, tokenizer), settings)
     before = dict(trainer.parameters)
@@ -73,4 +96,4 @@ def test_it_learns_at_a_rate_of_its_own(place):  # noqa: F811
     for name in before:
         if ".router." in name:
             assert mx.allclose(before[name] - after[name], mx.array(0.2), rtol=1e-2), name
-    assert sum(".router." in name for name in before) == 2 * len(model.layers)
+    assert sum(".router." in name for name in before) == 3 * len(model.layers)

@@ -42,7 +42,7 @@ VARIANTS = [
     ("gated_deltanet", {"query_projection": True}, "kl"),
     ("gated_deltanet", {"router": True, "sink_positions": "clamped"}, "kl"),
     ("gated_deltanet", {}, "ce"),
-    ("deltanet", {"router": True}, "kl"),
+    ("deltanet", {"router": True, "window_gain": True}, "kl"),
     ("deltanet", {}, "distill"),
     ("mamba2", {"sink_positions": "clamped"}, "kl"),
 ]
@@ -309,7 +309,7 @@ def test_a_damaged_state_is_one_line(place, tmp_path, name):  # noqa: F811
 def test_a_memory_is_float32_on_a_base_of_16_bits(place):  # noqa: F811
     """And what the base computes stays in 16."""
     options = {"memory": "gated_deltanet", "window": 12, "sinks": 4, "sink_positions": "clamped"}
-    options["router"] = False
+    options |= {"router": False, "window_gain": False}
     base = load_base({**options, "base": str(place / "base"), "dtype": "bfloat16", "seed": 0})
     model = loud(base.model)
     assert {x.dtype for x in trainable(model).values()} == {mx.float32}

@@ -66,9 +66,9 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def base_model(place, memory="gated_deltanet", router=False):
+def base_model(place, memory="gated_deltanet", router=False, window_gain=False):
     options = {"memory": memory, "window": 12, "sinks": 4, "sink_positions": "absolute"}
-    options |= {"router": router, "dtype": "float32", "seed": 0}
+    options |= {"router": router, "window_gain": window_gain, "dtype": "float32", "seed": 0}
     return load_base({**options, "base": str(place / "base")})[:2]
 
 

@@ -62,9 +62,11 @@ class Published:
     @property
     def ahn(self) -> AHNConfig:
         """Settings where the checkpoint's config.json has none: window 32,640, 128 sinks. Ours
-        have a router, and read with a projection of the query where the memory can."""
+        have a router, DeltaNet's with a gain by window, and read with a projection of the query
+        where the memory can."""
         ours = not self.repo
-        return AHNConfig(memory=self.memory, router=ours, query_projection=ours)
+        gains = ours and self.memory == "deltanet"
+        return AHNConfig(memory=self.memory, router=ours, query_projection=ours, window_gain=gains)
 
     @property
     def settings(self) -> AHNConfig:
@@ -140,9 +142,9 @@ SMOLLM2 = Base(
     },
     Counts(26_542_080, 79_626_240, 28_311_552, 35_136),
     {
-        # The first reads with a projection of the query, and each has a router.
+        # The first reads with a projection of the query; each has a router, the second's a gain.
         "gated_deltanet": (466_560, 2_211_840, 3_000),
-        "deltanet": (311_040, 1_105_920, 2_460),
+        "deltanet": (311_040, 1_105_920, 2_730),
         "mamba2": (311_040, 1_105_920, 18_900),
     },
 )
