@@ -299,7 +299,7 @@ def test_python_of_the_training_makes_the_shipped_file(
     options |= {
         "sink_positions": "clamped",
         "router": True,
-        "window_gain": False,
+        "window_gain": True,
         "dtype": "float32",
         "seed": 0,
         "data": ("a.txt",),

@@ -53,7 +53,7 @@ SETTINGS = (
     *("ahn", "memory", "window", "sinks", "sink_positions", "fa_layer_ids", "router"),
     *("query_projection", "gated_deltanet", "deltanet", "mamba2", "absolute", "clamped"),
     *("_ahn_implementation", "GatedDeltaNet", "DeltaNet", "Mamba2", "num_attn_sinks"),
-    *("use_ahn_router", "use_q_proj", "sliding_window"),
+    *("use_ahn_router", "use_q_proj", "sliding_window", "window_gain"),
 )
 HEADER = (
     *(
