@@ -30,10 +30,13 @@ DEFAULT = "ahn-gdn-smollm2-135m"
 
 def free_ports(n: int) -> list[int]:
     """Below those that a system gives to connections: a rank that tries to reach one of those
-    before it is listened on may reach itself."""
+    before it is listened on may reach itself. Each of pytest's workers draws from its own: until
+    a rank listens, a port looks free, and MLX would share it with another's."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = 10_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     held: dict[int, socket.socket] = {}
     while len(held) < n:
-        port, one = random.randrange(10_000, 32_768), socket.socket()
+        port, one = random.randrange(own, 32_768, workers), socket.socket()
         try:
             one.bind(("127.0.0.1", port))
         except OSError:  # it is taken, perhaps by one of ours
