@@ -287,10 +287,10 @@ def test_a_gain_by_window_is_its_equation():
     router.alpha, router.beta, router.gamma = map(mx.array, (alpha, beta, gamma))
     router.set_dtype(mx.bfloat16)
     n = np.array([1, 16, 5000])
-    for window in (16, 256, 2048):
-        found = router(mx.array(n), window)
+    for W in (16, 256, 2048):
+        found = router(mx.array(n), W)
         for head, (a, b, c) in enumerate(zip(alpha, beta, gamma, strict=True)):
-            z = a * np.log(n / window) + b + c * np.log(window / 256)
+            z = a * np.log(n / W) + b + c * np.log(W / 256)
             assert np.allclose(np.array(found[head, :, 0]), sigmoid(z), rtol=1e-5)
     assert "gamma" not in Router(3)
 
