@@ -114,7 +114,7 @@ def _read(tensor: Tensor, read: Reader) -> mx.array:
     if not mx.issubdtype(x.dtype, mx.floating):
         return x  # packed by a quantizer
     if tensor.more is not None:
-        x = x + tensor.more
+        x = mx.add(x, tensor.more, stream=mx.cpu)
     cast = x.astype(tensor.dtype, stream=mx.cpu)
     if not is_finite(cast):
         file, name = tensor.source.file, tensor.source.name
