@@ -494,6 +494,20 @@ def ahn(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
+def test_a_step_that_was_saved_but_not_measured_is_measured_on_the_way_on(place, tmp_path):
+    """The run was killed between the two."""
+    out, given = tmp_path / "out", ("--save-every", 2, "--layerwise", 0)
+    done = train(place, out, "--steps", 2, *given)
+    assert done.returncode == 0, done.stderr
+    file = out / validation.VALIDATION
+    measured = validation.read_validation(file)
+    file.write_text(json.dumps(measured[0]) + "\n")
+    done = train(place, out, "--steps", 3, *given, "--resume")
+    assert done.returncode == 0, done.stderr
+    now = validation.read_validation(file)
+    assert [line["step"] for line in now] == [0, 2, 3] and now[:2] == measured
+
+
 def test_validation_is_the_divergence_of_what_was_held_out(place, tmp_path):
     model, tokenizer = base_model(place)
     data = sequences(place, tokenizer)

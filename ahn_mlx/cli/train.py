@@ -219,7 +219,8 @@ class _Run:
             stop_between_steps() as check,
             progress_bar(whole, "training", unit, self._done(timed)) as bar,
         ):
-            if trainer.step == 0:
+            # Of one that goes on, again: killed in a save, it may not have measured that step.
+            if trainer.step % self.options["save_every"] == 0:
                 self.save()
             while not trainer.schedule.done:
                 drawn = draw_window(settings, trainer.step)
