@@ -117,8 +117,12 @@ def default_dtype() -> "mx.Dtype | None":
 
 
 # What MLX says of it has no type of its own: "[malloc] Unable to allocate ...", "Insufficient
-# Memory" of Metal's queue, "out of memory" of CUDA.
-_NO_MEMORY = re.compile(r"allocate|insufficient memory|out ?of ?memory", re.IGNORECASE)
+# Memory" of Metal's queue, "out of memory" of CUDA. A thread needs some too: "can't start new
+# thread" of Python, "Resource temporarily unavailable" of C++.
+_NO_MEMORY = re.compile(
+    r"allocate|insufficient memory|out ?of ?memory|start new thread|temporarily unavailable",
+    re.IGNORECASE,
+)
 
 
 @contextmanager

@@ -226,6 +226,8 @@ def test_a_moved_model_is_given_with_a_memory(moved, tmp_path, file):
         RuntimeError("[malloc] Unable to allocate 9437184000 bytes."),
         RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)"),
         RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),
     ],
 )
 def test_too_little_memory_is_one_line_with_advice(error):
