@@ -36,6 +36,11 @@ def _sign(c: str) -> str:
     return c if c.isprintable() else ascii(c)[1:-1]
 
 
+def is_utf8(path: object) -> bool:
+    """Whether a path is text. Linux lets a name be any bytes; MLX opens none that is not."""
+    return not any("\ud800" <= c <= "\udfff" for c in str(path))
+
+
 def note(line: str) -> None:
     """Say what a user may want to know, on stderr."""
     print(f"note: {plain(line)}", file=sys.stderr)

@@ -15,6 +15,7 @@ from checkpoints import GDN, same, talking_model
 from click.testing import CliRunner
 
 from ahn_mlx import AHNError, Session, load
+from ahn_mlx.checkpoints.directory import load_safetensors
 from ahn_mlx.cli import cli
 from ahn_mlx.outputs import directories, pictures
 from ahn_mlx.outputs.files import OutFile, check_writable
@@ -386,6 +387,25 @@ def test_save_replaces_a_saved_conversation_alone(place):
 
 
 # --- directories ---
+
+
+@pytest.mark.parametrize("name", [*FILES, *DIRECTORIES])
+def test_a_name_that_none_should_have(place, name):
+    """Standard output's, and what MLX would not read again."""
+    end, command = ENDS.get(name, ""), arguments(name, place)
+    before = sorted(place.rglob("*"))
+    assert "\\udcff" in refuse(*command, place / f"\udcff{end}")
+    assert "not UTF-8" in refuse(*command, place / f"\udcff{end}")
+    assert "standard output is not written to" in refuse(*command, "-")
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_what_mlx_would_not_open_says_what_to_do(tmp_path):
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"a": mx.zeros(1)})
+    (tmp_path / "a.safetensors").rename(tmp_path / "\udcff.safetensors")
+    with pytest.raises(AHNError, match=r"\\udcff.safetensors: its path is not UTF-8.*rename it"):
+        load_safetensors(tmp_path / "\udcff.safetensors")
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import AHNError, note, show
+from ..errors import AHNError, is_utf8, note, show
 from .safetensors import TensorInfo, is_finite, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -224,6 +224,8 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 
 def load_safetensors(file: Path) -> dict[str, mx.array]:
     """The tensors of a file whose header has been judged, lazily."""
+    if not is_utf8(file):
+        raise AHNError(f"{file}: its path is not UTF-8, which MLX does not open; rename it")
     try:
         return mx.load(str(file), format="safetensors")  # type: ignore[return-value]
     except (RuntimeError, ValueError) as e:

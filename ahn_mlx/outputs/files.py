@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AHNError, show
+from ..errors import AHNError, is_utf8, show
 from .parts import is_part, new_part
 
 
@@ -110,11 +110,13 @@ def sync(file: Path) -> None:
 
 def check_named(path: Path) -> None:
     """Raise AHNError for "-", which elsewhere is standard output and here would be a file's
-    name, and for what no file is named."""
+    name, for what no file is named, and for what could be written and not be read again."""
     if str(path) == "-":
         raise AHNError("-: standard output is not written to; give the name of a file")
     if "\0" in str(path):
         raise AHNError(f"{show(str(path))}: has a character that no name has; give another")
+    if not is_utf8(path):
+        raise AHNError(f"{path}: is not UTF-8, and MLX would not read it again; give another name")
 
 
 def real_path(path: Path) -> Path:

@@ -21,6 +21,7 @@ from ..model.config import PUBLISHED_NAMES, AHNConfig
 from ..model.names import published_name
 from ..outputs.directories import check_kind, nearest
 from ..outputs.files import (
+    check_named,
     check_writable,
     is_read,
     real_path,
@@ -111,6 +112,7 @@ def check_out(out: Path, options: dict[str, Any]) -> None:
 
     options: base, ahn, data, resume of `ahn-mlx train`.
     """
+    check_named(out)
     real = real_path(out)
     for read in filter(None, (options["base"], options["ahn"])):
         if same_file(real, Path(read)):
