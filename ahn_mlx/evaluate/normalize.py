@@ -17,9 +17,7 @@ from typing import Any
 
 from ..errors import AHNError
 
-CONSTANTS: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "constants.json").read_text(encoding="utf-8")
-)
+CONSTANTS: dict[str, Any] = json.loads((Path(__file__).parent / "constants.json").read_bytes())
 _NOTHING = dict.fromkeys(map(ord, string.punctuation))
 _NOTHING_ZH = dict.fromkeys(map(ord, string.punctuation + CONSTANTS["cjk_punctuation"]))
 

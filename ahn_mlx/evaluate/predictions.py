@@ -83,9 +83,9 @@ class Predictions:
         try:
             with file.open("ab") as f:
                 # What a killed run was at.
-                whole = _whole(file)
-                f.truncate(whole)
-                f.write(b"\n" if whole and not file.read_bytes()[:whole].endswith(b"\n") else b"")
+                f.truncate(_whole(file))
+                kept = file.read_bytes()
+                f.write(b"\n" if kept and not kept.endswith(b"\n") else b"")
                 yield Appender(f)
         except OSError as e:
             raise AHNError(
@@ -115,7 +115,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_bytes())
         check_depth(found)
     except (OSError, ValueError, RecursionError) as e:
         raise AHNError(f"{file}: cannot be read ({show(str(e))}); choose another --out") from None
@@ -164,7 +164,8 @@ def _whole(file: Path) -> int:
     if data.startswith(UTF_16) or b"\0" in data[:4]:
         return len(data)
     try:
-        return len(data) if json.loads(data[end:].decode() or "null") is not None else end
+        json.loads(data[end:].decode() or "null")
+        return len(data)
     except UnicodeDecodeError as e:
         return end if e.reason == "unexpected end of data" else len(data)
     except (ValueError, RecursionError):

@@ -139,7 +139,7 @@ class Recall:
         memory, window, full = (sums[MIXERS.index(m)].sum(axis=1) for m in MIXERS)
         kept, had = memory - window, full - window
         n = len(kept)
-        if not chosen.any() or had.sum() == 0:
+        if had.sum() == 0:
             return float("nan"), float("nan")
         without = (kept.sum() - kept) / (had.sum() - had) if n > 1 else np.array([np.nan])
         error = np.sqrt((n - 1) * np.mean((without - without.mean()) ** 2))
@@ -207,7 +207,7 @@ def _ask(
     for stem, value in zip(document.stems, document.values, strict=True):
         fork = session.fork()
         logits = model(mx.array([stem]), cache=fork.caches)[0, -1].astype(mx.float32)
-        log = np.array(logits - mx.logsumexp(logits), dtype=np.float64)
+        log = np.array(logits - mx.logsumexp(logits))
         true = log[value]
         bound = log[[v for v in document.values if v != value]]
         seen = log[document.unseen]

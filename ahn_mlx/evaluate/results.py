@@ -33,9 +33,7 @@ class Score(NamedTuple):
 
 @cache
 def paper_tables() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (Path(__file__).parent / "paper_tables.json").read_text(encoding="utf-8")
-    )
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "paper_tables.json").read_bytes())
     return found
 
 

@@ -53,13 +53,11 @@ class Cost(NamedTuple):
 def reading_speed(model: nn.Module) -> float:
     """Tokens read in a second, once kernels are compiled."""
     step, caches = prefill_step(), model.make_cache()
-    seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
         model(mx.zeros((1, step), dtype=mx.uint32), cache=caches)
         mx.eval([c.state for c in caches])
-        seconds = time.perf_counter() - start
-    return step / seconds
+    return step / (time.perf_counter() - start)
 
 
 def check_given(suite: Suite, tasks: list[Task], data: Path | None, prompts: Path | None) -> None:
@@ -119,7 +117,6 @@ class SuiteRun:
     left: list[Left] = field(init=False)
 
     def __post_init__(self) -> None:
-        check_given(self.suite, self.tasks, self.data, self.prompts)
         for task in self.tasks:
             if task.chinese:
                 needs("jieba")
@@ -227,18 +224,17 @@ class SuiteRun:
     def cost(self) -> Cost:
         """Of what is left: by the characters of its prompts, and by the speed of two steps."""
         items = tokens = 0
-        per_token = 0.0
+        density = 0.0
         for left in self.left:
             new = left.task.max_new[self.protocol]
             for _, text in self._texts(left):
-                if not per_token:
-                    ids = self.asker.encoder("", text[:SAMPLE])
-                    per_token = min(len(text), SAMPLE) / max(1, len(ids))
-                tokens += min(int(len(text) / per_token), self.suite.limit) + new
+                if text and not density:
+                    sample = text[:SAMPLE]
+                    density = len(self.asker.encoder("", sample)) / len(sample)
+                tokens += min(round(len(text) * density), self.suite.limit) + new
                 items += 1
         share(self.model.ranks, lambda: [items, self.asker.penalty])  # for follow
-        speed = reading_speed(self.model) if items else 1.0
-        return Cost(items, tokens, tokens / speed)
+        return Cost(items, tokens, tokens / reading_speed(self.model) if items else 0.0)
 
     def _texts(self, left: Left) -> Iterator[tuple[int, str]]:
         template = self.template.texts[left.task.template]

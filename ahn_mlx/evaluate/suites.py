@@ -2,7 +2,7 @@
 be, and how they are scored by the paper's authors ("ahn") and by their own ("published")."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class Task:
     out: str
     template: str
     max_new: dict[str, int]
-    chat: bool = True
-    chinese: bool = False
+    chat: bool
+    chinese: bool
 
     def given(self, data: Path) -> Path:
         """Its file in a user's directory: as on the hub, or what is in the archive. Raises
@@ -62,7 +62,7 @@ class Suite:
     cut: dict[str, str]
     window: int
     sinks: int
-    tasks: dict[str, Task] = field(repr=False)
+    tasks: dict[str, Task]
     usual: tuple[str, ...]
 
     def chosen(self, names: tuple[str, ...]) -> list[Task]:
