@@ -98,8 +98,11 @@ def test_rows_are_as_many_as_fit_and_not_one_more(rows):
 
 @pytest.mark.parametrize("kept", ["0", "-1.5", "true", '"1e9"', "NaN", "Infinity", "null", "[1]"])
 def test_a_speed_that_is_none_is_not_believed(kept, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not/yet"))
     speed.record("a", 2e9)
     assert speed.recall("a") == 2e9 and speed.recall("b") is None
-    (tmp_path / "ahn-mlx/bench.json").write_text(f'{{"a": {kept}}}')
-    assert speed.recall("a") is None
+    speed.record("b", 0.5)
+    assert (speed.recall("a"), speed.recall("b")) == (2e9, 0.5)
+    for text in (f'{{"a": {kept}}}', "[1]", "{"):
+        (tmp_path / "not/yet/ahn-mlx/bench.json").write_text(text)
+        assert speed.recall("a") is None

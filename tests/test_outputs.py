@@ -1,12 +1,16 @@
 """No command replaces a file that it did not make, or that it reads, and it says so first."""
 
+import ctypes
+import fcntl
 import os
 import resource
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import mlx.core as mx
@@ -17,9 +21,9 @@ from click.testing import CliRunner
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.checkpoints.directory import load_safetensors
 from ahn_mlx.cli import cli
-from ahn_mlx.outputs import directories, pictures
+from ahn_mlx.outputs import directories, files, parts, pictures
 from ahn_mlx.outputs.files import OutFile, check_writable
-from ahn_mlx.outputs.parts import parts_of, working_on
+from ahn_mlx.outputs.parts import clear_parts, new_part, parts_of, share, working_on
 from ahn_mlx.reading import memoryfile
 
 TEXT = "It is a far, far better thing that I do, than I have ever done. "
@@ -589,3 +593,266 @@ def test_a_picture_of_ours_says_so_in_its_bytes(tmp_path):
         assert pictures.is_picture(tmp_path / "a.pdf")
         file.truncate((1 << 26) + 1)
         assert not pictures.is_picture(tmp_path / "a.pdf")
+
+
+def opened() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+@pytest.mark.parametrize("lost", ["deleted", "gone", "locked", "replaced"])
+def test_a_part_that_somebody_takes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, lost):
+    """Just after it was made, or just before it is locked."""
+    made, others = [], []
+    lock = parts._lock
+
+    def make(part: Path) -> None:
+        part.touch()
+        made.append(part)
+        if len(made) == 1 and lost == "deleted":
+            part.unlink()
+        if len(made) == 1 and lost == "locked":
+            others.append(os.open(part, os.O_RDONLY))
+            assert lock(others[0])
+
+    def late(held: int) -> bool | None:
+        if len(made) == 1 and lost in ("gone", "replaced"):
+            made[0].unlink()
+            if lost == "replaced":
+                made[0].touch()
+        return lock(held)
+
+    monkeypatch.setattr(parts, "_lock", late)
+    before = opened()
+    with new_part(tmp_path / "a", make) as part:
+        assert made[1:] == [part] and part.exists() and part != made[0]
+        assert opened() == before + 1 + len(others)
+    assert opened() == before + len(others)
+    for other in others:
+        os.close(other)
+
+
+@pytest.mark.parametrize("lost", ["gone", "replaced"])
+def test_a_lock_that_has_just_been_given_up_is_taken_anew(tmp_path, monkeypatch, lost):
+    lock, path = parts._lock, tmp_path / ".a.lock"
+    times = iter((lost, "", ""))
+
+    def late(held: int) -> bool | None:
+        match next(times):
+            case "gone":
+                path.unlink()
+            case "replaced":
+                path.rename(tmp_path / "old")
+                path.touch()
+        return lock(held)
+
+    monkeypatch.setattr(parts, "_lock", late)
+    before = opened()
+    with working_on(tmp_path / "a"):
+        assert opened() == before + 1 and path.exists()
+        monkeypatch.undo()
+        with (
+            pytest.raises(AHNError, match="another process works on it"),
+            working_on(path.parent / "a"),
+        ):
+            pass
+        assert opened() == before + 1
+        path.unlink()  # by whoever tidies up
+    assert opened() == before
+
+
+def test_what_is_no_file_vanishes_with_what_killed_writers_have_left(tmp_path):
+    """A link, but not what it names; a pipe, which nobody writes to; a directory."""
+    (tmp_path / "kept").write_text("precious")
+    (tmp_path / ".a.01.part").symlink_to(tmp_path / "kept")
+    (tmp_path / ".a.02.part").symlink_to(tmp_path / "nowhere")
+    (tmp_path / ".a.03.part").mkdir()
+    (tmp_path / ".a.03.part/half").touch()
+    (tmp_path / ".a.04.part").touch()
+    held = parts._open(tmp_path / ".a.04.part")
+    assert fcntl.fcntl(held, fcntl.F_GETFL) & os.O_NONBLOCK
+    os.close(held)
+    with pytest.raises(OSError, match="symbolic links"):
+        parts._open(tmp_path / ".a.01.part")
+    os.mkfifo(tmp_path / ".a.05.part")
+    before = opened()
+    clear_parts(tmp_path / "a")
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"] and opened() == before
+    assert parts_of(tmp_path / "absent/a") == []
+    part = tmp_path / ".a.06.part"
+    assert parts.is_part(part, tmp_path / "a") and not parts.is_part(part, tmp_path / "b/a")
+    assert not parts.is_part(tmp_path / "a", tmp_path / "a")
+
+
+def test_who_works_in_a_directory_knows_whether_others_do(tmp_path):
+    first, alone = share(tmp_path)
+    second, not_alone = share(tmp_path)
+    assert alone is True and not_alone is False
+    os.close(first)
+    third, not_alone = share(tmp_path)
+    assert not_alone is False
+    os.close(second)
+    os.close(third)
+    last, alone = share(tmp_path)
+    assert alone is True
+    os.close(last)
+
+
+def test_a_disk_without_locks_stops_nobody(tmp_path, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    left = tmp_path / ".a.01.part"
+    left.touch()
+    with (
+        new_part(tmp_path / "a", Path.touch),
+        working_on(tmp_path / "a"),
+        working_on(tmp_path / "a"),
+    ):
+        assert left.exists()
+    held, alone = share(tmp_path)
+    os.close(held)
+    assert alone is False
+
+
+def test_a_directory_that_cannot_be_made_leaves_nothing(tmp_path):
+    for keep in (False, True):
+        with pytest.raises(KeyError), directories.replacing(tmp_path / "a/b/out", False) as part:
+            (part / "half").touch()
+            if keep:
+                (tmp_path / "a/notes.txt").touch()
+            raise KeyError
+        assert sorted(tmp_path.rglob("*")) == ([tmp_path / "a", tmp_path / "a/notes.txt"] * keep)
+    with pytest.raises(KeyError), directories.replacing(tmp_path / "a/out", False) as part:
+        shutil.rmtree(part)
+        raise KeyError
+    assert len(list(tmp_path.rglob("*"))) == 2
+
+
+def test_what_is_written_is_on_the_disk_before_its_name_says_so(tmp_path, monkeypatch):
+    safe, fsync = set(), os.fsync
+    out, file = tmp_path / "new/out", tmp_path / "a.txt"
+    inner = [out / name for name in ("config.json", "model.safetensors")]
+
+    def noted(number: int) -> None:
+        assert not out.exists() and not file.exists()
+        safe.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with directories.replacing(out, False) as part:
+        for path in inner:
+            (part / path.name).write_text("a")
+    assert {path.stat().st_ino for path in inner} == safe
+    shutil.rmtree(out)
+    safe.clear()
+    with files.replacing(file) as part:
+        part.write_text("a")
+    assert safe == {file.stat().st_ino}
+
+
+def model(path: Path, text: str) -> Path:
+    path.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (path / name).write_text(text)
+    return path
+
+
+def test_a_model_is_there_whatever_happens(tmp_path, monkeypatch):
+    a, b = model(tmp_path / "a", "a"), model(tmp_path / "b", "b")
+    assert directories._exchange(a, b)
+    assert (a / "config.json").read_text() == "b" and (b / "config.json").read_text() == "a"
+    assert not directories._exchange(a, tmp_path / "absent")
+    # Without force it is not replaced, and what is no model never.
+    with pytest.raises(OSError, match="not empty"), directories.replacing(a, False) as part:
+        (part / "config.json").touch()
+    (b / "notes.txt").touch()
+    with pytest.raises(OSError, match="not empty"), directories.replacing(b, True) as part:
+        (part / "config.json").touch()
+    assert (a / "config.json").read_text() == "b"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    if sys.platform != "darwin":
+        assert not directories._exchange(a, b)
+        with pytest.raises(FileNotFoundError):
+            directories._swap(tmp_path / "absent", a)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert (a / "config.json").read_text() == "b"
+
+
+def test_a_directory_is_no_file_of_a_model(tmp_path):
+    out = model(tmp_path / "out", "a")
+    assert directories._is_model_dir(out)
+    (out / "README.md").mkdir()
+    assert not directories._is_model_dir(out)
+
+
+def test_an_input_is_known_by_another_spelling(tmp_path, monkeypatch):
+    """On a disk that does not tell cases apart; and one that is not there yet."""
+    (tmp_path / "in").mkdir()
+    assert directories.check_out(tmp_path / "IN/new", [tmp_path / "in"], False).name == "new"
+    with pytest.raises(AHNError, match="overlaps the input"):
+        directories.check_out(tmp_path / "absent/new", [tmp_path / "absent"], False)
+    monkeypatch.setattr(os.path, "samefile", lambda a, b: str(a).lower() == str(b).lower())
+    with pytest.raises(AHNError, match="overlaps the input"):
+        directories.check_out(tmp_path / "IN/new", [tmp_path / "in"], False)
+    for path in (Path("-"), Path("a\0b")):
+        for check in (
+            lambda path=path: directories.check_out(path, [], False),
+            OutFile(path, "a text of ours", lambda file: True).check,
+        ):
+            with pytest.raises(AHNError, match=r"standard output|no name has"):
+                check()
+
+
+def test_a_read_only_file_stays_whoever_may_run_it(tmp_path):
+    file = tmp_path / "a.txt"
+    file.touch()
+    for mode, said in ((0o555, True), (0o444, True), (0o577, False), (0o464, False)):
+        file.chmod(mode)
+        out = OutFile(file, "a text of ours", lambda file: True)
+        if said:
+            with pytest.raises(AHNError, match=r"is read-only; choose another name$"):
+                out.check()
+        else:
+            out.check()
+
+
+def test_an_error_of_another_file_is_not_explained(tmp_path):
+    file = tmp_path / "a.txt"
+    for error, message in (
+        *((OSError(28, "No space left"), "No space left"), (OSError("odd"), "odd")),
+        *((OSError(), "OSError"), (OSError(13, "Denied", str(file)), "Denied")),
+    ):
+        said = rf"a\.txt: cannot be written \({message}\); free"
+        with pytest.raises(AHNError, match=said), files.replacing(file):
+            raise error
+    with pytest.raises(AHNError, match="Gone"), files.replacing(file) as part:
+        raise OSError(2, "Gone", str(part))
+    other = OSError(2, "Gone", str(tmp_path / "b.txt"))
+    with pytest.raises(OSError, match="Gone") as found, files.replacing(file):
+        raise other
+    assert found.value is other and not list(tmp_path.iterdir())
+    file.touch()
+    with pytest.raises(FileExistsError):
+        files._empty_file(file)
+    assert not files.same_file(file, tmp_path / "absent")
+
+
+def test_a_picture_has_its_size_and_is_known_by_its_kind(tmp_path, monkeypatch):
+    figure = pictures.new_figure(2, 1)
+    assert figure.get_size_inches().tolist() == [2, 1]
+    assert type(figure.get_layout_engine()).__name__ == "ConstrainedLayoutEngine"
+    file = tmp_path / "a.png"
+    pictures.save_picture(figure, pictures.picture(file))
+    assert struct.unpack(">II", file.read_bytes()[16:24]) == (300, 150)
+    pictures.save_picture(figure, pictures.picture(file), dpi=50)
+    assert struct.unpack(">II", file.read_bytes()[16:24]) == (100, 50)
+    file.write_bytes(b"another")
+    with pytest.raises(AHNError, match="is not a picture of ours"):
+        pictures.picture(file)
+    with pytest.raises(OSError, match="full"), pictures._drawing("a"):
+        raise OSError("full")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for make in (lambda: pictures.new_figure(1, 1, "a.png"), lambda: pictures.picture(file)):
+        with pytest.raises(AHNError, match=r"a\.png needs matplotlib: .*pip install matplotlib"):
+            make()

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +90,16 @@ def test_doctor_measures_every_fact() -> None:
     assert doctor.matmul_gflops() > 0.1
 
 
+def test_a_product_is_measured_by_the_best_of_three(monkeypatch) -> None:
+    """On a clock by which they take 5, 2 and 4 seconds."""
+    times, seen = iter([0, 5, 10, 12, 20, 24]), []
+    evaluated = mx.eval
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(mx, "eval", lambda *its: seen.append(its[0].shape) or evaluated(*its))
+    assert doctor.matmul_gflops() == 2 * doctor.SIZE**3 / 2 / 1e9
+    assert seen == 3 * [(doctor.SIZE, doctor.SIZE)]
+
+
 def test_extras_of_the_doctor_are_those_of_the_package() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["optional-dependencies"]
@@ -151,6 +163,14 @@ def test_doctor_names_a_gpu_of_nvidia(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     assert doctor._nvidia() is None
     assert doctor._device().value.endswith("CUDA")
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    for there, kind in ((True, mx.cpu), (False, mx.gpu)):
+        monkeypatch.setattr(mx.metal, "is_available", lambda there=there: there)
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+        monkeypatch.setattr(doctor.kernels, "device_name", lambda: "")
+        said = doctor._device().value
+        assert said == ("CPU, Metal" if there else "GPU, no Metal")
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     (kernels,) = doctor.examine_kernels()
     assert "not CUDA; MLX's own operations serve" in kernels.value
 
@@ -218,6 +238,13 @@ def test_doctor_says_which_form_serves(monkeypatch, forced) -> None:
     def fails(D, dtype):
         raise RuntimeError("no\n  compiler " + 300 * "x")
 
+    # What is just within what is allowed serves; what takes one token is timed on one.
+    asked.clear()
+    bounds = tuple(map(doctor.kernels.tolerance, (mx.float32, mx.bfloat16)))
+    one = check(bounds, (1, 2))
+    monkeypatch.setattr(doctor, "DECODE", one)
+    assert doctor._kernel(one).value.startswith("compiled")
+    assert asked[-1] == doctor.TIMED._replace(chunk=1)
     failed = doctor._kernel(SimpleNamespace(name="k", error=fails))
     assert failed.value == f"fails: {('no compiler ' + 300 * 'x')[:200]}" and failed.mend
 
@@ -236,12 +263,47 @@ def test_doctor_mends_what_this_system_lacks(monkeypatch, system) -> None:
         assert found.mend == (" or ".join(platform.BLAS_COMMANDS) if mend else "")
         assert found.value.startswith("some BLAS, ") and found.value.endswith(note or "(float32)")
     assert doctor._g_plus_plus() == ("apt-get install g++" if linux else "xcode-select --install")
-    assert "cores, Python 3." in doctor._system().value
+    for cores in (7, None):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert f" {cores or 1} cores, Python 3." in doctor._system().value
+
+
+def test_doctor_says_whether_functions_can_be_compiled(monkeypatch) -> None:
+    for dtype, there, value in (
+        *((mx.float32, "/usr/bin/g++", "works"), (None, None, "works")),
+        *((mx.float32, None, "without fusion: no g++"), (None, "/usr/bin/g++", "works")),
+    ):
+        monkeypatch.setattr(doctor, "default_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(doctor.shutil, "which", lambda name, there=there: there)
+        found = doctor._compile()
+        assert found.value == value and bool(found.mend) == (value != "works")
+        assert doctor._dtype().value == ("as stored" if dtype is None else "float32")
+
+    def fails(function):
+        def compiled(x):
+            raise RuntimeError("no\n  room " + 300 * "x")
+
+        return compiled
+
+    monkeypatch.setattr(mx, "compile", fails)
+    failed = doctor._compile()
+    assert failed.value == f"fails ({('no room ' + 300 * 'x')[:200]})"
+    assert failed.mend == "export MLX_DISABLE_COMPILE=1, or mend g++ or TMPDIR"
 
 
 def test_doctor_finds_packages_by_their_versions(monkeypatch) -> None:
     assert doctor._is_there("mlx") and not doctor._is_there("no-such-package")
     assert doctor._versions().value.startswith(f"mlx {mx.__version__}, mlx-lm ")
+    known = doctor.version
+
+    def other(package: str) -> str:
+        if package == "mlx-lm":
+            raise PackageNotFoundError
+        return known(package)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "version", other)
+        assert f"mlx {mx.__version__}, mlx-lm missing, transformers " in doctor._versions().value
     there = doctor._extra("x", "y", ("numpy", "mlx"))
     assert re.fullmatch(r"numpy [\d.]+, mlx [\d.]+\S*", there.value) and not there.optional
     assert doctor._extra("x", "y", ("no-such-package",)).optional

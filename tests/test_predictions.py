@@ -1,6 +1,7 @@
 """Scores of predictions, also of other programs: what is counted, what is noted, what refused."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from ahn_mlx import AHNError
 from ahn_mlx.cli import cli
-from ahn_mlx.evaluate.predictions import Predictions
+from ahn_mlx.evaluate.predictions import Predictions, read_lines, read_run
 from ahn_mlx.evaluate.records import read_records
 
 
@@ -56,18 +57,93 @@ def test_predictions_of_infinitebenchs_own_layout_are_scored(tmp_path) -> None:
     assert found["suite"] == "infinitebench" and found["tasks"]["code_run"]["score"] == 100
 
 
-def test_a_line_is_on_the_disk_before_the_next_begins(tmp_path) -> None:
+def test_a_line_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch) -> None:
+    safe: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: safe.append(os.fstat(number).st_size))
     made = Predictions(tmp_path / "out", {"suite": "longbench"})
     with made.working(), made.appending("a.jsonl") as append:
         for n in range(2):
             append({"item": n, "pred": "mühe"})
             assert [line["item"] for line in made.done("a.jsonl").values()] == [*range(n + 1)]
+            assert safe[-1] == (tmp_path / "out/a.jsonl").stat().st_size
     whole = (tmp_path / "out/a.jsonl").read_bytes()
     assert whole.decode() == '{"item": 0, "pred": "mühe"}\n{"item": 1, "pred": "mühe"}\n'
     (tmp_path / "out/a.jsonl").write_bytes(whole + b'{"item": 2, "pr')
     with made.appending("a.jsonl") as append:
         append({"item": 3})
     assert (tmp_path / "out/a.jsonl").read_bytes() == whole + b'{"item": 3}\n'
+    # Half of a letter, which is no text; and a last line without its end.
+    for kept in (b"", b'{"item": 3}', b'{"item": 3}\n'):
+        (tmp_path / "out/a.jsonl").write_bytes(kept)
+        with made.appending("a.jsonl") as append:
+            append({"item": 4, "pred": "\ud800"})
+        before = b'{"item": 3}\n' if kept else b""
+        assert (tmp_path / "out/a.jsonl").read_bytes() == before + b'{"item": 4, "pred": "?"}\n'
+
+
+RUN: dict[str, Any] = {
+    "suite": "longbench",
+    "model": "größer",
+    "mixer": "memory",
+    "protocol": "ahn",
+    "facts": {"size": "14b", "memory": "mamba2"},
+}
+
+
+def test_a_run_is_known_again(tmp_path) -> None:
+    out = tmp_path / "some/where"
+    made = Predictions(out, RUN)
+    assert not out.exists() and made.data == {} and made.deviations == []
+    made.use_data("a.zip", "12")
+    made.deviations.append("no chat template")
+    with made.working():
+        assert not made.done("a.jsonl")
+    text = (out / "run.json").read_text(encoding="utf-8")
+    assert (
+        text.startswith('{\n "suite": "longbench",\n "model": "größer",\n') and text[-2:] == "}\n"
+    )
+    again = Predictions(out, RUN)
+    assert again.data == {"a.zip": "12"} and again.deviations == ["no chat template"]
+    again.use_data("a.zip", "12")
+    with again.working():
+        pass
+    assert read_run(out) == {**RUN, "data": again.data, "deviations": again.deviations}
+    with pytest.raises(AHNError, match=r"began with another revision of a\.zip; give that one"):
+        again.use_data("a.zip", "13")
+    with pytest.raises(AHNError, match="holds predictions with mixer 'memory', not 'full'"):
+        Predictions(out, {**RUN, "mixer": "full"})
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path) -> None:
+    # What a run leaves that was killed before it began.
+    for name in (".lock", ".run.json.0f1e.part"):
+        (tmp_path / name).touch()
+    Predictions(tmp_path, RUN)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(AHNError, match="holds something else than a run; choose another --out"):
+        Predictions(tmp_path, RUN)
+    for other, message in (
+        (tmp_path / "a.txt", r"a\.txt: is a file; choose a directory"),
+        (tmp_path / "a.txt/b", r"a\.txt: is not a directory; choose another place"),
+        (Path("-"), "standard output is not written to"),
+    ):
+        with pytest.raises(AHNError, match=message):
+            Predictions(other, RUN)
+
+
+def test_lines_that_are_no_predictions_of_items_are_named(tmp_path) -> None:
+    made = Predictions(tmp_path, RUN)
+    file = tmp_path / "a.jsonl"
+    for item in ("null", '"0"', "true", "1.0"):
+        file.write_text(f'{{"item": 0}}\n{{"item": {item}}}\n')
+        with pytest.raises(AHNError, match=r"a\.jsonl: line 2 says no item; choose another --out"):
+            made.done("a.jsonl")
+    (tmp_path / "b.jsonl").mkdir()
+    message = r"b\.jsonl: cannot be written \(Is a directory\); what was done is kept"
+    with pytest.raises(AHNError, match=message), made.appending("b.jsonl"):
+        pass
+    with pytest.raises(AHNError, match=r"b\.jsonl: Is a directory"):
+        list(read_lines(tmp_path / "b.jsonl"))
 
 
 WRONG = {
@@ -116,6 +192,21 @@ WRONG = {
         "holds predictions of longbench, lveval 128k",
     ),
     "nothing": ({"notes": []}, "has no predictions of a suite"),
+    "a number among answers": (
+        {"hotpotqa": [{**QA, "pred": "x", "answers": ["a", 1]}]},
+        'answers must be a list of texts, not ["a", 1]',
+    ),
+    "nothing predicted": (
+        {"preds_code_run": [{"pred": "1", "ground_truth": 1}]},
+        "line 1 of code_run has no 'prediction'",
+    ),
+    "two layouts": (
+        {
+            "infinitebench_longbook_qa_eng": [{"pred": "x", "answers": ["x"]}],
+            "preds_longbook_qa_chn": [{"prediction": "x", "ground_truth": ["x"]}],
+        },
+        "line 1 of longbook_qa_eng has no 'prediction'",
+    ),
 }
 
 
@@ -134,31 +225,86 @@ NOTED = {
     "an item that is there again": (
         {
             "hotpotqa": [
-                {**MINE, "pred": "", "item": 0},
                 {**MINE, "pred": "mill", "item": 1},
+                {**MINE, "pred": "", "item": 0},
                 {**MINE, "pred": "mill", "item": 0},
+                {**QA, "pred": "mill", "run": "a"},
+                {**QA, "pred": "mill", "run": "a"},
             ]
         },
         "hotpotqa.jsonl: lines that repeat an item: 1; the last of each counts",
     ),
+    "another unknown one": (
+        {"hotpotqa": [{**QA, "pred": "mill"}], "qmsun": []},
+        "qmsun.jsonl: is not scored, there is no such task; did you mean qmsum.jsonl?",
+    ),
+    "an unknown one like none": (
+        {"hotpotqa": [{**QA, "pred": "mill"}], "z" * 20: []},
+        "zz.jsonl: is not scored, there is no such task",
+    ),
 }
+COUNTED = {"an item that is there again": 4}
 
 
-@pytest.mark.parametrize(("files", "message"), NOTED.values(), ids=NOTED)
-def test_what_is_not_counted_is_said(tmp_path, files, message) -> None:
+@pytest.mark.parametrize("what", NOTED)
+def test_what_is_not_counted_is_said(tmp_path, what) -> None:
+    files, message = NOTED[what]
     directory = predictions(tmp_path / "a", **files)
     result = score(directory, "--json")
     found = json.loads(result.stdout)
     (note,) = found["notes"]
     assert message in note and f"note: {note}" in result.stderr
+    assert "?" in message or not note.endswith("?")
     assert found["tasks"].keys() == {"hotpotqa"} and found["tasks"]["hotpotqa"]["score"] == 100
+    assert found["tasks"]["hotpotqa"]["n"] == COUNTED.get(what, 1)
 
 
-def test_a_line_that_was_cut_is_said(tmp_path) -> None:
+@pytest.mark.parametrize("cut", [b'{"pred": "mi', '{"pred": "是'.encode()[:-1], b"\0" * 99])
+def test_a_line_that_was_cut_is_said(tmp_path, cut) -> None:
     directory = predictions(tmp_path / "a", hotpotqa=[{**QA, "pred": "mill"}])
-    with (directory / "hotpotqa.jsonl").open("a") as f:
-        f.write('{"pred": "mi')
+    with (directory / "hotpotqa.jsonl").open("ab") as f:
+        f.write(cut)
     assert "its last line was cut" in score(directory).stderr
+
+
+def test_a_last_line_without_its_end_counts(tmp_path) -> None:
+    directory = predictions(tmp_path / "a", hotpotqa=2 * [{**QA, "pred": "mill"}])
+    file = directory / "hotpotqa.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    found = json.loads(score(directory, "--json").stdout)
+    assert found["tasks"]["hotpotqa"]["n"] == 2 and found["notes"] == []
+
+
+@pytest.mark.parametrize("protocol", ["ahn", "published"])
+def test_a_run_says_how_it_is_scored_and_what_the_paper_has(tmp_path, protocol) -> None:
+    """qmsum of Qwen2.5-14B with Mamba2 is 22.19 in the paper's table, in its own way."""
+    directory = predictions(tmp_path / "a", qmsum=2 * [{**QA, "pred": "the mill\n\nQuestion: b"}])
+    facts = {**RUN, "protocol": protocol, "data": {}, "deviations": ["a", "b"]}
+    (directory / "run.json").write_text(json.dumps(facts))
+    found = json.loads(score(directory, "--json").stdout)
+    task = found["tasks"]["qmsum"]
+    assert task["paper"] == (22.19 if protocol == "ahn" else None)
+    assert (task["score"] == 100) == (protocol == "ahn") and found["protocol"] == protocol
+    assert (found["model"], found["mixer"]) == ("größer", "memory")
+    assert found["deviations"] == ["a", "b"]
+    other = {"ahn": "published", "published": "ahn"}[protocol]
+    assert json.loads(score(directory, "--json", "--protocol", other).stdout)["protocol"] == other
+    del facts["model"], facts["deviations"]
+    (directory / "run.json").write_text(json.dumps({**facts, "deviations": []}))
+    found = json.loads(score(directory, "--json").stdout)
+    assert "model" not in found and len(found["deviations"]) == 1
+    assert found["deviations"][0].startswith("unknown: there is no run.json")
+
+
+def test_other_names_of_files_are_known(tmp_path) -> None:
+    line = {"pred": "a = 1", "answers": ["a = 1"], "all_classes": None}
+    found = json.loads(score(predictions(tmp_path / "a", repobench=[line]), "--json").stdout)
+    assert found["tasks"].keys() == {"repobench-p"}
+    count = {"pred": "3", "answers": [3], "all_classes": None}
+    found = json.loads(score(predictions(tmp_path / "b", passage_count=[count]), "--json").stdout)
+    assert found["tasks"]["passage_count"]["score"] == 100
+    own = predictions(tmp_path / "c", preds_code_run=[{"prediction": "1", "ground_truth": 1}])
+    refused(score(own, "--protocol", "ahn"), "is not of --protocol ahn, whose files are other ones")
 
 
 def test_files_with_nothing_at_all_are_refused(tmp_path) -> None:
@@ -199,12 +345,24 @@ def test_another_encoding_is_named(tmp_path, encoding, end) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    ["{", "[]", '{"facts": "3b"}', '{"data": {}, "deviations": [], "mixer": 5}'],
+    [
+        *("{", "[]", '{"facts": "3b"}', '{"data": {}, "deviations": [], "mixer": 5}'),
+        '{"a": ' + 99 * "[" + 99 * "]" + "}",
+        *(
+            json.dumps({**RUN, "data": {}, "deviations": [], **wrong})
+            for wrong in (
+                *({"data": []}, {"deviations": {}}, {"mixer": "x"}, {"protocol": "x"}),
+                *({"facts": {}}, {"facts": "3b"}, {"facts": {"memory": "x", "size": "99b"}}),
+            )
+        ),
+    ],
 )
 def test_a_run_that_is_none_is_named(tmp_path, run) -> None:
     directory = predictions(tmp_path / "a", hotpotqa=[{**QA, "pred": "x"}])
     (directory / "run.json").write_text(run)
     refused(score(directory), "run.json: ")
+    (directory / "run.json").write_text(json.dumps({**RUN, "data": {}, "deviations": []}))
+    assert score(directory).exit_code == 0
 
 
 def test_no_predictions_at_all_are_named(tmp_path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import serving
 from checkpoints import chat_tokenizer, talking_model
-from mlx_lm.models.cache import KVCache
 
 from ahn_mlx import AHNError, load
 from ahn_mlx.evaluate import normalize
@@ -22,8 +21,9 @@ from ahn_mlx.evaluate.protocol import Asker, checkpoint_penalty
 from ahn_mlx.evaluate.records import spaced
 from ahn_mlx.evaluate.results import Score, model_facts, paper_row, rows_of, score_of, table_of
 from ahn_mlx.evaluate.run import reading_speed
-from ahn_mlx.evaluate.suites import label_of, suite_of
+from ahn_mlx.evaluate.suites import label_of, line_of, suite_of
 from ahn_mlx.hub.datasets import checked_text
+from ahn_mlx.reading.generate import prefill_step
 
 
 def asker(limit: int, cut: str, template: bool = True) -> Asker:
@@ -134,9 +134,16 @@ def test_prompts_are_read_as_data(tmp_path) -> None:
         (tmp_path / "config.py").write_text(wrong)
         with pytest.raises(AHNError, match="has no table of prompts DATASET_PROMPT"):
             read_prompts("lveval", tmp_path)
-    (tmp_path / "dataset2prompt.json").write_text('{"qmsum": 5}')
-    with pytest.raises(AHNError, match="must be texts"):
+    file = tmp_path / "dataset2prompt.json"
+    with pytest.raises(AHNError, match=r"cannot be read \(No such file or directory\); it holds"):
         read_prompts("longbench", tmp_path)
+    file.write_bytes(b'{"qmsum": "\xe9"}')
+    with pytest.raises(AHNError, match=r"cannot be read \(it is no UTF-8\); it holds the prompts"):
+        read_prompts("longbench", tmp_path)
+    for wrong in ('{"qmsum": 5}', '{"qmsum": 5, "trec": "a"}'):
+        file.write_text(wrong)
+        with pytest.raises(AHNError, match="must be texts"):
+            read_prompts("longbench", tmp_path)
 
 
 def test_a_prompt_is_the_papers_by_its_check_sum(monkeypatch) -> None:
@@ -195,13 +202,16 @@ def test_the_penalty_is_the_checkpoints(tmp_path) -> None:
     file = path / "generation_config.json"
     file.unlink(missing_ok=True)
     assert checkpoint_penalty(model) is None
-    for value, expected in ((None, 1.0), (1.05, 1.05), (2, 2.0)):
+    for value, expected in ((None, 1.0), (1.05, 1.05), (2, 2.0), (0.5, 0.5)):
         file.write_text(json.dumps({"repetition_penalty": value}))
         assert checkpoint_penalty(model) == expected
-    for wrong in (0, "1.1", True, -1):
+    for wrong in (0, "1.1", True, -1, 1.5e30):
         file.write_text(json.dumps({"repetition_penalty": wrong}))
         with pytest.raises(AHNError, match="must be a number above 0"):
             checkpoint_penalty(model)
+    # Which has a name, and no such file.
+    named = SimpleNamespace(origin=SimpleNamespace(name="ahn-gdn-smollm2-135m"))
+    assert checkpoint_penalty(named) is None
 
 
 def test_items_are_spaced_over_all_of_them() -> None:
@@ -217,9 +227,13 @@ def test_the_papers_rows_are_found_by_size_memory_and_mixer() -> None:
     assert paper_row("infinitebench", "full", facts, "")["longbook_qa_chn"] == 11.75
     assert paper_row("longbench", "full", facts, "") == {}
     assert paper_row("longbench", "memory", {"size": None, "memory": "x"}, "") == {}
-    args = SimpleNamespace(model_type="qwen2", hidden_size=5120)
-    model = SimpleNamespace(args=args, ahn=SimpleNamespace(memory="mamba2"))
-    assert paper_row("longbench", "memory", model_facts(model), "")["qmsum"] == 22.19
+    sizes = {}
+    for kind, hidden in (("qwen2", 2048), ("qwen2", 3584), ("qwen2", 5120), ("llama", 2048)):
+        args = SimpleNamespace(model_type=kind, hidden_size=hidden)
+        model = SimpleNamespace(args=args, ahn=SimpleNamespace(memory="mamba2"))
+        sizes[kind, hidden] = model_facts(model)
+    assert [facts["size"] for facts in sizes.values()] == ["3b", "7b", "14b", None]
+    assert paper_row("longbench", "memory", sizes["qwen2", 5120], "")["qmsum"] == 22.19
 
 
 def test_suites_are_as_the_paper_ran_them() -> None:
@@ -234,8 +248,10 @@ def test_suites_are_as_the_paper_ran_them() -> None:
     bare = {t.name for t in longbench.tasks.values() if not t.chat}
     assert bare == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
     infinitebench, lveval = suite_of("infinitebench", "ahn", ""), suite_of("lveval", "ahn", "128k")
-    cuts = [(s.limit, s.cut["ahn"], s.window) for s in (longbench, infinitebench, lveval)]
-    assert cuts == [(32000, "end", 8064), (128000, "end", 32640), (256000, "both", 32640)]
+    cuts = [(s.limit, s.cut["ahn"], s.window, s.sinks) for s in (longbench, infinitebench, lveval)]
+    assert cuts == [
+        *((32000, "end", 8064, 128), (128000, "end", 32640, 128), (256000, "both", 32640, 128))
+    ]
     assert {t.max_new["ahn"] for t in infinitebench.tasks.values()} == {256}
     assert len(lveval.usual) == 11 and lveval.tasks["factrecall_en"].max_new["ahn"] == 16
     chinese = {t.name for t in lveval.tasks.values() if t.chinese}
@@ -243,6 +259,19 @@ def test_suites_are_as_the_paper_ran_them() -> None:
         *("multifieldqa_zh_mixup", "factrecall_zh", "cmrc_mixup", "lic_mixup", "dureader_mixup")
     }
     published = suite_of("infinitebench", "published", "")
+    segmented = [
+        {t.name for t in suite.tasks.values() if t.chinese}
+        for suite in (longbench, infinitebench, published)
+    ]
+    assert segmented == [{"multifieldqa_zh", "dureader", "vcsum"}, {"longbook_qa_chn"}, set()]
+    for suite in (infinitebench, published, lveval):
+        assert all(t.chat for t in suite.tasks.values())
+    assert infinitebench.tasks.keys() == {"longbook_qa_eng", "longbook_qa_chn"}
+    templates = {name: t.template for name, t in published.tasks.items() if t.template != name}
+    assert templates == dict.fromkeys(infinitebench.tasks, "infinitebench")
+    with pytest.raises(AHNError, match="no task 'zzzzzzzz'; there are narrativeqa, qasper, "):
+        longbench.chosen(("zzzzzzzz",))
+    assert [t.name for t in longbench.chosen(("trec", "lcc", "trec"))] == ["trec", "lcc"]
     assert len(published.tasks) == 12 and published.tasks["passkey"].max_new["published"] == 6
 
 
@@ -252,49 +281,64 @@ def test_labels_of_the_hub_become_what_scorers_compare_with() -> None:
     assert label_of("code_debug", {"answer": ["f", "B"], **options}) == ["f", "B"]
     assert label_of("code_run", {"answer": ["-7"]}) == -7
     assert label_of("math_find", {"answer": ["7.5"]}) == 7.5
-    assert label_of("math_find", {"answer": ["7"]}) == 7
+    whole = label_of("math_find", {"answer": ["7"]})
+    assert whole == 7 and isinstance(whole, int)
     assert label_of("math_calc", {"answer": ["1", "2"]}) == [1, 2]
     assert label_of("kv_retrieval", {"answer": ["a-b"]}) == "a-b"
     assert label_of("longbook_qa_eng", {"answer": ["a", "b"]}) == ["a", "b"]
+    # What is no list.
+    assert label_of("passkey", {"answer": "12"}) == "12"
+    assert label_of("longbook_qa_eng", {"answer": "ab"}) == ["ab"]
+    line = line_of("infinitebench", "published", "code_run", {"id": 3, "answer": [7]}, "It is 7")
+    assert line == {"id": 3, "prediction": "It is 7", "ground_truth": 7}
 
 
 def test_the_bootstrap_is_the_standard_error_of_the_mean() -> None:
     score = score_of([0.0, 1.0] * 50)
     assert score.score == 50 and abs(score.standard_error - 5) < 0.5
+    # The same thousand draws whenever they are made.
+    assert score.standard_error == 5.17 and score_of([0.0, 1.0]).standard_error == 34.48
 
 
 def test_an_average_is_of_all_tasks_of_the_paper_alike() -> None:
     suite = suite_of("longbench", "ahn", "")
     tasks = {name: Score(10.0 * i, 5 * i + 1, 0.5 * i) for i, name in enumerate(suite.usual, 1)}
+    tasks["dureader"] = Score(10.13, 6, 0.5)
     tasks["trec"] = Score(99.0, 1000, 9.0)  # none of them
     found = table_of(suite, tasks, {"qmsum": 1.5, "average": 2.5}, ["a"])
-    assert (found["average"], found["paper_average"]) == (35.0, 2.5)
+    assert (found["average"], found["paper_average"]) == (35.02, 2.5)
     assert found["average_error"] == round(0.5 * (1 + 4 + 9 + 16 + 25 + 36) ** 0.5 / 6, 2) == 0.79
     assert found["tasks"]["qmsum"]["paper"] == 1.5 and found["tasks"]["trec"]["paper"] is None
-    assert rows_of(found)[-1] == ["average", "", "35.00", "0.79", "2.50"]
+    assert rows_of(found)[-1] == ["average", "", "35.02", "0.79", "2.50"]
     one = table_of(suite, {**tasks, "qmsum": Score(50.0, 1, None)}, {}, [])
-    assert (one["average"], one["average_error"]) == (35.0, None)
+    assert (one["average"], one["average_error"]) == (35.02, None)
     del tasks["qmsum"]
     part = table_of(suite, tasks, {}, [])
     assert part["average"] is part["average_error"] is part["paper_average"] is None
     assert len(rows_of(part)) == 6
 
 
-def test_the_speed_of_reading_is_that_of_the_model() -> None:
-    read = []
+def test_the_speed_of_reading_is_that_of_a_step_that_is_not_the_first(monkeypatch) -> None:
+    """By a clock that goes on while the model works: kernels are compiled at the first step."""
+    clock, read = [100.0], []
 
     class Slow:
-        def make_cache(self) -> list[KVCache]:
-            return [KVCache()]
+        def make_cache(self) -> list["Slow"]:
+            return [self]
 
-        def __call__(self, ids: mx.array, cache: list[KVCache]) -> None:
-            read.append(ids.size)
-            keys = mx.zeros((1, 1, ids.size, 8))
-            cache[0].update_and_fetch(keys, keys)
-            time.sleep(0.25)
+        def __call__(self, ids: mx.array, cache: list["Slow"]) -> None:
+            assert cache == [self]
+            read.append(ids.shape)
+            clock[0] += 4 / len(read)
 
-    speed = reading_speed(Slow())
-    assert len(read) == 2 and 0 < speed <= read[1] / 0.25
+        @property
+        def state(self) -> mx.array:
+            clock[0] += 0.5
+            return mx.zeros(1)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert reading_speed(Slow()) == prefill_step() / 2.5
+    assert read == 2 * [(1, prefill_step())]
 
 
 def test_words_are_found_without_a_word_of_how(capfd) -> None:

@@ -1,12 +1,15 @@
 """Recall and the tasks made here: three mixers, numbers by hand, and what is printed."""
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import GDN, edit_config, talking_model
+from checkpoints import GDN, chat_tokenizer, edit_config, talking_model
 from click.testing import CliRunner
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -17,7 +20,15 @@ from ahn_mlx.cli import cli
 from ahn_mlx.evaluate import synthetic
 from ahn_mlx.evaluate.generators import NOISE
 from ahn_mlx.evaluate.mixers import MIXERS, mixing
-from ahn_mlx.evaluate.recall import MEASURES, PLACES, Recall, make_documents, measure
+from ahn_mlx.evaluate.recall import (
+    MEASURES,
+    PLACES,
+    Recall,
+    _place,
+    _values,
+    make_documents,
+    measure,
+)
 
 SHAPE = {"documents": 3, "needles": 3, "tokens": 260}
 
@@ -51,8 +62,92 @@ def test_documents_have_facts_with_values_of_one_token(loaded, made) -> None:
             assert tokenizer.decode(stem[1:]) == tokenizer.decode(before)
         text = tokenizer.decode(document.ids)
         assert all(f"room {tokenizer.decode([v])}." not in text for v in document.unseen)
-        gaps = np.diff(document.at)
-        assert gaps.min() > 40 and gaps.max() < 130
+        # At even distances, half of one from either end.
+        assert np.abs(np.array(document.at) / len(document.ids) - [1 / 6, 3 / 6, 5 / 6]).max() < 0.1
+
+
+def test_documents_are_the_haystack_in_its_order_and_as_long_as_they_may_be(loaded) -> None:
+    """Sentences of it go round, from one that is drawn on; facts stand between them."""
+    encode, decode = loaded[1].encode, loaded[1].decode
+    lengths = []
+    for tokens in range(200, 240):
+        (document,) = make_documents(loaded[1], NOISE, documents=1, needles=2, tokens=tokens)
+        text = decode(document.ids)
+        for stem, value in zip(document.stems, document.values, strict=True):
+            fact = f"{decode(stem)[1:]}{decode([value])}."
+            assert fact in text
+            text = text.replace(fact, "").replace("  ", " ").strip()
+        start = next(n for n, sentence in enumerate(NOISE) if text.startswith(sentence))
+        told = ""
+        for n in range(99):
+            longer = f"{told} {NOISE[(start + n) % len(NOISE)]}".strip()
+            if len(longer) > len(text):
+                break
+            told = longer
+        assert told == text
+        left = tokens - len(document.ids)
+        assert 0 <= left < len(encode(f" {NOISE[(start + n) % len(NOISE)]}"))
+        lengths.append(left)
+    assert 0 in lengths
+
+
+def test_documents_are_those_of_their_seed(loaded) -> None:
+    first, same, other = (make_documents(loaded[1], NOISE, **SHAPE, seed=n) for n in (0, 0, 1))
+    assert make_documents(loaded[1], NOISE, **SHAPE) == first == same != other
+
+
+def test_all_letters_are_values_where_no_word_is_one_token(loaded) -> None:
+    shape = {"documents": 1, "needles": 13, "tokens": 900}
+    (document,) = make_documents(loaded[1], NOISE, **shape)
+    letters = loaded[1].decode(sorted([*document.values, *document.unseen]))
+    assert letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    with pytest.raises(AHNError, match="has no 28 words or letters that are one token"):
+        make_documents(loaded[1], NOISE, **{**shape, "needles": 14})
+
+
+def test_values_are_one_token_between_their_stem_and_a_full_stop() -> None:
+    """Tokenizers of whole words and of letters, in which some are one with what is beside them."""
+
+    def encoder(words: list[str], more: tuple[str, ...] = ()):
+        known = {" Anna": 1, " hid": 2, " the": 3, " letter": 4, " in": 5, " room": 6, " ": 7}
+        known |= {word: 100 + n for n, word in enumerate([*words, *more])} | {".": 8}
+
+        def encode(_: str, text: str) -> list[int]:
+            ids = []
+            while text:
+                found = max((w for w in known if text.startswith(w)), key=len, default=text[0])
+                ids.append(known.get(found) or 1000 + ord(found))
+                text = text[len(found) :]
+            return ids
+
+        return encode
+
+    rooms = [" kitchen", " garden", " attic", " library", " market", " stable"]
+    stem, values = _values(encoder(rooms), 6)
+    assert stem == "{} hid the letter in the" and list(values.items()) == [
+        (room, 100 + n) for n, room in enumerate(rooms)
+    ]
+    # Too few: two that are no one token, with the full stop or with what comes before.
+    for more in ((" kitchen.", " garden."), (" the kitchen", " the garden")):
+        assert [*_values(encoder(rooms, more), 4)[1]] == rooms[2:]
+    stem, letters = _values(encoder(rooms), 7)
+    assert stem == "{} hid the letter in room " and len(letters) == 26
+    with pytest.raises(AHNError, match="has no 26 words or letters that are one token"):
+        _values(encoder([], ("Q.",)), 26)
+
+
+def test_what_is_read_is_told_while_it_is(loaded, made) -> None:
+    told: list[int] = []
+    measure(*loaded, made[0][:2], told.append)
+    assert told == 3 * [len(document.ids) for document in made[0][:2]]
+
+
+def test_a_model_that_knows_nothing_has_no_preference(path, made) -> None:
+    model, _ = load_model(path, dtype="float32")
+    model.model.norm.weight = mx.zeros_like(model.model.norm.weight)
+    table = measure(model, load_tokenizer(path), made[0][:1]).table
+    # All values are alike: none is likelier than the true one.
+    assert np.abs(table - [np.log(256), 0, 0, 1, 1]).max() < 1e-5
 
 
 def test_full_attention_is_that_of_the_plain_model(made) -> None:
@@ -116,6 +211,18 @@ def test_shares_are_of_facts_beyond_the_window() -> None:
     # (0.5 + 1) / (2 + 2); without the one 1 / 2, without the other 0.5 / 2.
     assert share == pytest.approx(0.375) and error == pytest.approx(0.125)
     assert recall.mean("full", "nll", "window") == 9 and recall.count("sinks") == 0
+    with warnings.catch_warnings(action="error"):
+        assert np.isnan(recall.mean("full", "nll", "sinks"))
+        # Nothing beyond the window; and one document, whose error nobody knows.
+        assert np.isnan(Recall(places * 0, 10 * places, table).share("nll")).all()
+        share, error = Recall(places[:1], 10 * places[:1], table[:, :1]).share("nll")
+    assert share == pytest.approx(0.25) and np.isnan(error)
+
+
+def test_a_place_is_by_the_sinks_and_the_window() -> None:
+    config = SimpleNamespace(sinks=4, window=10)
+    found = [_place(at, distance, config) for at in (3, 4) for distance in (9, 10)]
+    assert found == [0, 0, 1, 2]
 
 
 def test_facts_are_where_the_cache_has_them(loaded, made) -> None:
@@ -127,10 +234,14 @@ def test_facts_are_where_the_cache_has_them(loaded, made) -> None:
             kept = at > last - config.window
             place = "sinks" if at < config.sinks else "window" if kept else "beyond"
             assert PLACES[int(recall.places[d, n])] == place
+            assert recall.distances[d, n] == last - at
 
 
 def test_what_has_no_room_is_refused(loaded) -> None:
-    for shape, message in (({"tokens": 60}, "has no room"), ({"needles": 99}, "from 2 to 16")):
+    for shape, message in (
+        *(({"tokens": 60}, "has no room"), ({"needles": 17}, "from 2 to 16")),
+        ({"needles": 1}, "from 2 to 16"),
+    ):
         with pytest.raises(AHNError, match=message):
             make_documents(loaded[1], NOISE, **{**SHAPE, **shape})
 
@@ -176,6 +287,59 @@ def test_a_long_question_is_heard_of_while_it_is_read(loaded) -> None:
     assert calls[-1] == 1 and calls.count(1) == 3 and calls[0] == 0
 
 
+def test_answers_are_as_long_as_a_task_lets_them(loaded, path) -> None:
+    """Of at most forty tokens, by a model that never ends one itself."""
+    tokenizer = load_tokenizer(path)
+    tokenizer._eos_token_ids = {999}
+    asked = list(synthetic.ask(loaded[0], tokenizer, ["vt"], NOISE, length=420, count=1))
+    assert [a.depth for a in asked] == [0, 0.25, 0.5, 0.75, 1]
+    items = synthetic.Items(tokenizer, NOISE)
+    for answered in asked:
+        made = items.make("vt", length=420, depth=answered.depth, index=0, seed=0)
+        assert answered.distance == max(made.item.distances) > min(made.item.distances)
+        assert answered.place == synthetic.place_of(made, loaded[0].ahn)
+        assert all(20 < len(said) <= 40 for said in answered.answers)
+        assert answered.scores == tuple(
+            synthetic.score("vt", made.item, said) for said in answered.answers
+        )
+
+
+def test_a_text_without_a_template_is_asked_bare(loaded) -> None:
+    tokenizer = chat_tokenizer(template=None)
+    asked = synthetic.Items(tokenizer, NOISE).make(
+        *("passkey",), length=300, depth=0, index=0, seed=0
+    )
+    text = f"{asked.item.document}\n\n{asked.item.question}\n{asked.item.prefix}"
+    assert tokenizer.decode(asked.prompt) == text and asked.item.prefix == "The pass key is"
+
+
+def answered(place: str, *scores: float, task: str = "vt") -> synthetic.Answered:
+    return synthetic.Answered(task, 0.5, place, 10, scores, ("", "", ""))
+
+
+def test_scores_are_summed_by_task_and_place() -> None:
+    """memory, window, full of three items beyond the window, and one of another task within."""
+    with warnings.catch_warnings(action="error"):
+        beyond, one = synthetic.summarize(
+            [
+                answered("beyond", 1, 0.5, 1),
+                answered("window", 0.25, 0, 1, task="babi1"),
+                answered("beyond", 0, 0.5, 1),
+                answered("beyond", 0.5, 0.5, 1),
+            ]
+        )
+    assert (beyond.task, beyond.place, beyond.n) == ("vt", "beyond", 3)
+    assert beyond.means == [0.5, 0.5, 1] and beyond.gain == 0
+    # Of 1, 0 and 1/2 the standard deviation is 1/2.
+    assert beyond.errors == pytest.approx([0.5 / 3**0.5, 0, 0])
+    assert beyond.gain_error == pytest.approx(0.5 / 3**0.5)
+    assert (one.task, one.place, one.n, one.gain) == ("babi1", "window", 1, 0.25)
+    assert one.means == [0.25, 0, 1] and np.isnan([*one.errors, one.gain_error]).all()
+    two = [answered("sinks", 1, 0, 0.5), answered("sinks", 0, 0, 0.5)]
+    (row,) = synthetic.summarize(two)
+    assert row.errors == pytest.approx([0.5, 0, 0]) and row.gain == 0.5
+
+
 @pytest.mark.parametrize("task", ["passkey", "niah", "vt", "babi1", "babi2", "babi3"])
 def test_help_shows_examples_of_its_own_task_line_by_line(task) -> None:
     help_ = invoke(task, "--help")
@@ -204,3 +368,12 @@ def test_where_an_item_belongs_is_its_hardest_fact(loaded) -> None:
     assert synthetic.place_of(last, wide) == "window"
     assert synthetic.place_of(first, type(config)(window=20, sinks=4)) == "beyond"
     assert synthetic.place_of(first, type(config)(window=20, sinks=120)) == "sinks"
+    # To the token: a fact that ends with the last sink, and one that is the window's first.
+    (distance,), total = first.item.distances, len(first.prompt)
+    for sinks, window, place in (
+        *((total - distance, 1, "sinks"), (total - distance - 1, 1, "beyond")),
+        *((1, distance, "window"), (1, distance - 1, "beyond")),
+    ):
+        assert synthetic.place_of(first, type(config)(window=window, sinks=sinks)) == place
+    both = first._replace(item=replace(first.item, distances=[1, distance]))
+    assert synthetic.place_of(both, type(config)(window=1, sinks=1)) == "beyond"

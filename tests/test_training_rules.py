@@ -261,6 +261,7 @@ def test_segments_lie_evenly_in_a_text():
     assert [row[:3] for row in rows] == [[7, 8, 0], [7, 8, 30], [7, 8, 60], [7, 8, 90]]
     assert rows[-1][-1] == 99
     assert measured.segments(ids, [], 100, 1)[0][0].tolist() == ids
+    assert [x[0, 0].item() for x in measured.segments(ids, [], 10, 2)] == [0, 90]
 
 
 @pytest.mark.parametrize("memory", ["gated_deltanet", "mamba2"])
@@ -290,6 +291,31 @@ def test_comparing_takes_the_router_as_it_is_used(memory):
     with pytest.raises(AHNError, match="segments of 17 tokens"):
         measured.compare(model, [IDS[:, :17]], 10, 6)
     assert measured.compare(model, [IDS[:, :18]], 10, 6).total.tokens == 1
+
+
+def test_positions_are_parted_at_powers_of_two_and_judged_in_rows(monkeypatch):
+    _, model = tiny(window=10, sinks=6)
+    for length, edges in ((33, [16, 32]), (34, [16, 32, 33]), (49, [16, 32, 48])):
+        texts, left = [IDS[:, :length], IDS[:, 60 - length :]], iter((1, 2))
+        found = measured.compare(model, texts, 10, 6, left.__next__)
+        assert list(left) == []
+        assert [(b.first, b.end) for b in found.buckets] == list(itertools.pairwise(edges))
+        assert [b.tokens for b in found.buckets] == [2 * (b.end - b.first) for b in found.buckets]
+        total = found.total
+        assert (total.first, total.end, total.tokens) == (16, length - 1, 2 * (length - 17))
+        for kind in ("full", "window", "memory"):
+            sums = sum(b.nll[kind] * b.tokens for b in found.buckets)
+            assert sums == pytest.approx(total.nll[kind] * total.tokens, rel=1e-5)
+        # The first bucket is what is measured of texts that end there.
+        short = measured.compare(model, [x[:, : edges[1] + 1] for x in texts], 10, 6).total
+        assert found.buckets[0].nll == pytest.approx(short.nll, rel=1e-4)
+        assert found.buckets[0].kl == pytest.approx(short.kl, rel=1e-3)
+        monkeypatch.setattr(measured, "ROWS", 16)
+        rows = measured.compare(model, texts, 10, 6)
+        monkeypatch.undo()
+        assert rows.total.nll == pytest.approx(total.nll, rel=1e-5)
+        assert rows.total.kl == pytest.approx(total.kl, rel=1e-4)
+        assert rows.ratios == pytest.approx(found.ratios, rel=1e-4)
 
 
 def test_a_student_in_training_and_in_use_differ_by_the_router_alone():
@@ -446,29 +472,60 @@ def test_what_ranks_send():
     assert line == (24 + 4, 24 + 2 * 4 * 4)
 
 
+def test_what_cannot_be_divided_is_refused_before_it_is_counted():
+    for ask in (
+        *(lambda: ranks.part(SHAPE, 4, 0, False), lambda: ranks.sent(SHAPE, "ahn", 4, False)),
+        *(lambda: ranks.part(SHAPE, 6, 0, True), lambda: ranks.sent(SHAPE, "ahn", 6, True)),
+    ):
+        with pytest.raises(AHNError, match=r"cannot be (divided among 4|run by 6) ranks"):
+            ask()
+    gates = []
+    for whole in ((0, 1, 2, 3), (0, 1, 2, 3, 4)):
+        shape = dataclasses.replace(SHAPE, ahn=AHNConfig(memory="mamba2", fa_layer_ids=whole))
+        gates.append([ranks.part(shape, 2, rank, True).gates for rank in (0, 1)])
+    # The one layer that has a memory is of rank 0; nobody has what nothing has.
+    assert gates == [[SHAPE.gates, 0], [0, 0]]
+
+
 def test_a_stream_is_read_in_steps_and_judged_in_rows(monkeypatch):
     monkeypatch.setattr(measured, "STEP", 16)
     monkeypatch.setattr(measured, "ROWS", 7)
     _, model = tiny(window=10, sinks=3)
-    (found,) = measured.stream(model, IDS, 21)
-    assert (found.first, found.end) == (21, 59)
-    with silenced(model):
-        said = {"window": model(IDS)}
-    said["memory"] = model(IDS)
-    for kind, logits in said.items():
-        nll = nn.losses.cross_entropy(logits[0, 21:-1], IDS[0, 22:]).mean().item()
-        assert found.nll[kind] == pytest.approx(nll, rel=1e-4)
+    model.train()
+    for length in (60, 49, 50):
+        ids = IDS[:, :length]
+        (found,) = measured.stream(model, ids, 21)
+        assert (found.first, found.end) == (21, length - 1) and not model.training
+        with silenced(model):
+            said = {"window": model(ids)}
+        said["memory"] = model(ids)
+        each = {
+            kind: np.array(nn.losses.cross_entropy(logits[0, 21:-1], ids[0, 22:]))
+            for kind, logits in said.items()
+        }
+        for kind, nll in each.items():
+            assert found.nll[kind] == pytest.approx(nll.mean(), rel=1e-4)
+        difference = each["memory"] - each["window"]
+        assert found.difference == pytest.approx(difference.mean(), rel=1e-3, abs=1e-5)
+        error = difference.std(ddof=1) / math.sqrt(length - 22)
+        assert found.error == pytest.approx(error, rel=1e-3)
     assert teach(model, IDS).heads == []
     assert ranks.sent(SHAPE, "full", 2, False) == ranks.sent(SHAPE, "full", 2, False, 2)
 
 
-def test_a_long_stream_is_judged_in_stretches():
+def test_a_long_stream_is_judged_in_stretches(monkeypatch):
     _, model = tiny(window=10, sinks=3)
     read = []
     found = measured.stream(model, mx.arange(8200)[None] % 100, 3, read.append)
     assert [stretch[:2] for stretch in found] == [(3, 8195), (8195, 8199)]
     assert read == 2 * [2048, 2048, 2048, 2048, 7]
     assert all(stretch.error > 0 and stretch.difference for stretch in found)
+    (end,) = measured.stream(model, mx.arange(8200)[None] % 100, 8195)
+    assert end.nll == pytest.approx(found[1].nll, rel=1e-4)
+    assert end.error == pytest.approx(found[1].error, rel=1e-3)
+    monkeypatch.setattr(measured, "ROWS", 8192)
+    whole = measured._stream(model, mx.arange(8200)[None] % 100, 3, lambda n: None)
+    assert found[0].nll["memory"] == pytest.approx(whole[:8192].mean().item(), rel=1e-4)
 
 
 def test_a_teacher_is_as_in_use_and_a_student_as_it_is_asked_to_be():

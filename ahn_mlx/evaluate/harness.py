@@ -129,7 +129,6 @@ class AHNLM(LM):
         kept = context.rstrip()
         before, whole = self._ids(kept), self._ids(context + said)
         if not kept or whole[: len(before)] != before:
-            before = before if kept else self._before()
             whole = [*before, *self.encoder(context[len(kept) :] + said)]
         return tuple(before), tuple(whole[len(before) :])
 

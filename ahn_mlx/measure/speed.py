@@ -17,7 +17,7 @@ def _file() -> Path:
 def _known() -> dict[str, Any]:
     """FLOP/s by name; nothing of a file that is not there or not ours."""
     try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
+        found = json.loads(_file().read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -28,7 +28,7 @@ def record(name: str, flops: float) -> None:
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         with replacing(_file()) as part:
-            part.write_text(json.dumps({**_known(), name: flops}, indent=1), encoding="utf-8")
+            part.write_text(json.dumps({**_known(), name: flops}))
     except (OSError, AHNError):
         pass
 

@@ -127,9 +127,7 @@ def _exchange(a: Path, b: Path) -> bool:
     swap, here = 2, -100  # RENAME_SWAP of macOS, RENAME_EXCHANGE of Linux; AT_FDCWD
     names = os.fsencode(a), os.fsencode(b)
     if sys.platform == "darwin":
-        done = libc.renamex_np(*names, swap)
-    elif hasattr(libc, "renameat2"):
-        done = libc.renameat2(here, names[0], here, names[1], swap)
-    else:
-        done = -1
-    return bool(done == 0)
+        return bool(libc.renamex_np(*names, swap) == 0)
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(here, names[0], here, names[1], swap) == 0)
+    return False

@@ -36,7 +36,6 @@ class OutFile:
         for path in (self.path, real):
             try:
                 self._check_replaced(path, path.stat().st_mode)
-                break
             except FileNotFoundError:
                 continue
             except OSError as e:
