@@ -221,6 +221,12 @@ def test_messages_are_said_by_the_template(lm) -> None:
     assert lm.chat_template(True) == lm.tokenizer.chat_template != ""
     bare = AHNLM(lm.model, chat_tokenizer(template=None))
     assert bare.chat_template(True) == ""
+    # Which scores as well as any other.
+    bare.tokenizer._tokenizer.eos_token = "!"
+    assert bare.loglikelihood(requests(("a", "b"))) == lm.loglikelihood(requests(("a", "b")))
+    assert bare.loglikelihood_rolling(requests(("ab",))) == lm.loglikelihood_rolling(
+        requests(("ab",))
+    )
 
 
 def test_answers_are_kept_for_another_run(lm) -> None:

@@ -140,6 +140,9 @@ def test_what_is_read_is_told_while_it_is(loaded, made) -> None:
     told: list[int] = []
     measure(*loaded, made[0][:2], told.append)
     assert told == 3 * [len(document.ids) for document in made[0][:2]]
+    # Nothing is said by a template, which need not be there.
+    bare = measure(loaded[0], chat_tokenizer(template=None), made[0][:1])
+    assert np.array_equal(bare.table, made[1].table[:, :1])
 
 
 def test_a_model_that_knows_nothing_has_no_preference(path, made) -> None:
