@@ -4,6 +4,9 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
+
+from checkpoints import edit_config, talking_model
 
 WORDS = [
     "harbour",
@@ -105,6 +108,7 @@ def files_of(suite: str, n: int = 2) -> dict[str, bytes]:
     }
 
 
+SUITES = ("longbench", "infinitebench", "lveval")
 REPOS = {
     "longbench": "zai-org/LongBench",
     "infinitebench": "xinrongzhang2022/InfiniteBench",
@@ -122,3 +126,25 @@ def write_prompts(directory: Path) -> Path:
     code = "import no_such_module\n\nDATASET_PROMPT = {\n" + "\n".join(lines) + "\n}\n"
     (directory / "config.py").write_text(code)
     return directory
+
+
+def place(path: Path) -> Path:
+    """A model, prompts, and the data of each suite in a directory."""
+    model = talking_model("qwen2-gdn", path)
+    settings = {"repetition_penalty": 1.3, "eos_token_id": list(range(1, 256, 6))}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    edit_config(model, eos_token_id=settings["eos_token_id"])
+    write_prompts(path / "prompts")
+    for suite in SUITES:
+        (path / suite).mkdir()
+        for name, data in files_of(suite).items():
+            (path / suite / name).write_bytes(data)
+    return path
+
+
+def lines(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Predictions by the name of their file."""
+    return {
+        f.name: [json.loads(x) for x in f.read_text().splitlines()]
+        for f in sorted(out.glob("*.jsonl"))
+    }
