@@ -44,3 +44,21 @@ def test_items_are_those_of_the_rules(task: str) -> None:
     for case in CASES:
         if case["task"] == task:
             assert made(case) == case["expected"]
+
+
+# Of each task what is taken where nothing is said; of two the fixed items have other numbers.
+USUAL = {
+    **{"passkey": {}, "niah_single": {}, "niah_multikey": {"keys": 4}},
+    **{"vt": {"chains": 1, "hops": 4}, "babi1": {"facts": 6}, "babi2": {"facts": 8}},
+    "babi3": {"facts": 9},
+}
+
+
+def test_numbers_of_a_task_need_not_be_said() -> None:
+    said = [case for case in CASES if USUAL.get(case["task"]) == case["options"]]
+    assert {case["task"] for case in said} == USUAL.keys()
+    for case in said:
+        assert made({**case, "options": {}}) == case["expected"]
+    for task in ("niah_multivalue", "niah_multiquery"):
+        where = {"length": 200, "depth": 0.5, "index": 0}
+        assert len(make_item(task, FIXED["noise"], words, **where).answers) == 4

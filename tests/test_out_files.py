@@ -360,6 +360,20 @@ def test_a_model_is_there_whatever_happens(tmp_path, monkeypatch):
     assert (a / "config.json").read_text() == "b"
 
 
+def test_what_was_replaced_may_be_gone_before_it_is_deleted(tmp_path, monkeypatch):
+    a, b = model(tmp_path / "a", "a"), model(tmp_path / "b", "b")
+
+    def exchange(new: Path, old: Path) -> bool:
+        shutil.rmtree(old)
+        new.rename(old)
+        return True
+
+    monkeypatch.setattr(directories, "_exchange", exchange)
+    directories._swap(a, b)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert (b / "config.json").read_text() == "a"
+
+
 def test_a_directory_is_no_file_of_a_model(tmp_path):
     out = model(tmp_path / "out", "a")
     assert directories._is_model_dir(out)

@@ -63,6 +63,16 @@ NOTHING = {
     "infinitebench_qa_eng": ("a", []),
     "longbench_classification": ("a", "a", []),
     "ruler_match_all": ([], []),
+    "ruler_match_part": ([], []),
+    "lveval_dataset_score": ("cmrc_mixup", ["a"], [[]], [None]),
+    "lveval_factrecall_recall_en": ("a", ""),
+    "lveval_factrecall_recall_zh": ("a", ""),
+    "longbench_dataset_score": ("hotpotqa", [], []),
+    "ahn_dataset_score": ("hotpotqa", [], []),
+    "ahn_item_score": ("hotpotqa", "a", []),
+    "infinitebench_qa_chn": ("a", []),
+    "longbench_count": ("", "1"),
+    "longbench_retrieval": ("1", "one"),
 }
 
 
