@@ -14,6 +14,7 @@ from ahn_mlx import AHNError
 from ahn_mlx.cli import cli
 from ahn_mlx.evaluate.predictions import Predictions, read_lines, read_run
 from ahn_mlx.evaluate.records import read_records
+from ahn_mlx.evaluate.results import find_predictions
 
 
 def refused(result: Result, message: str) -> None:
@@ -367,6 +368,8 @@ def test_a_run_that_is_none_is_named(tmp_path, run) -> None:
 
 def test_no_predictions_at_all_are_named(tmp_path) -> None:
     refused(score(tmp_path / "none"), "no such directory")
+    with pytest.raises(AHNError, match="none: no such directory; give one with predictions"):
+        find_predictions(tmp_path / "none")
     directory = predictions(tmp_path / "a", hotpotqa=[])
     (directory / "hotpotqa.jsonl").write_text("[]\n")
     refused(score(directory), "line 1 is no JSON object")

@@ -269,24 +269,25 @@ class _World:
 
     draws: Draws
     places: list[str]
+    first: str  # the thing that is asked about
     where: dict[str, str]
     held: dict[str, str]  # thing -> person
     lies: dict[str, str]  # thing -> place, once it has been left
     facts: list[str]
-    seen: list[str]  # places of the first thing, in order
+    seen: list[str]  # places of the first one, in order
 
-    def go(self, person: str, first: str) -> None:
+    def go(self, person: str) -> None:
         others = [p for p in self.places if p != self.where.get(person)]
         self.where[person] = self.draws.take(others, 1)[0]
         self.facts.append(f"{person} went to the {self.where[person]}.")
-        if self.held.get(first) == person:
+        if self.held.get(self.first) == person:
             self.seen.append(self.where[person])
 
-    def pick_up(self, person: str, thing: str, first: str) -> None:
+    def pick_up(self, person: str, thing: str) -> None:
         self.held[thing] = person
         self.lies.pop(thing, None)
         self.facts.append(f"{person} picked up the {thing}.")
-        if thing == first and self.seen[-1:] != [self.where[person]]:
+        if thing == self.first and self.seen[-1:] != [self.where[person]]:
             self.seen.append(self.where[person])
 
     def leave(self, person: str, thing: str) -> None:
@@ -299,12 +300,12 @@ def _babi(kind: int) -> Callable[..., Story]:
     def story(draws: Draws, depth: float, facts: int) -> Story:
         persons, places = draws.take(PERSONS, 4), draws.take(PLACES, 6)
         things = draws.take(THINGS, 3)
-        world = _World(draws, places, {}, {}, {}, [], [])
+        world = _World(draws, places, things[0], {}, {}, {}, [], [])
         if kind > 1:
-            world.go(persons[0], things[0])
-            world.pick_up(persons[0], things[0], things[0])
+            world.go(persons[0])
+            world.pick_up(persons[0], things[0])
         if kind > 2:
-            world.go(persons[0], things[0])
+            world.go(persons[0])
         while len(world.facts) < facts:
             _step(draws, world, draws.of(persons), things, kind == 1)
         told = [(f, a) for f, a in zip(world.facts, _spread(draws, facts), strict=True)]
@@ -332,14 +333,14 @@ def _step(draws: Draws, world: _World, person: str, things: list[str], only_move
     if do == 1 and here:  # who has not been anywhere yet can only go
         free = [t for t in things if t not in world.held and world.lies.get(t, here) == here]
         if free:
-            world.pick_up(person, draws.of(free), things[0])
+            world.pick_up(person, draws.of(free))
             return
     if do == 2:
         mine = [t for t in things if world.held.get(t) == person]
         if mine:
             world.leave(person, draws.of(mine))
             return
-    world.go(person, things[0])
+    world.go(person)
 
 
 _STORIES: dict[str, Callable[..., Story]] = {
