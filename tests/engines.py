@@ -39,17 +39,17 @@ def wish(**options):
     return Wish(Sampling(**{"max_tokens": 24, **options}), **own)
 
 
-def start(engine, base, ids, n=1, **options):
+def start(engine, base, ids, n=1, first=0, **options):
     told: queue.SimpleQueue = queue.SimpleQueue()
-    request = Request(base, ids, wish(**options), told.put, n)
+    request = Request(base, ids, wish(**options), told.put, n, first)
     engine.reserve(n)
     engine.submit(request)
     return request, told
 
 
-def finish(told, n=1):
+def finish(told, n=1, first=0):
     """Tokens of each answer, and how each ended."""
-    tokens, done = [[] for _ in range(n)], {}
+    tokens, done = {first + i: [] for i in range(n)}, {}
     while len(done) < n:
         event = told.get(timeout=60)
         if isinstance(event, Failed):
@@ -58,7 +58,7 @@ def finish(told, n=1):
             tokens[event.choice].append((event.token.id, event.token.logprob))
         if isinstance(event, Done):
             done[event.choice] = event
-    return tokens, done
+    return list(tokens.values()), done
 
 
 def made(memory, hidden=64, heads=2, tied=True, window=12, sinks=4, **options):

@@ -108,6 +108,15 @@ def test_seeds_repeat_whatever_else_runs(engine, base):
     assert finish(start(engine, base, PROMPTS[0], n=2, **{**drawn, "seed": 12})[1], 2)[0] != first
 
 
+def test_answers_of_several_have_numbers_and_seeds_that_follow_each_other(engine, base):
+    drawn = {"temp": 1.5, "max_tokens": 6}
+    told = start(engine, base, PROMPTS[0], n=3, first=4, seed=2**64 - 2, **drawn)[1]
+    found, done = finish(told, 3, 4)
+    assert done.keys() == {4, 5, 6}
+    for seed, tokens in zip((2**64 - 2, 2**64 - 1, 0), found, strict=True):
+        assert finish(start(engine, base, PROMPTS[0], seed=seed, **drawn)[1])[0] == [tokens]
+
+
 def test_a_session_that_was_answered_goes_on_as_one_that_was_not_in_a_pool(engine, base, loaded):
     ids, more = PROMPTS[3], PROMPTS[2]
     tokens, done = finish(start(engine, base, ids)[1])
