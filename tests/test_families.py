@@ -34,7 +34,7 @@ from ahn_mlx.errors import AHNError
 from ahn_mlx.measure.cost import cache_bytes, flops, idle_bytes, shape_of
 from ahn_mlx.model.augment import augment, build_base, hidden_states, memory_layers
 from ahn_mlx.model.cache import AHNCache
-from ahn_mlx.model.families import families, judge, tiny_config
+from ahn_mlx.model.families import BY_FAMILY, families, judge, tiny_config
 from ahn_mlx.model.fit import fit_of
 from ahn_mlx.model.names import published_name
 from ahn_mlx.model.pure import initial_state
@@ -785,6 +785,36 @@ def test_what_does_not_fit_says_what_is_missing():
     assert "latent" in said["deepseek_v3"].words
     assert "text_config" in said["qwen2_vl"].words
     assert [name for name, verdict in said.items() if verdict.fits] == ["qwen3"]
+
+
+# By what their tiny models have of their own.
+SAID = {
+    **{"afm7": "no args.hidden_size", "dbrx": "no args.hidden_size"},
+    **{"openelm": "no args.hidden_size", "deepseek_v2": "latent", "kimi_linear": "latent"},
+    **{"minicpm3": "latent", "gemma4_text": "returns tuple", "hunyuan": "returns tuple"},
+    **{"glm_moe_dsa": "no layer with a key/value cache", "recurrent_gemma": "only ArraysCache"},
+    **{"mimo_v2_flash": "values are 2 of 8 and its keys 2 of 16", "nemotron_h": "no model.layers"},
+    **{"spark2_5": "no model.embed_tokens", "ministral3": "mask and cache alone"},
+}
+READ_AS = {
+    **dict.fromkeys(("llama", "smollm3", "helium", "minicpm", "nemotron", "nemotron-nas"), ""),
+    **{"granitemoehybrid": "2 of 4 layers keep ArraysCache", "phi3": "qkv_proj (blocks)"},
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "norm per head; 2 of 4 layers keep ArraysCache"),
+    "olmo_hybrid": "norm over all heads; 2 of 4 layers keep ArraysCache",
+    "exaone4": "norm per head, no RoPE; 2 of 4 layers keep RotatingKVCache",
+    "mellum": "norm per head; 2 of 4 layers keep RotatingKVCache",
+    "step3p5": "norm per head, head gate; 2 of 4 layers keep RotatingKVCache",
+    "stablelm": "norm per head",
+}
+
+
+def test_families_with_values_of_their_own_are_judged_by_their_attention():
+    assert SAID.keys() | READ_AS.keys() | {"olmo"} == BY_FAMILY.keys()
+    for family, words in SAID.items():
+        said = judge(family)
+        assert said.fits is False and words in said.words, said
+    for family, words in READ_AS.items():
+        assert judge(family) == (family, True, words)
 
 
 def test_olmo_is_no_plain_decoder(monkeypatch):

@@ -282,7 +282,7 @@ class AHNAttention(nn.Module):
         norm."""
         return self.fit.project(self, x)
 
-    def turn(self, x: mx.array, offset: Any = 0) -> mx.array:
+    def turn(self, x: mx.array, offset: Any) -> mx.array:
         """x [B, heads, L, D] at the positions from `offset` on, as RoPE alone turns it."""
         return self.fit.turn(self, x, offset)
 

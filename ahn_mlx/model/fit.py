@@ -123,7 +123,7 @@ class Fit:
             return norm(x.flatten(2)).reshape(x.shape)
         return norm(x)
 
-    def turn(self, m: nn.Module, x: mx.array, offset: Any = 0) -> mx.array:
+    def turn(self, m: nn.Module, x: mx.array, offset: Any) -> mx.array:
         """x [B, heads, L, D] at the positions from `offset` on, a number or one for each row."""
         if self.rope is None:
             return x
