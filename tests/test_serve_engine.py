@@ -1,5 +1,7 @@
 """The engine: whoever else is answered, an answer is the same."""
 
+import gc
+import threading
 import time
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ from engines import PROMPTS, cancel, finish, made, running, small, start
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from serving import wait_until
+from test_ranks_rules import Among, Board
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model
 from ahn_mlx.serve.acts import Acts
@@ -259,3 +262,57 @@ def test_ranks_that_part_do_nothing_more(loaded, tmp_path, failed):
         with pytest.raises(APIError, match="lost one of its machines"):
             acts.load(tmp_path / "none.ahn")
     assert acts.broken is not None
+
+
+def test_ranks_do_alike_what_the_first_does(tmp_path):
+    board, three = Board(2), []
+    for _ in range(3):
+        three.append(Acts(made("gated_deltanet"), chat_tokenizer(), rows=2))
+    alone, first, other = three
+    first.ranks, other.ranks = Among(0, board), Among(1, board)
+    ended = []
+
+    def follow():
+        try:
+            ended.append(other.follow())
+        except BaseException as e:
+            ended.append(e)
+            board.barrier.abort()
+
+    def work(acts):
+        session = acts.make("", False, 16, None, 64)
+        acts.read(session, PROMPTS[3])
+        fork, empty = acts.begin(session), acts.begin(acts.make("", False, 8, 4, 32))
+        acts.prefill(fork, PROMPTS[2])
+        said = [acts.first(empty, 7), acts.step([fork, empty], [5, 9])]
+        acts.leave(fork)
+        said.append(acts.step([empty], [3]))
+        acts.leave(empty)
+        acts.clear()
+        again = acts.fork(fork)
+        said.append(acts.step([again], [5]))
+        acts.leave(again)
+        return (session, fork, empty, again), [x.tolist() for x in said]
+
+    def held(session):
+        return [x.tolist() for c in session.caches for x in (*c.buffers, c.memory) if x is not None]
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    ours, theirs = work(first), work(alone)
+    assert ours[1] == theirs[1]
+    for mine, one in zip(ours[0], theirs[0], strict=True):
+        assert held(mine) == held(other._held[first._number[mine]]) == held(one)
+    with pytest.raises(AHNError, match="no such file"):
+        first.load(tmp_path / "none.ahn")
+    numbers = {first._number[session] for session in ours[0]}
+    assert numbers <= other._held.keys()
+    del ours, mine
+    gc.collect()
+    assert not first.pressed and other._held
+    other.press()
+    first.beat()
+    assert first.pressed and not numbers & other._held.keys()
+    first.end()
+    thread.join(20)
+    assert ended == [None] and first.broken is other.broken is None

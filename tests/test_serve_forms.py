@@ -1,13 +1,17 @@
 """Messages, tools, stops and answers in the forms of three APIs, one value at a time, without a
 model."""
 
+import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from ahn_mlx.serve import anthropic, openai, responses
+from ahn_mlx.serve.answers import Read, Token
 from ahn_mlx.serve.parameters import APIError, parse
-from ahn_mlx.serve.service import Answered, normal_call
+from ahn_mlx.serve.parts import Part
+from ahn_mlx.serve.service import Answered, Said, normal_call
 
 
 def refused(act, *given, **named) -> APIError:
@@ -353,3 +357,242 @@ def test_tools_of_a_response():
     ]
     for given in (5, {"type": "function"}, {"name": "f"}, {**bare, "type": "custom"}):
         refused(responses._tools, [given])
+
+
+OTHER = {"id": "call_8", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+ENDED = SimpleNamespace(reason="stop", stop=None, tokens=6)
+TOKENS = [Token(7, -0.5, ((7, -0.5), (8, -1.0))), Token(8, -0.25), Token(9, -2.0)]
+# A prompt that is read, a thought, half a character, two texts, and two calls.
+ITEMS = [
+    Said(0, [], None, None, Read(3, 20)),
+    Said(0, [Part("reasoning", "t")], TOKENS[0], None),
+    Said(0, [], TOKENS[1], None),
+    Said(0, [Part("content", "aä"), Part("content", "b")], TOKENS[2], None),
+    Said(0, [Part("call", "", MADE)], None, None),
+    Said(0, [Part("call", "", OTHER)], None, ENDED),
+]
+PIECE = {7: "p", 8: "", 9: "aäb"}
+SERVICE = SimpleNamespace(
+    engine=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: PIECE[ids[0]]))
+)
+
+
+def streamed(events, items, n=1):
+    """What comes of items: an event's name, if it has one, and its data; or a comment."""
+    answered = [Answered() for _ in range(n)]
+
+    async def stream():
+        for item in items:
+            if item.read is None:
+                answered[item.choice].add(item)
+            yield item
+
+    async def all_of():
+        return [line async for line in events(stream(), answered)]
+
+    found = []
+    for text in asyncio.run(all_of()):
+        assert text.endswith("\n\n") and "\\u" not in text
+        *kind, data = text[:-2].split("\n")
+        if data.startswith("data: {"):
+            data = json.loads(data.removeprefix("data: "))
+        found.append((kind[0].removeprefix("event: "), data) if kind else data)
+    return found
+
+
+def test_events_of_a_message():
+    head = {"id": "msg_1", "content": [], "stop_reason": None}
+    usage = anthropic._usage(RUNNING, answer(tokens=6))
+    found = streamed(lambda s, a: anthropic._events(RUNNING, s, a, head), ITEMS)
+    assert all(data["type"] == kind for kind, data in found)
+
+    def start(n, block):
+        return "content_block_start", {"index": n, "content_block": block}
+
+    def delta(n, **said):
+        return "content_block_delta", {"index": n, "delta": said}
+
+    def stop(n):
+        return "content_block_stop", {"index": n}
+
+    use = {"type": "tool_use", "input": {}}
+    assert [(kind, {k: v for k, v in data.items() if k != "type"}) for kind, data in found] == [
+        ("message_start", {"message": {**head, "usage": {**usage, "output_tokens": 0}}}),
+        ("ping", {}),
+        start(0, {"type": "thinking", "thinking": "", "signature": ""}),
+        delta(0, type="thinking_delta", thinking="t"),
+        stop(0),
+        start(1, {"type": "text", "text": ""}),
+        *(delta(1, type="text_delta", text="aä"), delta(1, type="text_delta", text="b"), stop(1)),
+        start(2, {**use, "id": "call_7", "name": "f"}),
+        *(delta(2, type="input_json_delta", partial_json='{"a": 1}'), stop(2)),
+        start(3, {**use, "id": "call_8", "name": "g"}),
+        *(delta(3, type="input_json_delta", partial_json="{}"), stop(3)),
+        (
+            "message_delta",
+            {"delta": {"stop_reason": "tool_use", "stop_sequence": None}, "usage": usage},
+        ),
+        ("message_stop", {}),
+    ]
+    cut = [ITEMS[3], Said(0, [], None, ENDED)]
+    kinds = [kind for kind, _ in streamed(lambda s, a: anthropic._events(RUNNING, s, a, {}), cut)]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+def test_events_of_a_response():
+    head = {"id": "resp_1"}
+    found = streamed(lambda s, a: responses._events(RUNNING, s, a, head), ITEMS)
+    assert found.pop(2) == ": read 3 of 20"
+    assert [data["sequence_number"] for _, data in found] == list(range(len(found)))
+    assert all(data["type"] == kind for kind, data in found)
+    name = found[2][1]["item"]["id"]
+    assert name.startswith("msg_")
+    begun = {"response": {**head, "status": "in_progress", "output": [], "usage": None}}
+    part = {"type": "output_text", "annotations": [], "logprobs": []}
+    item = {"id": name, "type": "message", "role": "assistant"}
+    text = {"item_id": name, "output_index": 0, "content_index": 0}
+
+    def called(n, call, number):
+        function = call["function"]
+        where = {"item_id": f"fc_{number}", "output_index": n}
+        made = {"id": f"fc_{number}", "type": "function_call", "call_id": call["id"], **function}
+        waiting = {**made, "arguments": "", "status": "in_progress"}
+        said = function["arguments"]
+        return [
+            ("response.output_item.added", {"output_index": n, "item": waiting}),
+            ("response.function_call_arguments.delta", {**where, "delta": said}),
+            (
+                "response.function_call_arguments.done",
+                {**where, "arguments": said, "name": function["name"]},
+            ),
+            (
+                "response.output_item.done",
+                {"output_index": n, "item": {**made, "status": "completed"}},
+            ),
+        ]
+
+    last = found.pop()
+    own = ("type", "sequence_number")
+    assert [(kind, {k: v for k, v in data.items() if k not in own}) for kind, data in found] == [
+        ("response.created", begun),
+        ("response.in_progress", begun),
+        (
+            "response.output_item.added",
+            {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}},
+        ),
+        ("response.content_part.added", {**text, "part": {**part, "text": ""}}),
+        ("response.output_text.delta", {**text, "delta": "aä", "logprobs": []}),
+        ("response.output_text.delta", {**text, "delta": "b", "logprobs": []}),
+        ("response.output_text.done", {**text, "text": "aäb", "logprobs": []}),
+        ("response.content_part.done", {**text, "part": {**part, "text": "aäb"}}),
+        (
+            "response.output_item.done",
+            {
+                "output_index": 0,
+                "item": {**item, "status": "completed", "content": [{**part, "text": "aäb"}]},
+            },
+        ),
+        *called(1, MADE, 7),
+        *called(2, OTHER, 8),
+    ]
+    kind, whole = last
+    assert kind == "response.completed" and whole["response"]["id"] == "resp_1"
+    assert [one["type"] for one in whole["response"]["output"]] == [
+        *("reasoning", "message", "function_call", "function_call"),
+    ]
+    assert whole["response"]["output"][1]["id"] == name
+    short = [ITEMS[4], Said(0, [], None, SimpleNamespace(reason="length", stop=None, tokens=1))]
+    kinds = [kind for kind, _ in streamed(lambda s, a: responses._events(RUNNING, s, a, {}), short)]
+    assert kinds[2] == "response.output_item.added" and kinds[-1] == "response.incomplete"
+    assert "response.output_text.done" not in kinds
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_chunks_of_a_chat(asked):
+    head, running = {"id": "c"}, SimpleNamespace(**vars(RUNNING), answers=2)
+    found = {"stream_options": {"include_usage": asked}, "logprobs": asked}
+    items = [*ITEMS, Said(1, [Part("content", "z")], TOKENS[2], None)]
+    items.append(Said(1, [], None, SimpleNamespace(reason="length", stop=None, tokens=1)))
+    said = streamed(lambda s, a: openai._chat_chunks(SERVICE, running, s, a, head, found), items, 2)
+    assert said.pop() == "data: [DONE]" and said.pop(2) == ": read 3 of 20"
+    usage = {"usage": None} if asked else {}
+    if asked:
+        counted = openai.usage_of(running, [answer(tokens=6), answer(tokens=1)])
+        kept = {"id": "c", "object": "chat.completion.chunk", "choices": []}
+        assert said.pop() == {**kept, "usage": counted}
+    choices = []
+    for chunk in said:
+        (choice,) = chunk["choices"]
+        kept = {"id": "c", "object": "chat.completion.chunk", "choices": [choice]}
+        assert chunk == {**kept, **usage}
+        ends = choice["finish_reason"]
+        tokens = choice["logprobs"] and [t["logprob"] for t in choice["logprobs"]["content"]]
+        choices.append((choice["index"], choice["delta"], tokens, ends))
+
+    def called(n, call):
+        return {"tool_calls": [{"index": n, **call}]}
+
+    def at(n):
+        return [TOKENS[n].logprob] if asked else None
+
+    role = {"role": "assistant", "content": ""}
+    assert choices == [
+        *((0, role, None, None), (1, role, None, None)),
+        (0, {"reasoning_content": "t"}, at(0), None),
+        *([(0, {}, at(1), None)] if asked else []),
+        *((0, {"content": "aä"}, at(2), None), (0, {"content": "b"}, None, None)),
+        *((0, called(0, MADE), None, None), (0, called(1, OTHER), None, None)),
+        (0, {}, None, "tool_calls"),
+        *((1, {"content": "z"}, at(2), None), (1, {}, None, "length")),
+    ]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_chunks_of_a_text(asked):
+    head, running = {"id": "t"}, SimpleNamespace(**vars(RUNNING), answers=1)
+    found = {"stream_options": {"include_usage": True} if asked else None}
+    found["logprobs"] = 0 if asked else None
+    items = [*ITEMS[:1], *ITEMS[2:4], Said(0, [], None, ENDED)]
+    said = streamed(lambda s, a: openai._text_chunks(SERVICE, running, s, a, head, found), items)
+    assert said.pop() == "data: [DONE]" and said.pop(0) == ": read 3 of 20"
+    if asked:
+        usage = openai.usage_of(running, [answer(tokens=6)])
+        assert said.pop() == {**head, "choices": [], "usage": usage}
+
+    def chunk(text, token, ends):
+        of_token = {"tokens": [PIECE[token.id]], "token_logprobs": [token.logprob]} if token else {}
+        logprobs = {**of_token, "top_logprobs": [{}]} if token and asked else None
+        choice = {"index": 0, "text": text, "finish_reason": ends, "logprobs": logprobs}
+        return {**head, "choices": [choice], **({"usage": None} if asked else {})}
+
+    assert said == [
+        *([chunk("", TOKENS[1], None)] if asked else []),
+        *(chunk("aäb", TOKENS[2], None), chunk("", None, "stop")),
+    ]
+
+
+def test_what_is_known_of_a_token():
+    assert openai._logprob(SERVICE, TOKENS[0]) == {
+        **{"token": "p", "logprob": -0.5, "bytes": [112]},
+        "top_logprobs": [
+            {"token": "p", "logprob": -0.5, "bytes": [112]},
+            {"token": "", "logprob": -1.0, "bytes": []},
+        ],
+    }
+    assert openai._old_logprobs(SERVICE, TOKENS[:1]) == {
+        **{"tokens": ["p"], "token_logprobs": [-0.5], "top_logprobs": [{"p": -0.5, "": -1.0}]},
+    }
+    found = answer(content="x", calls=[MADE], reasoning="r")
+    found.tokens = TOKENS[2:]
+    assert openai._choice(SERVICE, 3, found, True) == {
+        **{"index": 3, "finish_reason": "tool_calls"},
+        "logprobs": {"content": [openai._logprob(SERVICE, TOKENS[2])]},
+        "message": {
+            **{"role": "assistant", "content": "x", "refusal": None, "reasoning_content": "r"},
+            "tool_calls": [MADE],
+        },
+    }
+    silent = openai._choice(SERVICE, 0, answer(calls=[MADE]), False)
+    assert silent["message"]["content"] is None and silent["logprobs"] is None
+    plain = openai._choice(SERVICE, 0, answer(), False)
+    assert plain["message"] == {"role": "assistant", "content": "", "refusal": None}
