@@ -3,19 +3,24 @@ at both sides, sizes that all differ, 16-bit numbers, and windows longer than a 
 
 import math
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from test_model import IDS, tiny
 
+import ahn_mlx
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.memory import MEMORIES, Router, forms
 from ahn_mlx.memory.layers import Kept, decay_init
 from ahn_mlx.model.division import heads_of_each, layers_of_each, rows_of_each
 from ahn_mlx.ops import band, chunks, delta, mamba2, window
 from ahn_mlx.ops.exp import exp, fast_exp
+from ahn_mlx.ops.kernels import Sizes
 
+METAL = Path(ahn_mlx.__file__).parent.parent / "metal"
 B, T, HKV, G, D = 2, 37, 3, 2, 8
 H = HKV * G
 
@@ -394,3 +399,102 @@ def test_a_kernel_begins_with_a_state_of_32_bits_and_goes_on_from_another():
     empty = forms._or_empty(None, q)
     assert (empty.shape, empty.dtype) == ((2, 3, 4, 4), mx.float32) and not mx.any(empty)
     assert forms._or_empty(empty, q) is empty
+
+
+@pytest.mark.parametrize("kind", list(MEMORIES))
+def test_a_kernel_runs_where_it_is_chosen_for_heads_of_one_process(kind, monkeypatch):
+    """One token is written by one of them, but not where the norm spans ranks; a chunk by another,
+    but not for gradients."""
+    took, asked = [], []
+    for name in ("_step_kernel", "_step_ops", "_scan_kernel", "_scan_ops"):
+        monkeypatch.setattr(forms, name, lambda *given, name=name: took.append((name, given)))
+    sizes = Sizes(4, mx.float32, heads=4, kv_heads=2, window=5, sinks=2, chunk=6)
+    memory, q, *rest = forms._step_example(kind, sizes, 0)
+    evicted, (_, update, state, rates) = rest[0], forms._scan_example(kind, sizes, 9)[1:]
+    two = mx.repeat(q, 2, axis=2)
+    for there in (True, False):
+        chosen = lambda *given, there=there: asked.append(given) or there  # noqa: E731
+        monkeypatch.setattr(forms, "chosen", chosen)
+        memory.group = None
+        forms.step(memory, q, *rest)
+        assert asked.pop() == (forms.STEPS[kind], Sizes.of(q, evicted[0]))
+        forms.step(memory, two, *rest)
+        memory.group = mx.distributed.init()
+        forms.step(memory, q, *rest)
+        assert asked == []
+        memory.group = None
+        forms.scan(memory, two, update, state, rates, False)
+        found = Sizes(4, mx.float32, heads=4, kv_heads=2, window=5, sinks=2, chunk=2)
+        assert asked.pop() == (forms.SCANS[kind], found)
+        forms.scan(memory, two, update, state, rates, True)
+        assert asked == []
+    names = [name for name, _ in took]
+    assert names[:5] == ["_step_kernel", "_step_ops", "_step_ops", "_scan_kernel", "_scan_ops"]
+    assert names[5:] == ["_step_ops"] * 3 + ["_scan_ops"] * 2
+    assert took[0][1] == (memory, q, *rest) and took[3][1] == (memory, two, update, state, rates)
+    assert took[4][1][-1] is True and took[8][1][-1] is False
+
+
+@pytest.mark.parametrize("kind", list(MEMORIES))
+@pytest.mark.parametrize("number", [mx.float32, mx.bfloat16])
+def test_examples_for_kernels_are_what_a_layer_gives_them(kind, number):
+    """A window that fills and one that has turned; a memory that says something."""
+    sizes = Sizes(4, number, heads=6, kv_heads=2, window=5, sinks=2, chunk=6)
+    for before, evicts in ((3, 2), (7, 6), (40, 6)):
+        memory, q, update, state, rates = forms._scan_example(kind, sizes, before)
+        assert (update.evicts, update.end) == (evicts, before + 6)
+        assert (update.window, update.sinks) == (5, 2)
+        assert [x.shape for x in update.ring[:2]] == [(1, 2, min(before, 7), 4)] * 2
+        assert [x.shape for x in update.chunk[:2]] == [(1, 2, 6, 4)] * 2
+        assert update.chunk[2].shape == (1, 6, 6, memory.gate_count)
+        assert {x.dtype for x in (q, *update.ring, *update.chunk)} == {number}
+        assert (q.shape, state.shape, rates.shape) == ((1, 6, evicts, 4), (1, 6, 4, 4), (6,))
+        assert state.dtype == mx.float32
+        o, after = forms._scan_ops(memory, q, update, state, rates)
+        assert o.shape == (1, evicts, 6, 4) and not mx.array_equal(after, state)
+    memory, q, token, state, local, z, rates, loudness = forms._step_example(kind, sizes, 0)
+    k, v, gates = token
+    assert (k.shape, v.shape) == ((1, 2, 1, 4), (1, 2, 1, 4))
+    assert gates.shape == (1, 6, 1, memory.gate_count)
+    assert (q.shape, local.shape, z.shape) == ((1, 6, 1, 4), (1, 6, 1, 4), (1, 1, 6))
+    assert {x.dtype for x in (q, k, v, gates, local, z, memory.norm_weight)} == {number}
+    assert loudness.shape == (1, 6, 1, 1) and 0 < loudness[0, 0, 0, 0].item() < 1
+    arrays = [q, local, k, v, state, *memory.o_proj.weight]
+    assert all(0.2 < x.astype(mx.float32).std().item() < 2 for x in arrays)
+    heads, after = forms._step_ops(memory, q, token, state, local, z, rates, loudness)
+    assert heads.shape == local.shape and not mx.array_equal(heads, local)
+    assert not mx.array_equal(after, state)
+
+
+def test_each_kernel_has_its_sources():
+    for checks in (forms.SCANS, forms.STEPS):
+        for kind, check in checks.items():
+            assert check.name.endswith(f" {kind}")
+            assert (
+                check.dispatches
+                == len(check.files)
+                == (2 if "mamba2_finish" in str(check.files) else 1)
+            )
+            assert all((METAL / file).is_file() for file in check.files)
+            assert ("mamba2" in str(check.files)) == (kind == "mamba2" and checks is forms.STEPS)
+
+
+def test_a_fresh_memory_writes_a_little_and_says_nothing():
+    mx.random.seed(2)
+    for kind, make in MEMORIES.items():
+        memory = make(64, 5, 4)
+        gates = [name for name in memory if name.endswith("_proj") and name != "o_proj"]
+        assert len(gates) == memory.gate_count + 1
+        for name in gates:
+            weight = memory[name].weight
+            assert weight.shape == (5, 64) and abs(weight.mean().item()) < 0.02
+            assert 0.115 < mx.abs(weight).max().item() <= 0.125  # of 1 / sqrt(64)
+            biased = kind == "mamba2"
+            assert ("bias" in memory[name]) == biased and (
+                not biased or not memory[name].bias.any()
+            )
+        assert memory.o_proj.weight.shape == (5, 4, 4) and not memory.o_proj.weight.any()
+        assert memory.norm_weight.tolist() == [1.0] * (20 if kind == "mamba2" else 4)
+        assert "q_proj" not in memory
+        memory.freeze()
+        assert not tree_flatten(memory.trainable_parameters())
