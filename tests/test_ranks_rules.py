@@ -1,5 +1,6 @@
 """What ranks do with a model and tell each other, all in one process: it carries what they say."""
 
+import copy
 import threading
 from collections import deque
 from types import SimpleNamespace
@@ -13,42 +14,68 @@ from mlx_lm.models.cache import KVCache
 from several import random_model
 
 from ahn_mlx import AHNConfig, AHNError, augment
+from ahn_mlx.model import pipeline
 from ahn_mlx.model.division import part_of, rows_of_each
 from ahn_mlx.model.families import tiny_config
-from ahn_mlx.model.pipeline import TOGETHER, Pipeline, entire, is_away, own_layers
+from ahn_mlx.model.pipeline import IN_FLIGHT, TOGETHER, Pipeline, entire, is_away, own_layers
 from ahn_mlx.model.ranks import Lost, Ranks, _Embedding, _Head, _is_part, _numbers, join, share
 
 IDS = [n * 7 % 90 for n in range(40)]
 
 
-def group(rank, size):
-    return SimpleNamespace(rank=lambda: rank, size=lambda: size)
+class Board:
+    """What carries messages here, in the place of a network: one of each rank at a time."""
+
+    def __init__(self, size):
+        self.size, self.given, self.sent = size, [None] * size, deque()
+        self.barrier = threading.Barrier(size, timeout=10)
+
+    def all(self, rank, x):
+        mx.eval(x)
+        self.given[rank] = x
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
 
 
-class Relay(Pipeline):
-    """Called from the last rank to the first: what one sends waits for the next."""
+class Group:
+    """Of one rank, as MLX's."""
 
-    def __init__(self, rank, size, board):
-        super().__init__(group(rank, size))
-        vars(self).update(board=board)
+    def __init__(self, rank, board):
+        self.board, self.rank, self.size = board, lambda: rank, lambda: board.size
 
-    def send(self, x):
-        self.board.setdefault("sent", deque()).append(x)
 
-    def receive(self, shape, dtype):
-        x = self.board["sent"].popleft()
-        assert (x.shape, x.dtype) == (tuple(shape), dtype)
+@pytest.fixture(autouse=True)
+def wire(monkeypatch):
+    """Groups of this file are no groups of MLX."""
+
+    def all_sum(x, *, group, stream=None):
+        first, *others = group.board.all(group.rank(), x)
+        return sum(others, first)
+
+    def all_gather(x, *, group, stream=None):
+        return mx.concatenate(group.board.all(group.rank(), x))
+
+    def send(x, to, *, group, stream):
+        assert stream is pipeline._stream
+        group.board.sent.append((group.rank(), to, x))
         return x
 
-    def spread(self, arrays, root=0):
-        if self.rank == root:
-            self.board[root] = arrays
-        yield from self.board.get(root, {}).items()
+    def recv(shape, dtype, of, *, group, stream):
+        assert stream is pipeline._stream
+        came, to, x = group.board.sent.popleft()
+        assert (came, to, x.shape, x.dtype) == (of, group.rank(), tuple(shape), dtype)
+        return x
+
+    for one in (all_sum, all_gather, send, recv):
+        monkeypatch.setattr(mx.distributed, one.__name__, one)
 
 
 def relay(size):
-    board = {}
-    return [Relay(rank, size, board) for rank in range(size)]
+    """Called from the last to the first: what one sends waits for the next."""
+    board = Board(size)
+    return [Pipeline(Group(rank, board)) for rank in range(size)]
 
 
 CASES = [
@@ -75,6 +102,7 @@ def test_each_rank_has_a_run_of_layers_and_the_first_has_the_logits(family, size
             assert (said.shape, said.dtype) == (wanted.shape, wanted.dtype)
             if part.ranks.rank:
                 assert not said.any().item()
+            assert len(part.ranks._sent) <= IN_FLIGHT
         assert mx.abs(said - wanted).max().item() < 1e-4 * mx.abs(wanted).max().item()
     every = {name for name, _ in tree_flatten(whole.parameters())}
     runs = [list(own_layers(part)) for part in parts]
@@ -90,7 +118,8 @@ def test_each_rank_has_a_run_of_layers_and_the_first_has_the_logits(family, size
             if name.startswith("lm_head."):
                 there = last
             assert (name in held) == there, name
-        assert [is_away(layer) for layer in part.model.layers] == [i not in run for i in range(6)]
+        away = [is_away(copy.copy(layer)) for layer in part.model.layers]
+        assert away == [i not in run for i in range(6)]
         assert entire(part) is not part and entire(whole) is whole
         assert {name for name, _ in tree_flatten(entire(part).parameters())} == every
         for i, (ours, theirs) in enumerate(zip(cache, cached, strict=True)):
@@ -134,17 +163,12 @@ def test_layers_that_are_not_one_after_the_other_are_refused():
 
 
 def test_a_rank_stops_only_where_all_ask():
-    class Counted(Relay):
-        def sum(self, x):
-            self.board["asked"] += 1
-            return x
+    def work(ranks):
+        one = Pipeline(ranks.group)
+        return [one.any(one.rank == 1 and n == 2) for n in range(2 * TOGETHER)]
 
-    one = Counted(0, 2, {"asked": 0})
-    said = [one.any(n == 2) for n in range(TOGETHER)]
-    assert said == [False] * (TOGETHER - 1) + [True] and one.board["asked"] == 1
-    assert [one.any(False) for _ in range(TOGETHER)] == [False] * TOGETHER and one.board[
-        "asked"
-    ] == 2
+    wanted = [n == TOGETHER - 1 for n in range(2 * TOGETHER)]
+    assert each(2, work) == [wanted, wanted]
 
 
 def run_of(layers, kept=()):
@@ -156,10 +180,13 @@ def test_arrays_of_a_file_go_to_the_ranks_that_have_their_layers():
     arrays = {f"layers.{i}.keys": mx.full(shape, i) for i in range(12)}
     arrays["tail"] = mx.array([7.0])
     runs = (range(8, 12), range(2, 8), range(2))
-    own = [
-        ranks.divided(arrays if ranks.rank == 0 else {}, run_of(run, (1, 10)))
-        for ranks, run in zip(relay(3), runs, strict=True)
-    ]
+    mx.eval(arrays)
+
+    def divided(ranks):
+        held = arrays if ranks.rank == 0 else {}
+        return Pipeline(ranks.group).divided(held, run_of(runs[ranks.rank], (1, 10)))
+
+    own = each(3, divided)
     for run, found in zip(runs, own, strict=True):
         here = {f"layers.{i}.keys" for i in run}
         counted = {f"layers.{i}.keys" for i in (1, 10)} - here
@@ -169,45 +196,11 @@ def test_arrays_of_a_file_go_to_the_ranks_that_have_their_layers():
             assert mx.array_equal(
                 x, arrays[name][:, :1, :, :1] if name in counted else arrays[name]
             )
-    last, middle, first = relay(3)
-    assert first.gathered(own[2], run_of(runs[2])) == {}
-    assert middle.gathered(own[1], run_of(runs[1])) == {}
-    whole = last.gathered(own[0], run_of(runs[0]))
+    gathered = lambda r: Pipeline(r.group).gathered(own[r.rank], run_of(runs[r.rank]))  # noqa: E731
+    whole, *others = each(3, gathered)
+    assert others == [{}, {}]
     assert whole.keys() == arrays.keys()
     assert all(mx.array_equal(x, arrays[name]) for name, x in whole.items())
-
-
-class Board:
-    """What ranks in threads of their own give to all."""
-
-    def __init__(self, size):
-        self.size, self.given = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=10)
-
-    def all(self, rank, x):
-        mx.eval(x)
-        self.given[rank] = x
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
-
-
-class Among(Ranks):
-    """One of several in this process."""
-
-    def __init__(self, rank, board):
-        super().__init__(group(rank, board.size))
-        vars(self).update(board=board)
-
-    def sum(self, x):
-        first, *others = self.board.all(self.rank, x)
-        for part in others:
-            first = first + part
-        return first
-
-    def whole(self, x, axis):
-        return mx.concatenate(self.board.all(self.rank, x), axis=axis)
 
 
 def each(size, work):
@@ -216,7 +209,7 @@ def each(size, work):
 
     def one(rank):
         try:
-            found[rank] = work(Among(rank, board))
+            found[rank] = work(Ranks(Group(rank, board)))
             mx.eval(found[rank])
         except BaseException as e:
             found[rank] = e
@@ -228,6 +221,11 @@ def each(size, work):
         thread.start()
     for thread in threads:
         thread.join()
+    for e in found:
+        if isinstance(e, Exception) and not isinstance(
+            e, AHNError | OSError | threading.BrokenBarrierError
+        ):
+            raise e
     return found
 
 
@@ -254,7 +252,7 @@ def test_what_one_makes_all_have(root):
 def test_one_that_says_nonsense_is_lost(monkeypatch):
     monkeypatch.setattr(Ranks, "_send", lambda self, message, root: b"{")
     with pytest.raises(Lost, match="another rank has ended"):
-        Among(1, Board(1)).share(lambda: 1)
+        Ranks(Group(1, Board(1))).share(lambda: 1)
 
 
 def test_arrays_are_told_bit_for_bit():
@@ -341,6 +339,44 @@ def test_rows_of_the_vocabulary(vocabulary, size, bits):
         assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["gated_deltanet", "mamba2"])
+def test_heads_of_two_ranks_compute_what_the_whole_does(kind):
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    whole = random_model(kind, "clamped", None, **config)
+    wanted = chunks_of(whole)
+    models = [random_model(kind, "clamped", None, **config) for _ in range(2)]
+
+    def work(ranks):
+        model = models[ranks.rank]
+        parts = ranks.parts(model)
+        ranks.cut(model)
+        attention = model.layers[0].self_attn
+        assert (attention.n_heads, attention.n_kv_heads, model.ranks) == (2, 1, ranks)
+        held = dict(tree_flatten(model.parameters()))
+        every = dict(tree_flatten(whole.parameters()))
+        for name, part in parts.items():
+            index = (slice(None),) * part.axis + (slice(part.start, part.stop),)
+            own = held[name].swapaxes(0, part.axis)[: part.stop - part.start].swapaxes(0, part.axis)
+            assert mx.array_equal(own, every[name][index]), name
+        assert {name.split(".")[-2] for name in parts} >= {"q_proj", "o_proj", "embed_tokens"}
+        assert sum(x.size for x in held.values()) < 0.6 * sum(x.size for x in every.values())
+        return chunks_of(model)
+
+    for found in each(2, work):
+        assert not isinstance(found, BaseException), found
+        assert mx.abs(found - wanted).max().item() < 1e-3 * mx.abs(wanted).max().item()
+
+
+def chunks_of(model):
+    """Logits behind a window that fills and turns."""
+    caches, said = model.make_cache(), []
+    for ids in (IDS[:9], IDS[9:31], IDS[31:]):
+        said.append(model(mx.array([ids]), cache=caches))
+    logits = mx.concatenate(said, axis=1)
+    mx.eval(logits)
+    return logits
+
+
 def test_parts_are_found_by_what_is_left_of_numbers():
     for n in (5, 300):
         whole = _numbers((n, 2, 3), 0)
@@ -362,7 +398,7 @@ def test_parts_are_found_by_what_is_left_of_numbers():
 
 
 def test_a_model_that_cannot_be_divided_is_refused():
-    ranks = Ranks(group(0, 2))
+    ranks = Ranks(Group(0, Board(2)))
     with pytest.raises(
         AHNError, match="mlx-lm cannot divide heads of a this model; take --pipeline"
     ):

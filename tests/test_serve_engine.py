@@ -11,9 +11,10 @@ from engines import PROMPTS, cancel, finish, made, running, small, start
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from serving import wait_until
-from test_ranks_rules import Among, Board
+from test_ranks_rules import Board, Group, wire  # noqa: F401, a fixture
 
 from ahn_mlx import AHNConfig, AHNError, augment, load_model
+from ahn_mlx.model.ranks import Ranks
 from ahn_mlx.serve.acts import Acts
 from ahn_mlx.serve.answers import Piece
 from ahn_mlx.serve.budget import row_bytes
@@ -269,7 +270,7 @@ def test_ranks_do_alike_what_the_first_does(tmp_path):
     for _ in range(3):
         three.append(Acts(made("gated_deltanet"), chat_tokenizer(), rows=2))
     alone, first, other = three
-    first.ranks, other.ranks = Among(0, board), Among(1, board)
+    first.ranks, other.ranks = (Ranks(Group(rank, board)) for rank in range(2))
     ended = []
 
     def follow():
