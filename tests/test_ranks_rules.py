@@ -417,6 +417,12 @@ def test_one_process_has_no_ranks(monkeypatch):
     alone = mx.distributed.init()
     monkeypatch.setattr(mx.distributed, "init", lambda: alone)
     assert alone.size() == 1 and join() is None and join(Pipeline) is None
+    two = Group(1, Board(2))
+    monkeypatch.setattr(mx.distributed, "init", lambda: two)
+    for kind in (Ranks, Pipeline):
+        join.cache_clear()
+        ranks = join() if kind is Ranks else join(kind)
+        assert type(ranks) is kind and (ranks.rank, ranks.size) == (1, 2)
     join.cache_clear()
 
     def unreachable():
