@@ -433,6 +433,12 @@ def test_a_kernel_runs_where_it_is_chosen_for_heads_of_one_process(kind, monkeyp
     assert names[5:] == ["_step_ops"] * 3 + ["_scan_ops"] * 2
     assert took[0][1] == (memory, q, *rest) and took[3][1] == (memory, two, update, state, rates)
     assert took[4][1][-1] is True and took[8][1][-1] is False
+    evicted, state, local, *others = rest
+    # What a kernel has left in shares is one again.
+    monkeypatch.setattr(forms, "merge", lambda *given: given)
+    shares = forms.whole(local)
+    forms.step(memory, q, evicted, state, shares, *others)
+    assert took[-1][0] == "_step_ops" and took[-1][1][4] == (shares, q.dtype)
 
 
 @pytest.mark.parametrize("kind", list(MEMORIES))

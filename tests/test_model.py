@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 import ahn_mlx
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.hub import zoo
+from ahn_mlx.model.augment import shape_of_attention
 from ahn_mlx.model.names import is_memory
 
 SIZES = {
@@ -100,6 +101,14 @@ def test_layers_kept_at_full_attention():
     everything = tiny(window=6, sinks=2, fa_layer_ids=(0, 1, 2))[1]
     assert mx.abs(everything(IDS) - plain(IDS)).max() < 1e-4
     assert all(isinstance(c, KVCache) for c in make_prompt_cache(everything))
+
+
+def test_heads_are_those_of_the_first_memory_or_else_of_the_first_layer():
+    model = tiny(window=6, fa_layer_ids=(0,))[1]
+    assert shape_of_attention(model) is model.layers[1].self_attn.fit
+    one = llama.Model(llama.ModelArgs(**{**SIZES, "num_hidden_layers": 1}))
+    fit = shape_of_attention(augment(one, AHNConfig(window=6, fa_layer_ids=(0,))))
+    assert (fit.n_heads, fit.n_kv_heads, fit.head_dim) == (4, 2, 16)
 
 
 def test_generates_with_mlx_lm():
