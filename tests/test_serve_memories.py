@@ -195,6 +195,10 @@ def test_files(site: Site):
     assert site.client.post("/v1/files", files={"other": b"x"}).status_code == 400
     two = [("file", ("a.txt", b"x")), ("file", ("b.txt", b"y"))]
     assert site.client.post("/v1/files", files=two).status_code == 400
+    for n, status in ((10, 200), (11, 400)):
+        fields = {f"field{i}": "x" for i in range(n)}
+        text = {"file": ("a.txt", b"x")}
+        assert site.client.post("/v1/files", files=text, data=fields).status_code == status
     kind = {"content-type": "multipart/form-data; boundary=x"}
     assert site.client.post("/v1/files", content=b"--x--junk", headers=kind).status_code == 400
     assert site.client.post("/v1/files", content=b"--y\r\n", headers=kind).status_code == 400
