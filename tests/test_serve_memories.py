@@ -141,8 +141,15 @@ def test_jobs_are_cancelled_and_resumed_to_the_same_memory(site: Site, tmp_path)
 def test_what_is_read_when_the_server_ends_is_kept(tmp_path):
     text = b"One two three. " * 2000
     with serving(tmp_path, rows=1) as site:
-        job = site.ok("/v1/memories", {"name": "long", "file_id": upload(site, text)})
+        wanted = {"name": "long", "file_id": upload(site, text)}
+        job = site.ok("/v1/memories", wanted)
         wait_until(lambda: site.ok(f"/v1/memory_jobs/{job['id']}")["tokens_read"] > 50)
+        twice = site.post("/v1/memories", wanted)
+        assert (twice.status_code, twice.json()["error"]["code"]) == (409, "exists")
+        assert site.post(f"/v1/memory_jobs/{job['id']}/resume", {}).status_code == 409
+        other = site.ok("/v1/memories", {**wanted, "name": "other"})  # which waits
+        assert site.ok(f"/v1/memory_jobs/{other['id']}")["status"] == "queued"
+        site.ok(f"/v1/memory_jobs/{other['id']}/cancel", {})
     with serving(tmp_path, rows=1) as site:
         paused = site.ok(f"/v1/memory_jobs/{job['id']}")
         assert paused["status"] == "paused" and 0 < paused["tokens_read"] < paused["tokens"]
