@@ -105,6 +105,8 @@ def test_places_are_where_tokens_are(loaded):
     assert total % 16 and report.places(session) == expected
     page = report.page(session, "a")
     assert f"tokens {sinks:,} to {total - window - 1:,}: left the window" in page
+    titles = ("How long it remembers", "Share of the output", "How strongly it writes")
+    assert all(page.count(title) for title in (*titles, "How much is stored"))
     assert f"tokens {total - window:,} to {total - 1:,}: the last tokens" in page
 
 
