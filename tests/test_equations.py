@@ -354,6 +354,15 @@ def test_a_gain_by_window_is_said_where_there_is_one_and_is_a_routers():
         AHNConfig(router=True, window_gain=1)
 
 
+def test_settings_that_a_release_does_not_say_are_the_papers():
+    said = AHNConfig.from_dict({"_ahn_implementation": "DeltaNet"})
+    assert said == AHNConfig(memory="deltanet")
+    assert (said.window, said.sinks, said.sink_positions) == (32640, 128, "absolute")
+    given = {"sliding_window": 7, "num_attn_sinks": 0, "fa_layer_ids": "3,1"}
+    found = AHNConfig.from_dict({"_ahn_implementation": "Mamba2", **given})
+    assert found == AHNConfig(memory="mamba2", window=7, sinks=0, fa_layer_ids=(1, 3))
+
+
 def test_a_query_projection_begins_as_none():
     """With heads that divide the width: what it reads by is the raw query."""
     memory = MEMORIES["gated_deltanet"](20, 4, 3, query_projection=True)

@@ -121,6 +121,8 @@ def test_each_rank_has_a_run_of_layers_and_the_first_has_the_logits(family, size
         away = [is_away(copy.copy(layer)) for layer in part.model.layers]
         assert away == [i not in run for i in range(6)]
         assert entire(part) is not part and entire(whole) is whole
+        # Asked, a layer that is away says what it is.
+        assert part.model.embed_tokens.weight.shape == whole.model.embed_tokens.weight.shape
         assert {name for name, _ in tree_flatten(entire(part).parameters())} == every
         for i, (ours, theirs) in enumerate(zip(cache, cached, strict=True)):
             if hasattr(theirs, "offset"):
