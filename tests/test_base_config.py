@@ -25,7 +25,13 @@ from checkpoints import (
 from mlx_lm.convert import convert as mlx_lm_convert
 
 from ahn_mlx import AHNError, load_model
-from ahn_mlx.checkpoints.baseconfig import normalise
+from ahn_mlx.checkpoints.baseconfig import (
+    check_config,
+    check_quantization,
+    family,
+    has_own_window,
+    normalise,
+)
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.formats import describe
@@ -387,6 +393,121 @@ def test_a_window_that_is_not_in_use(fields, tmp_path):
     config = {**read_json(base), **fields}
     (base / "config.json").write_text(json.dumps(config))
     assert mx.abs(load_plain(base)[0](IDS)[0] - logits).max().item() < 1e-3
+
+
+def judged(**fields) -> dict[str, object]:
+    """The normal form of a plain model's config with other fields; None removes one."""
+    config = {**read_json(GOLDEN / "qwen2-gdn/base"), "max_window_layers": None, **fields}
+    return normalise(Path("config.json"), {k: v for k, v in config.items() if v is not None})
+
+
+# Of YaRN by 4, mlx-lm's own factor is 0.1 ln 4 + 1 = 1.13863, and 1 where nothing is stretched.
+PLAIN = {
+    "as wide as heads are": {"head_dim": 16},
+    "each head whole": {"partial_rotary_factor": 1.0},
+    "swish": {"hidden_act": "swish"},
+    "the largest factor": {"rope_scaling": {**LINEAR, "factor": 1e6}},
+    "a small factor": {"rope_scaling": {**YARN, "factor": 1.5, "attention_factor": 1.0405}},
+    "a factor below 1": {"rope_scaling": {**YARN, "factor": 0.5, "attention_factor": 1.0}},
+    "a window that llama passes over": {"model_type": "llama", **QWEN, "max_window_layers": 0},
+    "full attention of llama": {"model_type": "llama", "layer_types": ["full_attention"] * 3},
+    "a memory's window": {**QWEN, "max_window_layers": 0, "ahn": {"window": 32}},
+    "the release's": {**QWEN, "max_window_layers": 0, "_ahn_implementation": "DeltaNet"},
+    "28 layers before it": {**QWEN, "num_hidden_layers": 28},
+}
+OTHER = {
+    "too large a factor": ({"rope_scaling": {**LINEAR, "factor": 1.01e6}}, "factor of RoPE"),
+    "a bit louder": ({"rope_scaling": {**YARN, "attention_factor": 1.1403}}, "attention_factor"),
+    "as if not stretched": (
+        {"rope_scaling": {**YARN, "factor": 1.5, "attention_factor": 1.0}},
+        "attention_factor",
+    ),
+    "loud in words": ({"rope_scaling": {**YARN, "attention_factor": "1.1386"}}, "attention_factor"),
+    "layers of llama that slide": (
+        {"model_type": "llama", "layer_types": [*SLIDING, "full_attention"]},
+        "layer_types",
+    ),
+    "a layer after 28": ({**QWEN, "num_hidden_layers": 29}, "use_sliding_window"),
+    "a window of 4,096, unsaid": (
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1},
+        "use_sliding_window",
+    ),
+    "layers before it in words": ({**QWEN, "max_window_layers": "3"}, "use_sliding_window"),
+    "types in a word": ({"layer_types": "full_attention"}, "layer_types must be a list"),
+    "rotary settings of one type": (
+        {"layer_types": SLIDING, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+        "rope_parameters of .* differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_settings_that_change_nothing(name):
+    assert judged(**PLAIN[name])["hidden_size"] == 64
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_settings_that_make_another_model(name):
+    fields, match = OTHER[name]
+    with pytest.raises(AHNError, match=match):
+        judged(**fields)
+
+
+LARGEST = {
+    **{"hidden_size": 2**20, "head_dim": 4096, "intermediate_size": 2**24, "vocab_size": 2**24},
+    **{"num_hidden_layers": 1000, "num_attention_heads": 4096, "num_key_value_heads": 4096},
+    **{"max_position_embeddings": 2**40, "rms_norm_eps": 1.0, "rope_theta": 1e15},
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_number_of_each_setting(name):
+    most = LARGEST[name]
+    for good in (1, most):
+        check_config(Path("config.json"), {"model_type": "llama", name: good})
+    for bad in (0, most + 1 if type(most) is int else 1.01 * most):
+        with pytest.raises(AHNError, match=f"{name} must be a .*, not {bad}"):
+            check_config(Path("config.json"), {"model_type": "llama", name: bad})
+
+
+@pytest.mark.parametrize("name", ["bits", "group_size"])
+def test_the_largest_number_of_a_quantization(name, tmp_path):
+    sound = {"bits": 4, "group_size": 64}
+    for good in (1, 1024):
+        check_quantization(tmp_path, {"quantization": {**sound, name: good}})
+    for bad in (0, 1025, True, 4.0):
+        with pytest.raises(AHNError, match=f"config.json: {name} under quantization is {bad}"):
+            check_quantization(tmp_path, {"quantization": {**sound, name: bad}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": None, "dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "torch.float16"}, "float16"),
+        ({"torch_dtype": "float32", "dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"torch_dtype": None}, None),
+    ],
+)
+def test_a_dtype_is_stated_once(fields, dtype):
+    found = judged(**fields)
+    assert found.get("torch_dtype") == dtype and "dtype" not in found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "runs", "fields", "own"),
+    [
+        ("mistral", "llama", {"sliding_window": 32}, False),
+        ("qwen2", "qwen2", {"sliding_window": 32}, False),
+        ("gemma3_text", "gemma3_text", {"sliding_window": 32}, True),
+        ("gemma3_text", "gemma3_text", {"sliding_window": 32, "use_sliding_window": True}, True),
+        ("gemma3_text", "gemma3_text", {"sliding_window": 32, "use_sliding_window": False}, False),
+        ("gemma3_text", "gemma3_text", {"sliding_window": None}, False),
+    ],
+)
+def test_what_runs_a_model_and_whether_it_slides(model_type, runs, fields, own):
+    assert family({"model_type": model_type}) == runs
+    assert has_own_window({"model_type": model_type, **fields}) is own
 
 
 @pytest.mark.parametrize(

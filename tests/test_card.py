@@ -1,8 +1,11 @@
 """Cards that someone else has written: what they say of origins is text of one line, or nothing."""
 
 import pytest
+import yaml
+from checkpoints import GDN
 
 from ahn_mlx.checkpoints import card
+from ahn_mlx.checkpoints.convert import convert
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,53 @@ ahn_sources:
 def test_a_card_that_is_none_says_nothing(tmp_path, data):
     (tmp_path / "README.md").write_bytes(data)
     assert card.read_origins(tmp_path) == [] and card.origin("base", tmp_path).licence == ""
+
+
+def test_a_copy_in_the_cache_of_the_hub_is_of_its_repository(tmp_path):
+    known = "models--Qwen--Qwen2.5-7B-Instruct/snapshots/0123"
+    for place, expected in (
+        ("models--me--it/snapshots/abc", card.Origin("base", "me/it", "abc", "mit")),
+        ("mine/snapshots/abc", card.Origin("base", "abc", "", "mit")),
+        ("models--me--it/other/abc", card.Origin("base", "abc", "", "mit")),
+        (known, card.Origin("base", "Qwen/Qwen2.5-7B-Instruct", "0123", "mit")),
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        file = tmp_path / place / "README.md"
+        file.write_text("---\nlicense: other\nlicense_name: mit\n---\n")
+        assert card.origin("base", tmp_path / place) == expected
+        file.write_text("---\nlicense: bsd\n---\n")
+        assert card.origin("base", tmp_path / place).licence == "bsd"
+        file.unlink()
+        own = "apache-2.0" if place == known else ""
+        assert card.origin("base", tmp_path / place).licence == own
+
+
+def test_a_card_is_read_as_far_as_it_takes_no_time(tmp_path):
+    def says(text: str) -> bool:
+        (tmp_path / "README.md").write_text(text)
+        return card.base_model(tmp_path) == "a/b"
+
+    front = "---\nbase_model: a/b\n#{}\n---"
+    for most, fits in ((32_768, True), (32_769, False)):
+        text = front.format("x" * (most - len(front) + 2))
+        assert len(text) == most and says(text) is fits
+        assert says(text[:-3] + "--x") is False
+    for most, fits in ((1 << 20, True), ((1 << 20) + 1, False)):
+        assert says((front.format("") + "\n").ljust(most)) is fits
+    for most, fits in ((512, True), (513, False)):
+        assert says(f"---\nbase_model: a/b\nk: [{'{}, ' * (most - 1)}]\n---\n") is fits
+
+
+def test_a_name_is_no_longer_than_a_line(tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {'x' * 300}\n---\n")
+    assert card.origin("base", tmp_path).licence == "x" * 200
+
+
+def test_a_card_of_a_directory_whose_name_is_no_text(tmp_path):
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "out")
+    card.write_card(tmp_path / "out", "caf\u00e9 \udcff", [card.Origin("base", "mine")])
+    text = (tmp_path / "out/README.md").read_bytes().decode()
+    assert "# caf\u00e9 ?\n" in text
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["library_name"], front["tags"]) == ("mlx", ["mlx", "ahn"])
+    assert front["pipeline_tag"] == "text-generation" and "base_model" not in front

@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from checkpoints import BOM, GDN, GOLDEN, IDS, model_dir, read_json, same
 
+from ahn_mlx.checkpoints import formats, identity
 from ahn_mlx.checkpoints.baseconfig import read_config
-from ahn_mlx.checkpoints.directory import INDEX, copy_files, read_headers, read_tensors
+from ahn_mlx.checkpoints.claims import check_size
+from ahn_mlx.checkpoints.directory import INDEX, Source, copy_files, read_headers, read_tensors
+from ahn_mlx.checkpoints.directory import read_json as read_json_file
 from ahn_mlx.checkpoints.formats import describe
-from ahn_mlx.checkpoints.load import load_model
+from ahn_mlx.checkpoints.load import built, load_model
+from ahn_mlx.checkpoints.safetensors import TensorInfo
 from ahn_mlx.errors import AHNError
 from ahn_mlx.model.names import is_memory, published_name, rename_published
 
@@ -40,6 +46,10 @@ def test_files_beside_a_model_are_copied_without_a_bom(begin, tmp_path):
     copy_files(["a.json", "b.txt", "c.json"], inputs, tmp_path / "out")
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert found == {"a.json": b'{"a": 1}', "b.txt": b"first"}
+    # In what is no JSON it may mean something.
+    (tmp_path / "first/c.jinja").write_bytes(BOM + b"{{ x }}")
+    copy_files(["c.jinja"], inputs, tmp_path / "out")
+    assert (tmp_path / "out/c.jinja").read_bytes() == BOM + b"{{ x }}"
 
 
 @pytest.mark.parametrize("number", [1 << 63, -1 << 63])
@@ -161,7 +171,7 @@ def test_the_index_decides_which_shard_counts(tmp_path, capsys):
         found = read_tensors(path)
         assert same(found, {"a": NEW, "b": NEW})
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "does not want 'a' of model.safetensors" in said
+        assert said.count("\n") == 1 and "not want 'a' of model.safetensors; it is left" in said
         index(path, {"b": "model.safetensors", "a": "extra.safetensors"})
 
 
@@ -250,6 +260,9 @@ def test_shards_of_two_checkpoints(tmp_path):
     for name in ("model-1-of-1", "model-1-of-2", "model-2-of-2"):
         save(path, f"{name}.safetensors", a=NEW)
     with pytest.raises(AHNError, match="of two checkpoints; remove one"):
+        read_tensors(path)
+    save(path, "model-1-of-3.safetensors", a=NEW)
+    with pytest.raises(AHNError, match=r"model-1-of-\d\.safetensors and model-1-of-\d\.s.* of two"):
         read_tensors(path)
 
 
@@ -385,6 +398,87 @@ def test_quantized_by_others(tmp_path):
 def test_config_must_be_an_object(tmp_path):
     with pytest.raises(AHNError, match="must hold an object"):
         read_config(model_dir(tmp_path, "[1]"))
+
+
+def test_settings_are_nested_at_most_64_deep(tmp_path):
+    for deep in (63, 64):
+        (tmp_path / "a.json").write_text('{"a": ' + "[" * deep + "1" + "]" * deep + "}")
+        if deep == 63:
+            read_json_file(tmp_path / "a.json")
+    with pytest.raises(AHNError, match="nested deeper than 64"):
+        read_json_file(tmp_path / "a.json")
+
+
+def source(*shape: int, dtype: str = "F32") -> Source:
+    return Source("x", Path("m.safetensors"), TensorInfo(dtype, shape, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "held", "fits"),
+    [
+        (8, 4, source(2, 8), True),  # a head may be the embedding again
+        (8, 4, source(3, 5), False),
+        (8, 4, source(1, 1, dtype="U32"), True),  # as MLX packs numbers of two bits
+        (11, 3, source(1, 1, dtype="U32"), False),
+    ],
+)
+def test_a_model_has_at_most_twice_the_numbers_of_its_files(width, height, held, fits, tmp_path):
+    model = nn.Linear(width, height, bias=False)
+    if fits:
+        check_size(tmp_path, model, {"weight": held})
+        return
+    shapes = rf"\[{height}, {width}\]; it has {re.escape(str(list(held.info.shape)))} in m.safe"
+    with pytest.raises(AHNError, match=rf"{tmp_path}/config.json: .* whose 'weight' .* {shapes}"):
+        check_size(tmp_path, model, {"weight": held})
+    gguf = tmp_path / "m.gguf"
+    with pytest.raises(AHNError, match=f"{gguf}: describes"):
+        check_size(gguf, model, {"weight": held})
+
+
+def test_the_parameter_that_is_too_large_by_most_is_named(tmp_path):
+    sizes = {"layers.0": 100, "layers.1": 150, "layers.2": 150}
+    model = nn.Sequential(*(nn.Linear(n, 1, bias=False) for n in sizes.values()))
+    held = {"layers.0.weight": source(1, 100), "layers.1.weight": source(1, 1)}
+    with pytest.raises(AHNError, match=r"whose 'layers\.2\.weight' has shape \[1, 150\]; its files"):
+        check_size(tmp_path, model, held)
+
+
+def test_what_is_said_of_a_config_is_no_book(tmp_path):
+    def refuse(_):
+        raise AHNError("x" * 900)
+
+    with pytest.raises(AHNError) as refused:
+        built(tmp_path, refuse, {})
+    assert str(refused.value) == f"{tmp_path}: " + "x" * 400
+    with pytest.raises(AHNError, match=r"dtype must be one of .*, not 'int8'"):
+        load_model(GDN / "merged", dtype="int8")
+
+
+def test_tensors_are_read_as_often_as_they_are_asked_for(monkeypatch):
+    """From a file that is opened once for all of them, however many."""
+    opened, real = [], formats.load_safetensors
+    monkeypatch.setattr(formats, "load_safetensors", lambda f: opened.append(f) or real(f))
+    read, sources = formats.Reader(), read_headers(GDN / "merged")
+    expected = mx.load(str(GDN / "merged/model.safetensors"))
+    assert same({name: read(each) for name, each in sources.items()}, expected)
+    assert len(opened) == 1
+    assert same({name: read(each) for name, each in sources.items()}, expected)
+
+
+def test_a_model_is_known_by_the_values_of_its_small_weights():
+    """Those of at most 16,384 numbers."""
+    model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(16_385, 1, bias=False))
+    before = identity._of_weights(model)
+    large, small = model.layers[1], model.layers[0]
+    large.weight = large.weight + 1
+    assert identity._of_weights(model) == before
+    small.weight = small.weight + 1
+    after = identity._of_weights(model)
+    assert after["weights"] != before["weights"]
+    assert after["weights' shapes"] == before["weights' shapes"]
+    assert identity.hash_of({"a": 1, "b": mx.float32}) == identity.hash_of(
+        {"b": mx.float32, "a": 1}
+    )
 
 
 def test_path_with_brackets(tmp_path):

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 from checkpoints import GDN, GOLDEN, REPO, copies, edit_config, edit_tensors, read_json, run, same
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
 from ahn_mlx.checkpoints import shards
 from ahn_mlx.checkpoints.convert import RELEASE_FIELDS, convert
@@ -86,8 +88,33 @@ def test_a_shard_is_filled_to_its_last_byte(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     sizes = {"a": 60, "b": 40, "c": 1, "d": 99, "e": 150, "f": 100, "g": 1}
     assert shards._shards(sizes) == [["a", "b"], ["c", "d"], ["e"], ["f"], ["g"]]
+    assert shards._shards({"a": 0, "b": 100, "c": 1}) == [["a", "b"], ["c"]]
     names = [f"model.layers.{i}.x" for i in (0, 2, 10, 11)]
     assert sorted(names, key=shards.by_layer) == names
+
+
+def test_shards_are_as_large_as_mlx_lms_and_settings_are_for_people(tmp_path):
+    assert shards.SHARD_BYTES == mlx_lm.utils.MAX_FILE_SIZE_GB << 30
+    shards.write_json(tmp_path / "a.json", {"b": [1], "a": {}})
+    assert (tmp_path / "a.json").read_text() == (
+        '{\n    "a": {},\n    "b": [\n        1\n    ]\n}\n'
+    )
+
+
+def test_progress_is_in_bytes_and_ends_at_all_of_them(tmp_path, monkeypatch):
+    class Bar(tqdm):
+        def __init__(self, **options):
+            seen.append(options["total"])
+            super().__init__(**options)
+
+        def update(self, n=1):
+            seen[0] -= n
+            super().update(n)
+
+    seen = []
+    monkeypatch.setattr(shards, "tqdm", Bar)
+    convert(None, GDN / "merged", tmp_path / "out")
+    assert seen == [0]
 
 
 def is_decay(name: str) -> bool:

@@ -8,10 +8,18 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import yaml
-from checkpoints import GDN, GOLDEN, byte_tokenizer, edit_config, read_json, same
+from checkpoints import (
+    GDN,
+    GOLDEN,
+    byte_tokenizer,
+    edit_config,
+    edit_tensors,
+    read_json,
+    same,
+)
 
 from ahn_mlx import AHNConfig, AHNError
-from ahn_mlx.checkpoints import card
+from ahn_mlx.checkpoints import card, shards
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.export import export_pytorch
@@ -123,8 +131,38 @@ def test_memory_that_the_release_has_not_made(tmp_path):
     }
     with pytest.raises(AHNError, match="not empty"):
         export_pytorch(tmp_path / "mlx", tmp_path / "out", "ahn-only")
+    export_pytorch(tmp_path / "mlx", tmp_path / "out", "merged", force=True)
+    assert read_json(tmp_path / "out")["save_ahn_only"] is False
     with pytest.raises(AHNError, match="no AHN fields"):
         export_pytorch(GDN / "base", tmp_path / "other")
+    with pytest.raises(AHNError, match="layout must be one of ahn-only, merged, not 'both'"):
+        export_pytorch(tmp_path / "mlx", tmp_path / "other", "both")
+
+
+def test_what_is_exported_with_a_base_has_its_tokenizer_and_shards(tmp_path, monkeypatch):
+    convert(None, GDN / "merged", tmp_path / "mlx")
+    shutil.copytree(byte_tokenizer(tmp_path / "tokenizer"), tmp_path / "mlx", dirs_exist_ok=True)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
+    for layout, whole in (("merged", True), ("ahn-only", False)):
+        export_pytorch(tmp_path / "mlx", tmp_path / layout, layout)
+        names = {path.name for path in (tmp_path / layout).iterdir()}
+        assert ("tokenizer.json" in names) is whole
+        assert ("model.safetensors.index.json" in names) is whole
+        assert ("model.safetensors" in names) is not whole
+    assert same(read_tensors(tmp_path / "merged"), read_tensors(GDN / "merged"))
+
+
+def test_a_memory_that_lacks_a_part_or_has_one_of_no_use(tmp_path):
+    convert(None, GDN / "merged_bf16", tmp_path / "mlx")
+    edit_tensors(tmp_path / "mlx", **{"layers.0.self_attn.ahn.o_proj.weight": None})
+    (tmp_path / "mlx/model.safetensors.index.json").unlink()
+    export_pytorch(tmp_path / "mlx", tmp_path / "out", "ahn-only")
+    found = read_tensors(tmp_path / "out")
+    decays = [found[f"model.layers.{i}.ahn.fn.A_log"].dtype for i in (0, 1)]
+    assert decays == [mx.float32, mx.bfloat16]
+    edit_tensors(tmp_path / "mlx", **{"layers.1.self_attn.ahn.dt_bias": mx.zeros((4,), mx.int32)})
+    with pytest.raises(AHNError, match=r"tensor 'model\.layers\.1\.self_attn\.ahn\..*' is I32"):
+        export_pytorch(tmp_path / "mlx", tmp_path / "other", "ahn-only")
 
 
 # --- in stock mlx_lm ---

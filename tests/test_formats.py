@@ -115,7 +115,10 @@ def test_yarn(parts, tmp_path):
     assert not close(logits(out), logits(tmp_path / "short"))
     with pytest.raises(AHNError, match="rope scaling already"):
         convert(base, ahn, tmp_path / "x", yarn=2)
-    for factor in (1, 0, -1, float("nan"), float("inf"), 1e9):
+    for factor, longest in ((1.25, 640), (1000, 512_000)):
+        convert(GDN / "base", ahn, out, yarn=factor, force=True)
+        assert read_json(out)["max_position_embeddings"] == longest
+    for factor in (1, 0, -1, float("nan"), float("inf"), 1000.5):
         with pytest.raises(AHNError, match="--yarn must be above 1"):
             convert(GDN / "base", ahn, tmp_path / "x", yarn=factor)
     edit_config(base, rope_scaling=None, max_position_embeddings=None)

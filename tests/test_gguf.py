@@ -30,7 +30,7 @@ from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_headers, read_tensors
 from ahn_mlx.checkpoints.ggufheader import KINDS, Header
 from ahn_mlx.checkpoints.ggufile import GGUFile
-from ahn_mlx.checkpoints.ggufmodels import NAMES
+from ahn_mlx.checkpoints.ggufmodels import NAMES, names_of
 from ahn_mlx.hub import zoo
 
 ggml = pytest.importorskip("gguf")
@@ -491,6 +491,136 @@ def test_blocks_are_as_large_as_gguf_has_them():
         assert (kind.name, (kind.values, kind.size)) == (known.name, ggml.GGML_QUANT_SIZES[known])
 
 
+def bare(file, *entries: object, version: int = 3, count: int = 0, tensors: tuple = ()):
+    """The header of a file with so many entries, and tensors after them."""
+    parts = (("I", version), ("Q", len(tensors) > 0), ("Q", count), *entries, *tensors)
+    raw = gguf_header(*parts)
+    file.write_bytes(raw + bytes(4096 if tensors else 0))
+    return Header(file)
+
+
+VALUES = {
+    **{0: ("B", 200), 1: ("b", -5), 2: ("H", 60_000), 3: ("h", -300), 4: ("I", 1 << 31)},
+    **{5: ("i", -70_000), 6: ("f", 0.5), 7: ("?", True), 10: ("Q", 1 << 63), 11: ("q", -(1 << 40))},
+    **{12: ("d", 0.1)},
+}
+
+
+def test_numbers_of_every_type_are_what_the_file_says(tmp_path):
+    """One, or a list of them."""
+    for number, (kind, value) in VALUES.items():
+        one = ("a", ("I", number), (kind, value))
+        many = ("b", ("I", 9), ("I", number), ("Q", 2), (kind, value), (kind, value))
+        found = bare(tmp_path / "a.gguf", *one, *many, count=2).metadata
+        assert found["a"] == value and found["a"].dtype == np.dtype(kind)
+        assert found["b"].tolist() == [value, value]
+    for number in (13, 77):
+        with pytest.raises(AHNError, match="no number, string or list"):
+            bare(tmp_path / "a.gguf", "a", ("I", number), ("Q", 0), count=1)
+    texts = ("a", ("I", 9), ("I", 8), ("Q", 100), *[""] * 100)
+    assert bare(tmp_path / "a.gguf", *texts, count=1).metadata == {"a": [""] * 100}
+    assert bare(tmp_path / "a.gguf", "a", ("I", 8), "x", count=1).metadata == {"a": "x"}
+
+
+def test_versions_and_the_most_entries(tmp_path):
+    for version in (2, 3):
+        assert bare(tmp_path / "a.gguf", version=version).tensors == {}
+    for version in (1, 4):
+        with pytest.raises(AHNError, match=f"GGUF version {version} is not known"):
+            bare(tmp_path / "a.gguf", version=version)
+    for count, said in ((65_536, "bytes are missing"), (65_537, "claims 0 tensors and 65537")):
+        with pytest.raises(AHNError, match=said):
+            bare(tmp_path / "a.gguf", count=count)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF\3\0")
+    with pytest.raises(AHNError, match="4 bytes are missing at byte 4"):
+        Header(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("alignment", "good"), [(8, True), (16, True), (24, True), (12, False), (0, False), (-8, False)]
+)
+def test_alignments_are_multiples_of_eight(alignment, good, tmp_path):
+    entry = ("general.alignment", ("I", 5), ("i", alignment))
+    tensors = ("a", ("I", 1), ("Q", 4), ("I", 0), ("Q", 2 * alignment if good else 0))
+    if not good:
+        with pytest.raises(AHNError, match=f"its alignment is '{alignment}'"):
+            bare(tmp_path / "a.gguf", *entry, count=1, tensors=tensors)
+        return
+    found = bare(tmp_path / "a.gguf", *entry, count=1, tensors=tensors).tensors["a"]
+    end = (tmp_path / "a.gguf").stat().st_size - 4096
+    assert found.begin == -(-end // alignment) * alignment + 2 * alignment
+    assert found.end - found.begin == 16
+
+
+def test_a_tensor_ends_where_the_file_does_or_before(tmp_path):
+    tensors = ("a", ("I", 1), ("Q", 1), ("I", 0), ("Q", 0))
+    end = bare(tmp_path / "a.gguf", tensors=tensors).tensors["a"].end
+    raw = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "a.gguf").write_bytes(raw[:end])
+    assert Header(tmp_path / "a.gguf").tensors["a"].shape == (1,)
+    (tmp_path / "a.gguf").write_bytes(raw[: end - 1])
+    with pytest.raises(AHNError, match="overlaps another or the file's end"):
+        Header(tmp_path / "a.gguf")
+
+
+def test_what_a_file_need_not_say(tmp_path):
+    """As llama.cpp takes it."""
+    file = GGUFile(to_gguf(GDN / "base", tmp_path / "x.gguf", "F32"))
+    for key in ("rope.freq_base", "attention.key_length", "attention.head_count_kv"):
+        del file.metadata[f"qwen2.{key}"]
+    config = file.config()
+    assert (config["rope_theta"], config["head_dim"]) == (10_000.0, 16)
+    assert config["num_key_value_heads"] == 4
+    assert not {"rope_scaling", "quantization", "eos_token_id"} & set(config)
+    file.metadata["qwen2.attention.head_count"] = np.uint32(1)
+    assert file.config()["head_dim"] == 64
+    file.metadata["qwen2.rope.scale_linear"] = np.float32(4)
+    assert file.config()["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    del file.metadata["qwen2.embedding_length"]
+    with pytest.raises(AHNError, match="lacks embedding_length"):
+        file.config()
+
+
+def test_bits_are_those_of_most_tensors(tmp_path):
+    file = GGUFile(to_gguf(GDN / "base", tmp_path / "x.gguf", "Q4_0"))
+    tensors = file.parts[0].tensors
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_q.weight"):
+        tensors[name] = tensors[name]._replace(kind=KINDS[8])
+    assert file.config()["quantization"]["bits"] == 4
+
+
+def test_tensors_that_no_model_has(tmp_path):
+    file = GGUFile(to_gguf(GDN / "base", tmp_path / "x.gguf", "F32"))
+    for name in ("blk.0.attn_q.scale", "blk.0.attn_x.weight", "blk.3.attn_q.weight"):
+        file._part[name] = file.parts[0]
+        file.parts[0].tensors[name] = file.parts[0].tensors["output_norm.weight"]
+        with pytest.raises(AHNError, match=f"unexpected tensor '{name}'"):
+            file.sources()
+        del file._part[name]
+    file._part["rope_freqs.weight"] = file.parts[0]
+    with pytest.raises(AHNError, match="has rope_freqs, which nothing explains"):
+        file.config()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_file_of_few_parts(count, tmp_path):
+    tensors = len(read_tensors(GDN / "base"))
+    parts = split(tmp_path / "parts", tensors=-(-tensors // count))
+    if count == 1:
+        extra = [("split.count", 1, "UINT16"), ("split.no", 0, "UINT16")]
+        parts = [to_gguf(GDN / "base", tmp_path / "one.gguf", "F32", extra=extra)]
+    assert len(parts) == count
+    assert len(GGUFile(parts[-1]).sources()) == tensors
+
+
+def test_layers_are_at_most_a_thousand():
+    for layers in (1, 1000):
+        assert len(names_of("llama", {"num_hidden_layers": layers})) == 3 + 11 * layers
+    for layers in (0, 1001, 3.0):
+        with pytest.raises(AHNError, match=f"block_count must be from 1 to 1000, not {layers}"):
+            names_of("llama", {"num_hidden_layers": layers})
+
+
 def test_four_dimensions_are_the_most(tmp_path):
     def header(*shape: int) -> Header:
         sizes = [("I", len(shape)), *(("Q", n) for n in shape)]
@@ -499,6 +629,7 @@ def test_four_dimensions_are_the_most(tmp_path):
         return Header(tmp_path / "x.gguf")
 
     assert header(5, 4, 3, 2).tensors["a"].shape == (2, 3, 4, 5)
+    assert header(1, 1).tensors["a"].shape == (1, 1)
     with pytest.raises(AHNError, match="has 5 dimensions"):
         header(1, 1, 1, 1, 1)
 

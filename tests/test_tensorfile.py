@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ahn_mlx.checkpoints.directory import check_finite, read_tensors
-from ahn_mlx.checkpoints.safetensors import Layout, TensorWriter, is_finite, read_header
+from ahn_mlx.checkpoints.safetensors import (
+    Layout,
+    TensorWriter,
+    bits,
+    is_finite,
+    mended,
+    not_finite,
+    read_header,
+)
 from ahn_mlx.errors import AHNError
 
 SMALL = GDN / "ahn_only"
@@ -46,6 +54,7 @@ def test_written_file_is_what_others_read(tmp_path):
     with safetensors.safe_open(file, "numpy") as f:
         assert f.metadata() == {"format": "mlx"}
         assert np.array_equal(f.get_tensor("full"), np.array(tensors["full"]))
+    assert file.read_bytes()[8:42] == b'{"__metadata__":{"format":"mlx"},"'
     # Where others map the file, every number lies at a multiple of its size.
     assert struct.unpack("<Q", file.read_bytes()[:8])[0] % 8 == 0
     assert all(i.begin % 4 == 0 for i in read_header(file).values() if i.dtype == "F32")
@@ -61,6 +70,20 @@ def test_written_file_is_what_was_promised(tmp_path):
     for x in (mx.zeros((3, 2)), mx.zeros((2, 3), mx.float16)):
         with pytest.raises(RuntimeError, match="not what was promised"):
             TensorWriter(tmp_path / f"{x.dtype}", layout).put("a", x)
+
+
+def test_a_file_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
+    """Whole, and not in a buffer: some disks report that they are full only then."""
+    seen, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.fstat(fd).st_size) or real(fd))
+    with TensorWriter(tmp_path / "a", {"a": Layout(mx.float32, (2, 3))}) as writer:
+        writer.put("a", mx.ones((2, 3)))
+    assert seen == [os.path.getsize(tmp_path / "a")]
+
+
+def test_numbers_of_any_size_as_bits():
+    for dtype, one in ((mx.uint8, 1), (mx.bfloat16, 0x3F80), (mx.float32, 0x3F800000)):
+        assert bits(mx.ones((2,), dtype)).tolist() == [one, one]
 
 
 # --- damaged files ---
@@ -141,6 +164,44 @@ def test_lying_headers(tmp_path, header, data, reason):
     assert "model.safetensors: " in one_line(error)
 
 
+SIZES = {
+    **{"bool_": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "float16": 2, "bfloat16": 2},
+    **{"uint32": 4, "int32": 4, "float32": 4, "uint64": 8, "int64": 8, "complex64": 8},
+}
+
+
+def test_every_dtype_that_mlx_writes_has_its_size(tmp_path):
+    arrays = {name: mx.zeros((3,), getattr(mx, name)) for name in SIZES}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
+    found = read_header(tmp_path / "model.safetensors")
+    assert {name: info.end - info.begin for name, info in found.items()} == {
+        name: 3 * size for name, size in SIZES.items()
+    }
+    eight_bits = {"a": tensor("F8_E4M3", [2], [0, 2])}
+    assert read_header(write(tmp_path / "a", eight_bits, b"12"))["a"].dtype == "F8_E4M3"
+
+
+def test_as_many_dimensions_as_mlx_counts_and_as_long(tmp_path):
+    for shape in ([1] * 8, [2**31 - 1, 0]):
+        end = 0 if 0 in shape else 4
+        file = write(tmp_path / "a", {"a": tensor(shape=shape, offsets=[0, end])}, bytes(end))
+        assert read_header(file)["a"].shape == tuple(shape)
+        bad = [*shape, 1] if end else [2**31, 0]
+        file = write(tmp_path / "a", {"a": tensor(shape=bad, offsets=[0, end])}, bytes(end))
+        with pytest.raises(AHNError, match="has the shape"):
+            read_header(file)
+
+
+def test_a_header_of_100_megabytes_is_the_largest(tmp_path):
+    """As the format has it; of a sparse file."""
+    most = 100 << 20
+    for length, said in ((most, "header is not"), (most + 1, f"header claims {most + 1} bytes;")):
+        file = write(tmp_path / "a", b"", b"", length)
+        os.truncate(file, most + 64)
+        with pytest.raises(AHNError, match=said):
+            read_header(file)
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 101 << 20, 3])
 def test_header_length(tmp_path, length):
     with pytest.raises(AHNError, match=r"header (claims|is not)"):
@@ -183,3 +244,16 @@ def test_not_finite_at_the_end_of_a_large_tensor():
     assert is_finite(x) and is_finite(x[:0])
     x[-1] = float("nan")
     assert not is_finite(x)
+
+
+def test_large_numbers_are_finite_whatever_their_sum_is():
+    large, nothing = mx.full((9,), 3e38), mx.array([1, 2], mx.uint32)
+    assert not_finite([("a", large), ("b", nothing), ("c", mx.zeros((0,)))]) is None
+    assert not_finite([("a", large), ("b", mx.array([mx.inf])), ("c", mx.array([mx.nan]))]) == "b"
+
+
+def test_who_wrote_a_damaged_file_says_what_to_do():
+    for raised, said in (("x: damaged; fetch it again", "x: damaged; train"), ("other", "other")):
+        with pytest.raises(AHNError) as refused, mended("train"):
+            raise AHNError(raised)
+        assert str(refused.value) == said

@@ -302,7 +302,9 @@ def _slides(config: dict[str, Any]) -> bool:
     """Whether Qwen's own window is in use. A memory's window has its name."""
     if family(config) == "llama" or "_ahn_implementation" in config or "ahn" in config:
         return False
-    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+    if not config.get("use_sliding_window"):
+        return False
+    if "sliding_window" in config and config["sliding_window"] is None:  # unsaid, it is 4,096
         return False
     if config.get("layer_types") is not None:
         return False  # judged by themselves

@@ -1,8 +1,8 @@
 """What GGUF files have beside tensors: their rows' order, the tokens that end a text, and the
 tokenizer and chat template that are packed into the metadata."""
 
-from collections import Counter
 from functools import partial
+from statistics import mode
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -233,8 +233,7 @@ def _tokens(metadata: dict[str, Any], count: int) -> tuple[list[str], list[int]]
     if odd := [kind for kind in types if type(kind) is not int or not 0 <= kind <= LAST_TYPE]:
         raise AHNError(f"its tokenizer has a token of type {show(odd[0])}, which is not known")
     if len(set(tokens)) != count:
-        twice, _ = Counter(tokens).most_common(1)[0]
-        raise AHNError(f"its tokenizer has the token {show(twice)} twice")
+        raise AHNError(f"its tokenizer has the token {show(mode(tokens))} twice")
     return tokens, types
 
 

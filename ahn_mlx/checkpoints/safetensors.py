@@ -6,10 +6,10 @@ import json
 import math
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mode
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -108,8 +108,7 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int]:
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{show(twice)} appears twice")
+        raise ValueError(f"{show(mode(name for name, _ in pairs))} appears twice")
     return result
 
 
