@@ -25,13 +25,8 @@ from checkpoints import (
 from mlx_lm.convert import convert as mlx_lm_convert
 
 from ahn_mlx import AHNError, load_model
-from ahn_mlx.checkpoints.baseconfig import (
-    check_config,
-    check_quantization,
-    family,
-    has_own_window,
-    normalise,
-)
+from ahn_mlx.checkpoints import baseconfig
+from ahn_mlx.checkpoints.baseconfig import check_config, check_quantization, normalise
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.formats import describe
@@ -506,8 +501,8 @@ def test_a_dtype_is_stated_once(fields, dtype):
     ],
 )
 def test_what_runs_a_model_and_whether_it_slides(model_type, runs, fields, own):
-    assert family({"model_type": model_type}) == runs
-    assert has_own_window({"model_type": model_type, **fields}) is own
+    assert baseconfig.family({"model_type": model_type}) == runs
+    assert baseconfig.has_own_window({"model_type": model_type, **fields}) is own
 
 
 @pytest.mark.parametrize(

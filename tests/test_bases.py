@@ -10,6 +10,7 @@ import pytest
 from checkpoints import (
     GDN,
     IDS,
+    TRAINING,
     edit_config,
     edit_tensors,
     make_base,
@@ -23,11 +24,13 @@ from test_model import tiny
 
 import ahn_mlx
 from ahn_mlx import AHNError, load_model
+from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.cli import cli
 from ahn_mlx.hub import bases, zoo
 from ahn_mlx.hub.published import DEFAULT, MODELS
 from ahn_mlx.reading import memoryfile
+from ahn_mlx.train.output import load_base as load_training
 
 TEXT = "It is a far, far better thing that I do, than I have ever done. " * 8
 
@@ -150,6 +153,36 @@ def test_names_of_bases(tmp_path, monkeypatch):
 
 def test_the_small_base_by_name():
     assert bases.find_base(DEFAULT).suffix == ".gguf"
+    base = bases.load_base(DEFAULT)
+    repo = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base.origin == card.Origin("base", repo, "", "apache-2.0")
+    assert base.path == bases.find_base(DEFAULT) and base.config["num_hidden_layers"] == 30
+    assert None not in base.config.values()
+    assert base.tokenizer.eos_token_ids == {0, 2}
+
+
+def test_on_a_gpu_a_base_stays_as_it_is_stored(place, monkeypatch):
+    """But for the small one, which is stored in few bits."""
+    for module in ("ahn_mlx.hub.zoo", "ahn_mlx.checkpoints.load"):
+        monkeypatch.setattr(f"{module}.default_dtype", lambda: None)
+    model, _ = ahn_mlx.load(place / "base", ahn=place / "ahn")
+    assert model.model.norm.weight.dtype == mx.float32
+    assert (zoo._stored(None), zoo._stored("float16")) == ("bfloat16", "float16")
+    monkeypatch.undo()
+    assert zoo._stored(None) == "float32"
+
+
+def test_a_router_that_a_memory_lacks_begins_as_none(place):
+    """In half its loudness at first, its outputs are twice as large."""
+    found = {}
+    for router in (False, True):
+        options = {**TRAINING, "base": str(place / "base"), "router": router, "sinks": 0}
+        base = load_training({**options, "window": 12, "query_projection": False})
+        bases.put_memory(base, place / "ahn")
+        base.model.eval()
+        found[router] = base.model(IDS)
+    assert mx.allclose(found[True], found[False], atol=1e-4)
+    assert mx.abs(found[False][:, 20:]).max() > 0
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,9 @@ def test_the_parameter_that_is_too_large_by_most_is_named(tmp_path):
     sizes = {"layers.0": 100, "layers.1": 150, "layers.2": 150}
     model = nn.Sequential(*(nn.Linear(n, 1, bias=False) for n in sizes.values()))
     held = {"layers.0.weight": source(1, 100), "layers.1.weight": source(1, 1)}
-    with pytest.raises(AHNError, match=r"whose 'layers\.2\.weight' has shape \[1, 150\]; its files"):
+    with pytest.raises(
+        AHNError, match=r"whose 'layers\.2\.weight' has shape \[1, 150\]; its files"
+    ):
         check_size(tmp_path, model, held)
 
 

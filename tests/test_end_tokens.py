@@ -14,6 +14,7 @@ from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.export import export_pytorch
 from ahn_mlx.checkpoints.formats import describe
+from ahn_mlx.checkpoints.tokenizer import load_tokenizer as load_ours
 from ahn_mlx.train.output import load_base
 
 
@@ -115,3 +116,13 @@ def test_json_with_a_bom_is_read_everywhere(tmp_path):
     )
     assert spoken(tmp_path / "out") == {7, ours.eos_token_id}
     assert not any(f.read_bytes().startswith(BOM) for f in (tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize("ends", ["a", [1, "a"], ["a", "b"]])
+def test_ends_in_words_are_read_beside_any_tokenizer(ends, tmp_path):
+    """transformers would take config.json's word for a number."""
+    base = make_base(tmp_path / "base", eos_token_id=ends)
+    assert load_ours(base, {}).encode("window")
+    with pytest.raises(AHNError, match=r"elsewhere: no usable tokenizer; copy tokenizer\.json"):
+        (tmp_path / "elsewhere").mkdir()
+        load_ours(tmp_path / "elsewhere", {})

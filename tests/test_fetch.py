@@ -1,11 +1,13 @@
 """What is made of a network's troubles, by a clock that only the test moves on."""
 
 import json
+import logging
 import time
 
 import httpx2
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from ahn_mlx import AHNError
 from ahn_mlx.hub import fetch
@@ -180,7 +182,10 @@ def test_one_line_listens_at_a_time_and_hooks_once():
 
     hooks = get_session().event_hooks
     before = {name: list(found) for name, found in hooks.items()}
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
     with fetch.listening() as line:
+        assert logger.level == logging.CRITICAL and are_progress_bars_disabled()
         for _ in range(2):
             line.attach()
         assert [hooks[name].count(hook) for name, hook in _hooks(line)] == [1, 1]
@@ -188,6 +193,7 @@ def test_one_line_listens_at_a_time_and_hooks_once():
             assert fetch._line is inner
         assert fetch._line is line
     assert fetch._line is None
+    assert logger.level == level and not are_progress_bars_disabled()
     for name, found in before.items():
         hooks[name] = found
 

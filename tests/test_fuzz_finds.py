@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerFast
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.checkpoints import gguf, pickles
+from ahn_mlx.checkpoints import tokenizer as tables
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.card import base_model, read_origins
 from ahn_mlx.checkpoints.convert import convert
@@ -662,6 +663,43 @@ def test_steps_of_a_tokenizer_that_make_a_book_of_a_word(
     path = byte_tokenizer(tmp_path / "good")
     (path / "tokenizer.json").write_text(json.dumps(table() | {"normalizer": None, "decoder": few}))
     load_tokenizer(path, {})
+
+
+@pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        (steps("normalizer", 12, type="ByteLevel"), steps("normalizer", 13, type="ByteLevel")),
+        (steps("normalizer", 12, **TWICE), steps("normalizer", 13, **TWICE)),
+        ({"type": "Prepend", "prepend": "x" * 4096}, {"type": "Prepend", "prepend": "x" * 4097}),
+        (
+            steps("normalizer", 60, **{**TWICE, "pattern": {"String": "ab"}}),
+            steps("normalizer", 13, **{**TWICE, "pattern": {"String": ""}}),
+        ),
+        (
+            steps("normalizer", 60, **{**TWICE, "pattern": {"String": "abcd"}}),
+            steps("normalizer", 13, **{**TWICE, "pattern": {"Regex": "a"}}),
+        ),
+    ],
+)
+def test_a_character_becomes_at_most_four_thousand(
+    most: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    path = byte_tokenizer(tmp_path / "model")
+    (path / "tokenizer.json").write_text(json.dumps(table() | {"normalizer": most}))
+    load_tokenizer(path, {})
+    (path / "tokenizer.json").write_text(json.dumps(table() | {"normalizer": more}))
+    with pytest.raises(AHNError, match="its normalizer makes"):
+        load_tokenizer(path, {})
+
+
+def test_the_largest_number_of_a_token(tmp_path: Path) -> None:
+    """Without a tokenizer of so many, which would be made only then."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table() | {"added_tokens": [3]}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"a": (1 << 24) - 1, "b": "5"}))
+    tables._check_tables(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"a": 1 << 24}))
+    with pytest.raises(AHNError, match=r"added_tokens\.json: a token has the number 16,777,216"):
+        tables._check_tables(tmp_path)
 
 
 def test_a_vocabulary_larger_than_any(tmp_path: Path) -> None:

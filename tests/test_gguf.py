@@ -632,6 +632,9 @@ def test_four_dimensions_are_the_most(tmp_path):
     assert header(1, 1).tensors["a"].shape == (1, 1)
     with pytest.raises(AHNError, match="has 5 dimensions"):
         header(1, 1, 1, 1, 1)
+    for shape in ((4, 0), (1 << 31, 1), ()):
+        with pytest.raises(AHNError, match="has the shape"):
+            header(*shape)
 
 
 def test_gguf_of_another_kind(tmp_path):

@@ -159,6 +159,45 @@ def test_a_text_begins_as_the_file_says(
         assert tokenizer.encode("ab", add_special_tokens=False) == [256]
 
 
+def test_tekken_keeps_a_mark_with_the_letters_behind_it(tmp_path: Path) -> None:
+    """Not as GPT-2, which has 't as a word; capitals begin one."""
+    merged = ("' t", "'t i", "'ti s", "a b", "ab C")
+    tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf", merged=merged, pre="tekken"))
+    found = tokenizer.encode("'tisabC")
+    assert tokenizer.convert_ids_to_tokens(found) == ["'tis", "ab", "C"]
+
+
+def test_roles_and_a_template_are_those_of_the_file(tmp_path: Path) -> None:
+    added = [("<s>", CONTROL), ("</s>", CONTROL), ("<pad>", CONTROL), ("<unk>", UNKNOWN)]
+    roles = {"bos": 257, "eos": 258, "padding": 259, "unknown": 260}
+    entries = {f"{role}_token_id": i for role, i in roles.items()}
+    file = write(tmp_path / "x.gguf", added, chat_template="{{ 1 }}", **entries)
+    tokenizer = gguf_tokenizer(file)
+    names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert names == ("<s>", "</s>", "<pad>", "<unk>")
+    assert tokenizer.chat_template == "{{ 1 }}"
+    assert gguf_tokenizer(write(tmp_path / "y.gguf", chat_template="")).chat_template is None
+    text = "a , b . It 's not n't !"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_what_has_no_token_and_no_bytes_is_one_unknown() -> None:
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "\u2581", "a", "\u2581a"],
+        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, NORMAL, NORMAL, 0],
+        "tokenizer.ggml.scores": [0.0, 0.0, -3.0, -2.0, -1.0],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = gguf.load_tokenizer(metadata, 5)  # with a space before it, and a begin, unsaid
+    assert tokenizer.encode("a xyz a") == [1, 4, 2, 0, 4]
+    assert tokenizer.decode([4, 4]) == "a a"
+    for wrong in ([0.0, 0.0, -3.0, -2.0, "x"], [0.0] * 4, [0.0] * 6, [True] * 5):
+        with pytest.raises(AHNError, match="no scores, or not one for each token"):
+            gguf.load_tokenizer({**metadata, "tokenizer.ggml.scores": wrong}, 5)
+
+
 # --- where it ends them ---
 
 
@@ -205,6 +244,27 @@ def test_every_end_is_known_to_config_and_tokenizer(
     assert tokenizer.decode([256, *ends], skip_special_tokens=True) == "ab"
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, [0]), (2, [2]), (-1, []), (0xFFFFFFFF, []), (np.int32(-1), []), (np.uint32(1), [1])],
+)
+def test_an_end_is_any_token_or_none(value: Any, expected: list[int]) -> None:
+    assert gguf.end_ids({"tokenizer.ggml.eos_token_id": value}, 3) == expected
+
+
+@pytest.mark.parametrize("value", [-2, 3, 0xFFFFFFFE, 1 << 32])
+def test_an_end_beyond_all_tokens_is_refused(value: int) -> None:
+    with pytest.raises(AHNError, match=rf"eos_token_id is {value}, not one of 3 tokens"):
+        gguf.end_ids({"tokenizer.ggml.eos_token_id": value}, 3)
+
+
+def test_an_end_that_the_embedding_lacks_is_none() -> None:
+    tokens = ["a", "</s>", "<|im_end|>"]
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1, 3, 3]}
+    assert gguf.end_ids(metadata, 3) == [1, 2]
+    assert gguf.end_ids(metadata, 2) == [1]
+
+
 # --- what cannot be right ---
 
 
@@ -220,7 +280,7 @@ def test_every_end_is_known_to_config_and_tokenizer(
         ({"token_type": None}, "has 257 tokens and types for 0 of them"),
         ({"token_type": [1, 1]}, "has 257 tokens and types for 2 of them"),
         ({"token_type": [1] * 258}, "has 257 tokens and types for 258 of them"),
-        ({"token_type": [1] * 256 + [77]}, "a token of type 77"),
+        ({"token_type": [1] * 256 + [7]}, "a token of type 7"),
         ({"token_type": [1] * 256 + [-1]}, "a token of type -1"),
         ({"token_type": ["1"] * 257}, "a token of type '1'"),
         ({"rows": 300}, "has 257 tokens and its embedding 300"),
@@ -296,4 +356,13 @@ def test_ctrl_c_is_no_error_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.M
     file = write(tmp_path / "x.gguf")
     monkeypatch.setattr(gguf.models, "BPE", interrupted)
     with pytest.raises(KeyboardInterrupt):
+        gguf_tokenizer(file)
+
+
+def test_a_token_is_at_most_a_thousand_characters_long(tmp_path: Path) -> None:
+    for length in (1024, 1025):
+        file = write(tmp_path / "x.gguf", [("z" * length, NORMAL)])
+        if length == 1024:
+            assert gguf_tokenizer(file).convert_ids_to_tokens([257]) == ["z" * 1024]
+    with pytest.raises(AHNError, match="a token of 1,025 characters"):
         gguf_tokenizer(file)

@@ -1,5 +1,6 @@
 """Models by name, through the real huggingface-hub client against a hub on loopback."""
 
+import hashlib
 import os
 import resource
 import shutil
@@ -11,9 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
-from huggingface_hub import constants
+from filelock import FileLock
+from huggingface_hub import constants, get_session
 from standin import StandIn
 
 from ahn_mlx import AHNError
@@ -21,7 +24,7 @@ from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.directory import read_tensors
 from ahn_mlx.checkpoints.load import load_model
-from ahn_mlx.hub import disk, download, published, zoo
+from ahn_mlx.hub import datasets, disk, download, fetch, published, zoo
 
 NAME = "ahn-gdn-3b"
 BASE = published.MODELS[NAME].base.repo
@@ -246,6 +249,216 @@ def test_what_is_uploaded_is_as_private_as_was_asked(
     assert "me/other" not in here.repos
 
 
+def test_what_a_directory_links_to_is_not_uploaded(here: StandIn, tmp_path: Path) -> None:
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "model")
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "model/notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(AHNError, match=r"notes\.txt: a link out of its directory"):
+        download.upload(tmp_path / "model", "me/mine")
+    assert "me/mine" not in here.repos
+    (tmp_path / "model/notes.txt").unlink()
+    for _ in range(2):  # what is there already is no obstacle
+        download.upload(tmp_path / "model", "me/mine")
+    assert here.private == {"me/mine": False}
+    before = dict(here.repos["me/mine"])
+    (tmp_path / "model/more.txt").write_text("private")
+    with pytest.raises(AHNError, match="--private has no effect on me/mine"):
+        download.upload(tmp_path / "model", "me/mine", private=True)
+    assert here.repos["me/mine"] == before
+    here.token = "another"
+    with pytest.raises(AHNError, match="me/mine: no such repository, or it is private"):
+        download.upload(tmp_path / "model", "me/mine")
+
+
+# --- the same in this process ---
+
+
+def test_a_name_is_made_once(here: StandIn, tmp_path: Path, capsys) -> None:
+    models = tmp_path / "cache/ahn-mlx/models"
+    models.mkdir(parents=True)
+    left = models / f".{NAME}-4bit.0123.part"
+    left.mkdir()
+    made = download.resolve(NAME)
+    said = capsys.readouterr().err
+    assert f"fetching {AHN} and {BASE}\n" in said and f"converting, once, to {made}" in said
+    assert made == models / f"{NAME}-4bit" and not left.exists()
+    assert (made / "README.md").read_text().count(f"\n# {NAME}\n") == 1
+    assert read_json(made)["quantization"]["bits"] == 4
+    assert read_json(download.resolve(NAME, 0)).get("quantization") is None
+    assert read_json(download.resolve(NAME, 8))["quantization"]["bits"] == 8
+    before = (made / "model.safetensors").stat()
+    download.pull(NAME)  # nothing is newer
+    assert (made / "model.safetensors").stat() == before
+    for lock in models.glob(".*.lock"):
+        lock.unlink()
+    here.asked.clear()
+    assert download.resolve(NAME) == download.find(str(made)) == made
+    assert here.asked == [] and not any(models.glob(".*.lock"))
+    for refused in (lambda: download.resolve("me/mine", 4), lambda: download.pull("me/mine", 0)):
+        with pytest.raises(AHNError, match="--q-bits has no effect on me/mine: it is converted"):
+            refused()
+    with pytest.raises(AHNError, match="--base-revision: me/mine is one repository"):
+        download.pull("me/mine", base_revision="main")
+
+
+def test_a_linked_repository_is_removed_and_kept(here: StandIn, tmp_path: Path) -> None:
+    here.add("me/mine", GDN / "ahn_only")
+    link = download.resolve("me/mine")
+    snapshot, left = link.resolve(), link.with_name(".me--mine.01ab.part")
+    left.mkdir()
+    assert download.remove("me/mine") == [link]
+    assert not left.exists() and not os.path.lexists(link)
+    assert (snapshot / "model.safetensors").is_file()
+    with pytest.raises(AHNError, match="me/mine: not on this machine"):
+        download.remove("me/mine")
+
+
+def test_who_has_to_wait_for_another_says_so(here: StandIn, tmp_path: Path, monkeypatch) -> None:
+    models = tmp_path / "cache/ahn-mlx/models"
+    (models / NAME).mkdir(parents=True)
+    other, said = FileLock(models / f".{NAME}.lock"), []
+    other.acquire()
+    monkeypatch.setattr(download, "_say", lambda line: (said.append(line), other.release()))
+    download.remove(NAME)
+    assert said == [f"{NAME}: another process is at work on it; waiting"]
+    assert not (models / NAME).exists()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(AHNError, match="Not a directory; free it or set XDG_CACHE_HOME"):
+        download.resolve(NAME)
+
+
+def test_a_repository_has_one_kind_of_weights(here: StandIn, tmp_path: Path) -> None:
+    more = {"pytorch_model__bin": b"x", "code__py": b"x", "empty__safetensors": b""}
+    here.add("me/mine", GDN / "ahn_only", **more)
+    found = download.download("me/mine")
+    assert {"model.safetensors", "empty.safetensors", "config.json"} <= set(os.listdir(found))
+    assert here.downloads(".bin") == here.downloads(".py") == []
+    here.add("me/old", **{"config__json": b"{}", "pytorch_model__bin": b"x" * 99})
+    old = download.download("me/old")
+    assert (old / "pytorch_model.bin").read_bytes() == b"x" * 99
+    here.add("me/bare", model__safetensors=b"y")
+    assert (download.download("me/bare") / "model.safetensors").read_bytes() == b"y"
+    assert set(os.listdir(download.config_dir(BASE))) == {"config.json"}
+    here.asked.clear()
+    download.download("me/mine")
+    assert here.downloads(".safetensors") == []
+
+
+def test_without_a_network_it_is_what_has_come_before(here: StandIn, monkeypatch) -> None:
+    made = download.pull(NAME)
+    download.remove(NAME)
+    here.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download.pull(NAME) == made and made.is_dir() and here.asked == []
+    with pytest.raises(AHNError, match="me/mine: is not in the cache and HF_HUB_OFFLINE is set"):
+        download.pull("me/mine")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_arrives_damaged_is_fetched_again(file: str, here: StandIn) -> None:
+    here.altered = {file}
+    with pytest.raises(AHNError, match=f"{AHN}: {file} arrived damaged and was deleted"):
+        download.download(AHN)
+    here.altered = set()
+    found = download.download(AHN)
+    assert (found / file).read_bytes() == here.repos[AHN][file]
+
+
+def test_a_memory_of_another_name_is_not_made(here: StandIn, tmp_path: Path) -> None:
+    here.add(AHN, GDN.with_name("qwen2-dn") / "ahn_only")
+    with pytest.raises(AHNError, match=f"{AHN}: holds a deltanet memory, not the gated_delt"):
+        download.pull(NAME)
+    here.add(AHN, GDN / "base")
+    with pytest.raises(AHNError, match=f"{AHN}: .*no AHN fields"):
+        download.pull(NAME)
+    assert here.downloads(f"{BASE}/resolve/") == [] and disk.on_disk() == []
+
+
+SIZE = len((GDN / "base/model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize(("have", "span"), [(0, ""), (1000, "bytes=1000-"), (SIZE + 1, "")])
+def test_weights_go_on_where_their_part_ends(
+    have: int, span: str, here: StandIn, tmp_path: Path, capsys
+) -> None:
+    data = here.repos[BASE]["model.safetensors"]
+    blobs = tmp_path / "hf/hub" / f"models--{BASE.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / f"{hashlib.sha256(data).hexdigest()}.ahn-mlx.incomplete"
+    if have:
+        part.write_bytes((data + b"x")[:have])
+    found = download.download(BASE)
+    assert [a[2] for a in here.downloads("model.safetensors")] == [span]
+    assert (found / "model.safetensors").read_bytes() == data and not part.exists()
+    assert ("going on after" in capsys.readouterr().err) == bool(have)
+
+
+def test_a_connection_that_breaks_is_gone_on_from(here: StandIn, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    here.cut["model.safetensors"] = 5000
+    found = download.download(BASE)
+    assert [a[2] for a in here.downloads("model.safetensors")] == ["", "bytes=5000-"]
+    assert (found / "model.safetensors").read_bytes() == here.repos[BASE]["model.safetensors"]
+    assert "the connection broke; trying again" in capsys.readouterr().err
+
+
+def test_a_disk_has_room_for_what_is_still_to_come(
+    here: StandIn, tmp_path: Path, monkeypatch
+) -> None:
+    data = here.repos[BASE]["model.safetensors"]
+    blobs = tmp_path / "hf/hub" / f"models--{BASE.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / f"{hashlib.sha256(data).hexdigest()}.ahn-mlx.incomplete"
+    part.write_bytes(data[:1000])
+    free = [SIZE - 1001]
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, *free))
+    with pytest.raises(AHNError, match=r"needs 0\.00 GB in .*/hf/hub, where 0\.00 GB"):
+        download.download(BASE)
+    free[0] += 1
+    assert (download.download(BASE) / "model.safetensors").is_file()
+
+
+def test_a_hub_that_was_never_there_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
+    line, url = fetch.Line(), "http://127.0.0.1:9/file"
+    monkeypatch.setattr(fetch, "GIVE_UP", 0.0)
+    part = tmp_path / "part"
+    with fetch._bar(line, "x", 10, 0), pytest.raises(httpx2.ConnectError):
+        fetch._fetch(line, url, part, 10)
+    part.write_bytes(b"123")
+    # What has begun may go on, once there is a network again.
+    with fetch._bar(line, "x", 10, 3), pytest.raises((fetch._Broken, AHNError)):
+        fetch._fetch(line, url, part, 10)
+    assert line.bar is None and part.read_bytes() == b"123"
+
+
+def test_a_dataset_comes_at_its_revision(here: StandIn, tmp_path: Path) -> None:
+    old = here.add("some/data", a__jsonl=b"1")
+    new = here.add("some/data", a__jsonl=b"2")
+    waits = []
+    hook = get_session().event_hooks["request"]
+    hook.append(note := lambda request: waits.append(request.extensions["timeout"]))
+    try:
+        assert datasets.dataset_revision("some/data") == new != old
+        assert datasets.dataset_revision("some/data", old) == old
+    finally:
+        hook.remove(note)
+    assert [wait["read"] for wait in waits] == [30, 30]
+    for commit, text in ((old, b"1"), (new, b"2")):
+        assert datasets.dataset_file("some/data", "a.jsonl", commit).read_bytes() == text
+    assert (tmp_path / "hf/hub/datasets--some--data").is_dir()
+    for refused, said in (
+        (lambda: datasets.dataset_revision("some/data", "v9"), "some/data: has no revision v9"),
+        (
+            lambda: datasets.dataset_file("some/data", "a.jsonl", "v9"),
+            "a.jsonl: has no revision v9",
+        ),
+        (lambda: datasets.dataset_revision("no/such"), "no/such: no such repository"),
+    ):
+        with pytest.raises(AHNError, match=f"{said}.*; or give --data"):
+            refused()
+
+
 # --- what goes wrong ---
 
 
@@ -456,6 +669,43 @@ def test_published_parameters() -> None:
     entry = published.MODELS["ahn-mamba2-14b"]
     assert entry.repo == "ByteDance-Seed/AHN-Mamba2-for-Qwen-2.5-Instruct-14B"
     assert (entry.ahn.window, entry.ahn.sinks) == (32_640, 128)
+
+
+def test_settings_of_names() -> None:
+    """Ours see their sinks near, and have a router; DeltaNet's knows how wide its window is."""
+    for name, entry in published.MODELS.items():
+        ours = "smollm2" in name
+        for ahn in (entry.ahn, entry.settings):
+            assert (ahn.router, ahn.query_projection) == (ours, ours)
+            assert ahn.window_gain is (name == "ahn-dn-smollm2-135m")
+        found = (entry.settings.window, entry.settings.sinks, entry.settings.sink_positions)
+        assert found == ((1024, 64, "clamped") if ours else (32_640, 128, "absolute"))
+        assert (entry.ahn.window, entry.ahn.sinks) == (32_640, 128)
+    assert published.on_base(BASE).name == NAME
+    assert published.on_base("HuggingFaceTB/SmolLM2-135M-Instruct").name == published.DEFAULT
+    assert published.on_base("no/such") is None
+
+
+def test_names_are_completed_and_corrected(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert published.model_names() == list(published.MODELS)
+    for name in ("me--a--b", ".me--x.01.part", f"{NAME}-4bit", "x--y"):
+        (published.models_dir() / name).mkdir(parents=True)
+    assert published.model_names() == [*published.MODELS, "me/a--b", "x/y"]
+    for typed, said in (
+        ("./x", "no model directory ./x"),
+        ("~x", "no model directory ~x"),
+        ("ahn-gdn-3c", "no model 'ahn-gdn-3c'; did you mean ahn-gdn-3b?"),
+        ("14B-Instruct", "did you mean one of ahn-gdn-14b, ahn-dn-14b, ahn-mamba2-14b?"),
+        ("qqq", f"no model directory qqq; names: {', '.join(published.MODELS)}; or give ORG/"),
+    ):
+        assert said in published.no_such_model(typed)
+    assert published.has_bits_to_choose(NAME)
+    assert not published.has_bits_to_choose(published.DEFAULT)
+    assert not published.has_bits_to_choose("me/a")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NAME).mkdir()
+    assert not published.has_bits_to_choose(NAME)  # a directory is meant
 
 
 def test_default_window(hub: StandIn, machine: Machine) -> None:

@@ -1,6 +1,8 @@
 """What the drawing functions put into their axes."""
 
+import json
 import math
+import struct
 
 import pytest
 from matplotlib.figure import Figure
@@ -55,7 +57,7 @@ def test_bars_of_a_stream_are_above_0_where_the_memory_helps():
 
 
 LOSSES = [{"step": n, "loss": 1 / (n + 1)} for n in range(5)]
-HELD = [{"step": n, "kl": 0.3 - n / 100, "window_kl": 0.4} for n in (0, 3, 5)]
+HELD = [{"step": n, "kl": 0.3 - n / 100, "window_kl": 0.35 + n / 100} for n in (0, 3, 5)]
 
 
 def test_curves_of_a_training_on_kl():
@@ -70,8 +72,15 @@ def test_curves_of_a_training_on_kl():
     assert set(alone.get_ydata()) == {0.4}
     assert axes.get_xlabel() == "step" and "nats per token" in axes.get_ylabel()
     assert "mine" in axes.get_title() and axes.get_ylim()[0] == 0
+    assert axes.get_title() == "mine: the lower, the nearer to full attention"
     assert all(x == round(x) for x in axes.get_xticks())
+    assert all(line.get_visible() and line.get_alpha() == 0.3 for line in axes.get_xgridlines())
+    # What a step has lost is faint beside the mean; what was held out is of another colour.
+    assert (steps.get_color(), steps.get_alpha(), steps.get_marker()) == ("C0", 0.3, ".")
+    assert (mean.get_color(), held.get_color(), alone.get_color()) == ("C0", "C1", "C7")
+    assert (held.get_marker(), alone.get_linestyle()) == ("o", "--")
     labels = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert labels[:2] == ["each step, on its own text", "running mean"]
     assert labels[2:] == ["held out, with memory: 0.2500", "held out, window alone: 0.4000"]
 
 
@@ -81,7 +90,12 @@ def test_another_loss_has_axes_of_its_own(loss):
     curves.draw(figure, LOSSES, HELD, loss, "mine")
     above, below = figure.axes
     assert (len(above.lines), len(below.lines)) == (2, 2)
-    assert above.get_ylabel() != below.get_ylabel() and below.get_xlabel() == "step"
+    assert above.get_ylabel() == curves.UNITS[loss] and below.get_xlabel() == "step"
+    assert below.get_ylabel() == "KL from full attention\n(nats per token)"
+    assert above.get_title() == "mine: loss of the training"
+    assert below.get_title() == "what was held out: the lower, the nearer to full attention"
+    assert above.get_shared_x_axes().joined(above, below)
+    assert all(axes.get_legend() is not None for axes in (above, below))
 
 
 def test_nothing_held_out():
@@ -89,6 +103,25 @@ def test_nothing_held_out():
     curves.draw(figure, LOSSES, [], "ce", "mine")
     (axes,) = figure.axes
     assert len(axes.lines) == 2
+    figure = Figure()
+    curves.draw(figure, LOSSES, [], "kl", "mine")
+    assert figure.axes[0].get_title() == "mine: loss of the training"
+
+
+@pytest.mark.parametrize(
+    ("loss", "held", "size"),
+    [("kl", HELD, (840, 480)), ("ce", HELD, (840, 840)), ("ce", [], (840, 480))],
+)
+def test_a_second_plot_has_room_of_its_own(loss, held, size, tmp_path):
+    for name, lines in (("metrics.jsonl", LOSSES), ("validation.jsonl", held)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):  # drawn anew at each save
+        curves.write_curves(tmp_path, loss)
+        assert struct.unpack(">II", (tmp_path / "curves.png").read_bytes()[16:24]) == size
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "curves.png").unlink()
+    curves.write_curves(tmp_path, loss)
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_verdicts():

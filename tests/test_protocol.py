@@ -189,6 +189,15 @@ def test_a_text_is_fetched_once_and_only_if_it_is_the_right_one(
         checked_text(server["url"], wrong)
     assert checked_text(server["url"], right) == checked_text(server["url"], right)
     assert server["asked"] == 2
+    # Of at most a megabyte; the first is kept beside it.
+    for size in (1 << 20, (1 << 20) + 1):
+        server["text"] = b"x" * size
+        known = hashlib.sha256(server["text"]).hexdigest()
+        if size == 1 << 20:
+            assert len(checked_text(server["url"], known)) == size
+    with pytest.raises(AHNError, match="is not the text"):
+        checked_text(server["url"], known)
+    server["text"] = b'{"qmsum": "Q"}'
     monkeypatch.setitem(FILES, "longbench", ("a.json", right, ""))
     assert read_prompts("longbench", None, "http://127.0.0.1:1/").texts == {"qmsum": "Q"}
     monkeypatch.setitem(FILES, "longbench", ("a.json", "f" * 16, ""))

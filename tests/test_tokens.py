@@ -225,6 +225,19 @@ def test_a_text_begins_alike_in_reading_training_and_comparing(with_bos, tmp_pat
     rows = [[256, *stream[at : at + 8]] for at in range(0, len(stream) - 7, 8)]
     assert data.tokens.tolist() == rows
     assert data[0].shape == (1, 9)
+    # In sequences of another length: of 40, which end in the text, two are held out.
+    (tmp_path / "b.txt").write_text("x" * 159 + text + "y" * (160 - len(text)))
+    whole = Sequences((str(tmp_path / "b.txt"),), with_bos, 9, 0)
+    stream, body = [*byte_ids((tmp_path / "b.txt").read_text()), END], 4
+    assert len(stream) == 320 and whole.held_out.tolist() == [
+        [256, *stream[at : at + 8]] for at in (13 * 8, 26 * 8)
+    ]
+    left = [at for at in range(0, 320, body) if at // 8 not in (13, 26)]
+    assert whole.of(5).tokens.tolist() == [[256, *stream[at : at + body]] for at in left]
+    body = 11
+    gone = {at // body for place in (13 * 8, 26 * 8) for at in range(place, place + 8)}
+    left = [body * n for n in range(320 // body) if n not in gone]
+    assert whole.of(12).tokens.tolist() == [[256, *stream[at : at + body]] for at in left]
     encode = Encoder(with_bos)
     found = segments(encode("", text), encode.begin, 9, 3)
     assert [s.tolist()[0] for s in found] == [
@@ -238,6 +251,11 @@ def test_a_tokenizer_that_puts_nothing_before_a_text(tmp_path):
     data = Sequences((str(tmp_path / "a.txt"),), tokenizer, 11, 0)
     assert data.tokens.flatten().tolist() == [*byte_ids("one <|endoftext|> two"), END]
     assert Encoder(tokenizer).begin == []
+    # Of twenty sequences one is held out, and never more than two.
+    for count, held in ((19, []), (20, [10]), (39, [19]), (40, [13, 26]), (99, [33, 66])):
+        (tmp_path / "a.txt").write_text("x" * (4 * count - 1))
+        data = Sequences((str(tmp_path / "a.txt"),), tokenizer, 4, 0)
+        assert (data._places, data.count) == (held, count - len(held))
 
 
 def test_ids_without_an_embedding_are_refused():

@@ -3,12 +3,15 @@ Each number here follows from a formula that is written again, or from another w
 
 import dataclasses
 import itertools
+import json
 import math
+import time
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from checkpoints import TRAINING
 from mlx.utils import tree_flatten
 from test_model import IDS, tiny
 from test_training import SETTINGS, base_model, place, sequences  # noqa: F401
@@ -20,11 +23,12 @@ from ahn_mlx.measure.cost import Shape
 from ahn_mlx.memory import MEMORIES
 from ahn_mlx.model.augment import head
 from ahn_mlx.model.config import AHNConfig
-from ahn_mlx.train import layerwise, loop, losses, metrics
+from ahn_mlx.train import layerwise, loop, losses, metrics, output, validation
 from ahn_mlx.train.data import Sequences
+from ahn_mlx.train.output import load_base
 from ahn_mlx.train.schedule import Schedule
-from ahn_mlx.train.settings import Window, batch_of
-from ahn_mlx.train.streams import Stream, silenced, study, teach
+from ahn_mlx.train.settings import Window, batch_of, draw_window
+from ahn_mlx.train.streams import Stream, silenced, study, teach, trainable
 
 
 def changed(**values):
@@ -54,7 +58,7 @@ def test_how_far_a_run_is():
     assert (schedule.share, schedule.seconds, schedule.done) == (0.75, 7.5, False)
     schedule.resume(4, 8.0)
     assert schedule.done and schedule.said() == "4 of 4 steps"
-    assert Schedule(changed(steps=0)).done
+    assert Schedule(changed(steps=0)).done and Schedule(changed(steps=0)).share == 1
     clock = [100.0]
     timed = Schedule(changed(steps=0, minutes=2.0), lambda: clock[0])
     timed.resume(1, 30.0)
@@ -422,6 +426,152 @@ def test_a_line_of_metrics_says_its_numbers_or_is_named(tmp_path, line, good):
     file.write_text('{"step": 0, "loss": 0.5}\n' + line)  # the last one may be cut short
     assert len(metrics.read_metrics(file)) == 1 + good
     assert metrics.read_metrics(tmp_path / "absent") == []
+
+
+def test_the_speed_of_a_step_is_that_since_the_one_before(tmp_path, monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    lines = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    for step, seconds, tokens, speed in ((0, 0.75, 100, 400 / 3), (1, 0.5, 64, 128.0)):
+        now[0] += seconds
+        drawn = Window(8, 2, 64)
+        assert lines.write(step, 1.5, tokens, drawn) == pytest.approx(speed)
+        line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        assert line == {
+            **{"step": step, "loss": 1.5, "window": 8, "sinks": 2},
+            "tokens_per_second": round(speed, 1),
+        }
+    lines.file = tmp_path / "gone/metrics.jsonl"
+    with pytest.raises(AHNError, match=r"cannot be written \(No such file .*\); --resume"):
+        lines.write(2, 1.5, 64, drawn)
+
+
+def measuring(tmp_path, *lines, **values):
+    file = tmp_path / "validation.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, model = tiny(window=12, sinks=4)
+
+    class Held:
+        held_out = np.zeros((2, 128), dtype=np.int32)
+
+    return validation.Validation(file, model, Held(), changed(**values), 9)
+
+
+def test_what_a_training_is_worth_in_words(tmp_path):
+    line = {"step": 3, "kl": 0.25, "window_kl": 0.5}
+    found = measuring(tmp_path, {**line, "kl": 0.4}, line)
+    assert found.summary() == (
+        "held out: KL 0.2500 with the memory, 0.5000 of the window alone (ratio 0.500)"
+    )
+    assert measuring(tmp_path, {**line, "window_kl": 0.0}).summary().endswith("(ratio 1.000)")
+    nothing = measuring(tmp_path, seq_len=16)  # that fits
+    assert nothing.summary() == "" and nothing.tokens == []
+    nothing.measure(4)
+    assert nothing.lines == [] and len(measuring(tmp_path, seq_len=17).tokens) == 2
+    for number in ("kl", "window_kl"):
+        lacks = {k: v for k, v in line.items() if k != number}
+        with pytest.raises(AHNError, match=f"line 1 says no step and {number}"):
+            measuring(tmp_path, lacks, line)
+    found.file = tmp_path / "gone/validation.jsonl"
+    with pytest.raises(AHNError, match=r"cannot be written \(No such file .*\); --resume"):
+        found.measure(4)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "totals"),
+    [
+        (64, {32}),
+        (65, {32, 64}),
+        (256, {64, 128}),
+        (20_000, {4096, 8192}),
+        (9000, {2048, 4096, 8192}),
+    ],
+)
+def test_random_windows_are_powers_of_two_below_a_sequence(seq_len, totals):
+    settings = changed(random_window=True, seq_len=seq_len)
+    drawn = {draw_window(settings, step) for step in range(400)}
+    assert {w + s for w, s, _ in drawn} == totals and {n for *_, n in drawn} == {seq_len}
+    most = max(totals)
+    sinks = {s for w, s, _ in drawn if w + s == most}
+    assert sinks == {s for s in (0, 32, 64, 128, 512, 2048, 4096) if 2 * s <= most}
+
+
+def test_fresh_memories_follow_the_seed_and_the_device(place, monkeypatch):  # noqa: F811
+    options = {**TRAINING, "base": str(place / "base"), "dtype": None}
+    made = [load_base({**options, "seed": seed}).model for seed in (0, 0, 1)]
+    first, again, other = (trainable(model) for model in made)
+    assert all(mx.array_equal(x, again[name]) for name, x in first.items())
+    assert not all(mx.array_equal(x, other[name]) for name, x in first.items())
+    assert made[0].model.norm.weight.dtype == mx.float32 and made[0].ahn.query_projection
+    # As on a GPU: 16 bits, but of what is packed the bits that it has.
+    monkeypatch.setattr(output, "on_cpu", lambda: False)
+    assert output._fast_dtype(made[0]) == "bfloat16"
+    nn.quantize(made[1], class_predicate=lambda name, _: name.endswith("o_proj"))
+    assert output._fast_dtype(made[1]) is None
+
+
+def written(out, **names):
+    for name, text in names.items():
+        (out / name.replace("__", ".")).write_text(text)
+    return out
+
+
+def test_a_training_is_written_where_nothing_is_lost(tmp_path):
+    options = {"base": str(tmp_path / "base"), "ahn": None, "data": [], "resume": False}
+    for name in ("base", "ahn", "new", "mine", "full", "killed"):
+        (tmp_path / name).mkdir()
+    written(tmp_path / "mine", training__safetensors="x")
+    written(tmp_path / "full", thesis__txt="years")
+    killed = written(tmp_path / "killed", README__md="x", config__json='{"ahn_base": "b"}')
+    (killed / ".lock").touch()
+    (killed / ".model.safetensors.01ab.part").touch()
+    written(tmp_path / "new", curves__png="x")
+    for name, changes, said in (
+        ("base", {}, "is what the training begins from"),
+        ("ahn", {"ahn": str(tmp_path / "ahn")}, "is what the training begins from"),
+        ("mine", {}, "has a training already; --resume"),
+        ("full", {}, "the directory is not empty"),
+        ("full", {"resume": True}, "training.safetensors: no such file; train without --resume"),
+        ("absent", {"resume": True}, "training.safetensors: no such file"),
+        ("new", {}, "the directory is not empty"),
+        ("mine", {"resume": True, "data": [f"{tmp_path}/mine/*"]}, "is what --data reads"),
+    ):
+        with pytest.raises(AHNError, match=said):
+            output.check_out(tmp_path / name, {**options, **changes})
+    output.check_out(tmp_path / "mine", {**options, "resume": True})
+    (tmp_path / "new/curves.png").unlink()
+    for name in ("new", "killed", "deep/er/absent"):
+        output.check_out(tmp_path / name, options)
+    (killed / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(AHNError, match="the directory is not empty"):
+        output.check_out(killed, options)
+    output.clear(killed)
+    assert not (killed / ".model.safetensors.01ab.part").exists() and (killed / ".lock").exists()
+
+
+def test_a_card_of_a_memory_says_what_it_was_trained_with(place, tmp_path):  # noqa: F811
+    options = {**TRAINING, "base": str(place / "base"), "data": ["x/a.txt", "b*"], "lr": 0.5}
+    base, saved = load_base(options), []
+    output.write_checkpoint(tmp_path, base, {**options, "out": "o", "save_every": 7}, saved.append)
+    assert saved == [tmp_path]
+    text = (tmp_path / "README.md").read_text()
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    count = sum(x.size for x in weights.values())
+    for part in (
+        "base_model: base\nlicense: other\n",
+        f"GatedDeltaNet, {count:,} parameters, trained with a window of 60 tokens and\n4 sinks on",
+        "on a.txt, b*.",
+        f"--ahn {tmp_path.name}\n",
+        "memory gated_deltanet, window 60, sinks 4",
+        "lr 0.5",
+    ):
+        assert part in text, part
+    assert "save_every" not in text and "out o" not in text
+    with open(tmp_path / "model.safetensors", "rb") as file:
+        assert b'"format":"pt"' in file.read(20_000)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["ahn_base"] == str(place / "base") and config["save_ahn_only"] is True
+    assert config["ahn"]["sink_positions"] == "clamped"
 
 
 SHAPE = Shape(
