@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from checkpoints import TRAINING
+from checkpoints import TRAINING, make_base
 from mlx.utils import tree_flatten
 from test_model import IDS, tiny
 from test_training import SETTINGS, base_model, place, sequences  # noqa: F401
@@ -200,6 +200,124 @@ def test_losses_count_what_is_behind_the_window_and_labelled():
         found = loss(model, teacher, student, mx.array(labels), 13)
         assert found.item() == pytest.approx(expected, rel=1e-3)
     assert losses.kl(model, teacher, student, mx.array(labels), 20).item() == 0
+
+
+@pytest.mark.parametrize("size", [3, 7, 1000])
+def test_a_loss_and_its_gradient_are_of_all_blocks_of_rows(size, monkeypatch):
+    monkeypatch.setattr(losses, "rows_at_once", lambda words: size)
+    _, model = tiny(window=10, sinks=3)
+    taught, hidden = (mx.random.normal((1, 20, 64)) for _ in range(2))
+    labels = mx.arange(20)[None]
+
+    def plain_kl(x):
+        return losses.divergence(head(model, taught[0, 13:]), head(model, x[0, 13:])).mean()
+
+    def plain_ce(x):
+        return nn.losses.cross_entropy(head(model, x[0, 13:19]), labels[0, 14:]).mean()
+
+    for loss, plain in ((losses.kl, plain_kl), (losses.ce, plain_ce)):
+
+        def ours(x, loss=loss):
+            return 3 * loss(model, Stream(taught, []), Stream(x, []), labels, 13)
+
+        value, gradient = mx.value_and_grad(ours)(hidden)
+        expected = mx.value_and_grad(lambda x, plain=plain: 3 * plain(x))(hidden)
+        assert value.item() == pytest.approx(expected[0].item(), rel=1e-4)
+        assert mx.allclose(gradient, expected[1], rtol=1e-3, atol=1e-6)
+        assert mx.abs(gradient).max() > 1e-3
+
+
+def test_losses_of_one_position_and_of_two():
+    _, model = tiny(window=10, sinks=3)
+    taught, hidden = (mx.random.normal((1, 20, 64)) for _ in range(2))
+    teacher, student, labels = Stream(taught, []), Stream(hidden, []), mx.arange(20)[None]
+    last = losses.divergence(head(model, taught[0, 19:]), head(model, hidden[0, 19:])).item()
+    assert losses.kl(model, teacher, student, labels, 19).item() == pytest.approx(last, rel=1e-4)
+    assert losses.ce(model, teacher, student, labels, 19).item() == 0
+    pair = -nn.log_softmax(head(model, hidden[0, 18:19]), axis=-1)[0, 19].item()
+    found = losses.ce(model, teacher, student, labels, 18).item()
+    assert found == pytest.approx(pair, rel=1e-4)
+    assert losses.ce(model, teacher, student, labels, 20).item() == 0
+
+
+class World:
+    """What MLX says of so many machines."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_machines_share_the_sequences_of_a_step(place, monkeypatch):  # noqa: F811
+    model, tokenizer = base_model(place)
+    data, seen = sequences(place, tokenizer, length=64), {}
+    settings = changed(seq_len=64, accumulate=2, batch_size=2)
+    for rank in (0, 1):
+        trainer = loop.Trainer(model, data, settings)
+        trainer.world, asked = World(rank, 2), []
+        nothing = {n: mx.zeros_like(x) for n, x in trainer.parameters.items()}
+
+        def look(tokens, window, sinks, asked=asked, nothing=nothing):
+            asked.extend(tokens.tolist())
+            return mx.zeros(()), nothing
+
+        monkeypatch.setattr(trainer, "_gradients", look)
+        trainer.schedule._before = 7.5
+        for _ in range(2):
+            trainer.train_step()
+            # The first of them has the clock.
+            assert (trainer.schedule.agreed >= 7.5) if rank == 0 else trainer.schedule.agreed == 0
+        seen[rank] = asked
+    expected = [data[n][0].tolist() for n in range(16)]
+    for rank in (0, 1):
+        own = [n for n in range(16) if n // 2 % 2 == rank]
+        assert seen[rank] == [expected[n] for n in own]
+
+
+@pytest.mark.parametrize(("machines", "error"), [(1, RuntimeError), (2, AHNError)])
+def test_a_step_that_fails_says_whose_it_was(place, monkeypatch, machines, error):  # noqa: F811
+    model, tokenizer = base_model(place)
+    trainer = loop.Trainer(model, sequences(place, tokenizer, length=64), changed(seq_len=64))
+    trainer.world = World(0, machines)
+
+    def fail(*_):
+        raise RuntimeError("a peer is gone")
+
+    monkeypatch.setattr(trainer, "_update", fail)
+    with pytest.raises(error, match="a peer is gone") as raised:
+        trainer.train_step()
+    assert type(raised.value) is error
+    assert ("training on 2 machines failed at step 0" in str(raised.value)) == (machines == 2)
+
+
+def test_checkpointing_changes_no_gradient(place):  # noqa: F811
+    model, tokenizer = base_model(place)
+    data, found = sequences(place, tokenizer, length=40), []
+    for asked in (False, True):
+        trainer = loop.Trainer(model, data, changed(seq_len=40, grad_checkpoint=asked))
+        found.append(trainer._gradients(data[0], 12, 4))
+    (loss, plain), (again, checkpointed) = found
+    assert loss.item() == pytest.approx(again.item(), rel=1e-5) and plain.keys() == (
+        checkpointed.keys()
+    )
+    heard = [name for name, x in plain.items() if mx.abs(x).max() > 0]
+    assert heard
+    for name, x in plain.items():
+        assert mx.allclose(x, checkpointed[name], rtol=1e-3, atol=1e-7), name
+
+
+def test_of_two_layers_both_are_loud_after_the_layerwise_fit(tmp_path):
+    """Of three, or four, the first is not."""
+    (tmp_path / "a.txt").write_text("It is a far, far better thing that I do. " * 20)
+    for layers, loud in ((2, [1, 1]), (3, [0, 1, 1]), (4, [0, 1, 1, 1])):
+        base = make_base(tmp_path / str(layers), num_hidden_layers=layers)
+        options = {**TRAINING, "base": str(base), "window": 12, "sinks": 4}
+        model, tokenizer = load_base(options)[:2]
+        data = Sequences((str(tmp_path / "a.txt"),), tokenizer, 64, 0)
+        for count, expected in ((1, loud), (0, [1] * layers)):
+            trainer = loop.Trainer(model, data, changed(seq_len=64, layerwise=count))
+            gains = [x for name, x in trainer.parameters.items() if name.endswith(".gain")]
+            assert [x.mean().item() for x in gains] == expected
+            assert (trainer.explained is not None) == bool(count)
 
 
 def test_distilled_heads_are_of_length_one():
