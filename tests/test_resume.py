@@ -69,6 +69,14 @@ DAMAGE = {
     "no number": (put("1.self_attn.ahn.gain", lambda x: x * mx.nan), "gain holds NaN"),
     "an infinite mean": (put("o_proj.weight.m", lambda x: x + mx.inf), "holds NaN or infinity"),
     "a negative square": (put("o_proj.weight.v", lambda x: x - 1), "is not positive"),
+    "one negative square": (
+        put("o_proj.weight.v", lambda x: mx.where(mx.arange(x.size).reshape(x.shape) == 5, -1, x)),
+        "is not positive",
+    ),
+    "one size less": (
+        put("sizes." + MATRIX, lambda x: x * (mx.arange(x.size).reshape(x.shape) > 0)),
+        "is not positive",
+    ),
     "no size": (put("sizes." + MATRIX, lambda x: x * 0), "is not positive"),
     "an optimizer of another step": (put("states.2.step", lambda x: x + 10**12), "step is 10"),
     "an optimizer's step that is no number": (
@@ -230,3 +238,31 @@ def test_metrics_that_are_no_text(tmp_path, data):
     (tmp_path / "metrics.jsonl").write_bytes(data)
     with pytest.raises(AHNError, match="line 1 says no"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "settings", "said"),
+    [
+        (0, None, {}, ""),
+        (3, "0.5", {}, ""),
+        (4, "0", {}, "damaged, it is of step 4 of 3"),
+        (-1, "0", {}, "damaged, it is of step -1 of 3"),
+        (4, "0", {"minutes": 1.0}, ""),
+        (-1, "0", {"minutes": 1.0}, "damaged, it is of step -1 of 3"),
+        (0, "0", {"seed": (1 << 63) - 1}, ""),
+        (0, "0", {"seed": 1 << 63}, "its seed is 9223372036854775808"),
+        (0, "0", {"loss": "mse"}, "its loss is .*mse"),
+        (0, "0", {"grad_checkpoint": 1}, "its grad_checkpoint is 1"),
+    ],
+)
+def test_facts_of_a_state_that_can_be(tmp_path, step, seconds, settings, said):
+    facts = {"settings": json.dumps({**dataclasses.asdict(SHORT), **settings}), "step": str(step)}
+    facts |= {} if seconds is None else {"seconds": seconds}
+    mx.save_safetensors(str(tmp_path / loop.STATE), {"a": mx.zeros(1)}, facts)
+    if said:
+        with pytest.raises(AHNError, match=said):
+            loop._read_facts(tmp_path)
+    else:
+        theirs, found, taken = loop._read_facts(tmp_path)
+        assert theirs == {**dataclasses.asdict(SHORT), **settings}
+        assert (found, taken) == (step, float(seconds or 0))

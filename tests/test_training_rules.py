@@ -22,6 +22,7 @@ from ahn_mlx.measure import ranks
 from ahn_mlx.measure.cost import Shape
 from ahn_mlx.memory import MEMORIES
 from ahn_mlx.model.augment import head
+from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.config import AHNConfig
 from ahn_mlx.train import layerwise, loop, losses, metrics, output, validation
 from ahn_mlx.train.data import Sequences
@@ -492,6 +493,86 @@ def test_gates_that_are_fitted_come_nearer():
     assert error(found) < 0.1 * error(start)
 
 
+def test_gates_are_fitted_by_sixty_steps_of_adam():
+    """Along the gradient of the squared error, of each head by the mean square of its output."""
+    h, read = mx.random.normal((40, 6)), mx.random.normal((3, 40, 4))
+    weight, start = mx.random.normal((3, 4, 4)), mx.random.normal((3, 6))
+    missed = mx.random.normal((3, 40, 4))
+    found = layerwise._fit_gate(
+        start, h, (read[:, :25], read[:, 25:]), (missed[:, :25], missed[:, 25:]), weight
+    )
+    x, w, y, m = (np.array(a, dtype=np.float64) for a in (h, start, read @ weight, missed))
+    squares, products = (y * y).sum(axis=-1).T, (y * m).sum(axis=-1).T
+    scale = squares.mean(axis=0)
+    first, second = np.zeros_like(w), np.zeros_like(w)
+    for n in range(1, 61):
+        z = x @ w.T
+        sigmoid = 1 / (1 + np.exp(-z))
+        slope = 2 * (squares * z * sigmoid - products) / scale
+        gradient = (slope * sigmoid * (1 + z * (1 - sigmoid))).T @ x / 40
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        step = first / (1 - 0.9**n) / (np.sqrt(second / (1 - 0.999**n)) + 1e-8)
+        w = w - 0.03 * step
+    assert np.abs(np.array(found) - np.array(start)).min() < 0.5 < np.abs(w - start).max()
+    assert np.allclose(np.array(found), w, rtol=1e-3, atol=1e-3)
+
+
+def normed_states(place):  # noqa: F811
+    """A model, its texts, and the first layer's normed hidden states of one of them."""
+    model, tokenizer = base_model(place)
+    data, layer = sequences(place, tokenizer), model.layers[0]
+    layer.self_attn.k_proj.weight = 8 * layer.self_attn.k_proj.weight  # it looks at few tokens
+    return model, data, lambda n: layer.input_layernorm(model.model.embed_tokens(data[n]))
+
+
+def test_strengths_are_a_ridge_regression_of_log_odds(place):  # noqa: F811
+    model, _, state = normed_states(place)
+    attention, normed = model.layers[0].self_attn, [state(n) for n in range(3)]
+    found = layerwise._write_what_is_looked_at(attention, normed, 12, 4)
+    looked = [np.array(layerwise._looked_at(attention, x, 12, 4)) for x in normed]
+    looked = np.concatenate(looked, axis=1, dtype=np.float64)
+    strength = 0.1 * looked / looked.mean(axis=1, keepdims=True)
+    assert strength.min() < 0.002 and strength.max() > 0.95
+    strength = strength.clip(0.002, 0.95)
+    h = np.concatenate([np.array(x[0, 4:-12], dtype=np.float64) for x in normed])
+    gram = h.T @ h
+    ridge = gram + 0.02 * np.diag(gram).mean() * np.eye(len(gram))
+    expected = np.linalg.solve(ridge, h.T @ np.log(strength / (1 - strength)).T).T
+    assert np.allclose(np.array(found), expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("memory", ["gated_deltanet", "deltanet"])
+def test_gates_and_matrices_are_fitted_in_turn_and_twice(place, memory):  # noqa: F811
+    model, tokenizer = base_model(place, memory)
+    data, layer = sequences(place, tokenizer), model.layers[0]
+    attention, ours = layer.self_attn, layer.self_attn.ahn
+    layerwise.fit(model, data, 2, 12, 4)
+    fitted, matrices = ours.g_proj.weight, ours.o_proj.weight
+    normed = [layer.input_layernorm(model.model.embed_tokens(data[n])) for n in range(2)]
+    full = [attention.heads(x, AHNCache(1000, 0)) for x in normed]
+    open_, missed = zip(
+        *(layerwise._read(attention, x, y, 12, 4) for x, y in zip(normed, full, strict=True)),
+        strict=True,
+    )
+    h = mx.concatenate([x[0, 16:] for x in normed])
+    mean = h.mean(axis=0)
+    gate = mx.repeat((mean / mean.square().sum())[None], len(fitted), axis=0)
+    projected = attention.config.query_projection
+    assert projected == (memory == "gated_deltanet")
+    weight = layerwise._matrices(open_, missed, False)
+    if projected:
+        weight = layerwise._scaled_identity(open_, missed)
+    for _ in range(2):
+        gate = layerwise._fit_gate(gate, h, open_, missed, weight)
+        gates = [nn.silu(x[0, 16:] @ gate.T).T[..., None] for x in normed]
+        weight = layerwise._matrices(
+            tuple(r * g for r, g in zip(open_, gates, strict=True)), missed, projected
+        )
+    assert mx.allclose(fitted, gate, rtol=1e-3, atol=1e-4)
+    assert mx.allclose(matrices, weight, rtol=1e-3, atol=1e-4)
+
+
 def test_first_gates_are_as_strong_as_they_say(place):  # noqa: F811
     """Slow to fast decay from head to head; gates that are open where a text is as usual."""
     x = mx.random.normal((6,))
@@ -559,7 +640,7 @@ def test_the_speed_of_a_step_is_that_since_the_one_before(tmp_path, monkeypatch)
             **{"step": step, "loss": 1.5, "window": 8, "sinks": 2},
             "tokens_per_second": round(speed, 1),
         }
-    lines.file = tmp_path / "gone/metrics.jsonl"
+    lines.file, now[0] = tmp_path / "gone/metrics.jsonl", 9.0
     with pytest.raises(AHNError, match=r"cannot be written \(No such file .*\); --resume"):
         lines.write(2, 1.5, 64, drawn)
 
@@ -624,7 +705,7 @@ def test_fresh_memories_follow_the_seed_and_the_device(place, monkeypatch):  # n
     # As on a GPU: 16 bits, but of what is packed the bits that it has.
     monkeypatch.setattr(output, "on_cpu", lambda: False)
     assert output._fast_dtype(made[0]) == "bfloat16"
-    nn.quantize(made[1], class_predicate=lambda name, _: name.endswith("o_proj"))
+    nn.quantize(made[1], class_predicate=lambda name, _: name.endswith("down_proj"))
     assert output._fast_dtype(made[1]) is None
 
 
@@ -670,7 +751,7 @@ def test_a_training_is_written_where_nothing_is_lost(tmp_path):
 def test_a_card_of_a_memory_says_what_it_was_trained_with(place, tmp_path):  # noqa: F811
     options = {**TRAINING, "base": str(place / "base"), "data": ["x/a.txt", "b*"], "lr": 0.5}
     base, saved = load_base(options), []
-    output.write_checkpoint(tmp_path, base, {**options, "out": "o", "save_every": 7}, saved.append)
+    output.write_checkpoint(tmp_path, base, {**options, "out": "elsewhere", "save_every": 7}, saved.append)
     assert saved == [tmp_path]
     text = (tmp_path / "README.md").read_text()
     weights = mx.load(str(tmp_path / "model.safetensors"))
@@ -684,7 +765,7 @@ def test_a_card_of_a_memory_says_what_it_was_trained_with(place, tmp_path):  # n
         "lr 0.5",
     ):
         assert part in text, part
-    assert "save_every" not in text and "out o" not in text
+    assert "save_every" not in text and "elsewhere" not in text
     with open(tmp_path / "model.safetensors", "rb") as file:
         assert b'"format":"pt"' in file.read(20_000)
     config = json.loads((tmp_path / "config.json").read_text())
