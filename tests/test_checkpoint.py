@@ -452,6 +452,16 @@ def test_what_is_said_of_a_config_is_no_book(tmp_path):
     with pytest.raises(AHNError) as refused:
         built(tmp_path, refuse, {})
     assert str(refused.value) == f"{tmp_path}: " + "x" * 400
+    path = shutil.copytree(GDN / "merged", tmp_path / "q")
+    settings, odd = {"group_size": 32, "bits": 4}, "model.layers.0.mlp.up_proj"
+    settings[odd] = {**settings, "mode": "y" * 900}
+    (path / "config.json").write_text(json.dumps({**read_json(path), "quantization": settings}))
+    tensors = dict(mx.load(str(path / "model.safetensors")))
+    mx.eval(tensors)
+    save(path, "model.safetensors", **tensors, **{f"{odd}.scales": mx.zeros((1, 1))})
+    with pytest.raises(AHNError, match=r"not quantized as MLX does it \(.*yyy\)$") as refused:
+        load_model(path)
+    assert len(str(refused.value)) == len(f"{path}: not quantized as MLX does it ()") + 200
     with pytest.raises(AHNError, match=r"dtype must be one of .*, not 'int8'"):
         load_model(GDN / "merged", dtype="int8")
 

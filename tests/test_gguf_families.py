@@ -139,6 +139,17 @@ def test_the_model_in_a_file_is_the_one_that_was_written(arch, tmp_path):
     assert off.item() < 1e-5
 
 
+@pytest.mark.parametrize(("arch", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_of_a_family_scales_by_its_width(arch, layers, tmp_path):
+    """As their makers have it; the others by the size of a head."""
+    written(arch, tmp_path / "a.gguf")
+    file = GGUFile(tmp_path / "a.gguf")
+    file.metadata[f"{arch}.attention.key_length"] = np.uint32(8)
+    for count, scale in ((layers - 1, 8), (layers, 64 // 4), (layers + 1, 8)):
+        file.metadata[f"{arch}.block_count"] = np.uint32(count)
+        assert file.config()["query_pre_attn_scalar"] == scale
+
+
 @pytest.mark.parametrize("arch", ["mamba", "gpt2", "deepseek2", "llama4"])
 def test_another_architecture_is_refused_by_name(arch, tmp_path):
     writer = ggml.GGUFWriter(tmp_path / "a.gguf", arch)

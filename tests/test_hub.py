@@ -8,8 +8,10 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -307,7 +309,7 @@ def test_a_linked_repository_is_removed_and_kept(here: StandIn, tmp_path: Path) 
     snapshot, left = link.resolve(), link.with_name(".me--mine.01ab.part")
     left.mkdir()
     assert download.remove("me/mine") == [link]
-    assert not left.exists() and not os.path.lexists(link)
+    assert [path.suffix for path in link.parent.iterdir()] == [".lock"]
     assert (snapshot / "model.safetensors").is_file()
     with pytest.raises(AHNError, match="me/mine: not on this machine"):
         download.remove("me/mine")
@@ -430,6 +432,36 @@ def test_a_hub_that_was_never_there_is_not_waited_for(tmp_path: Path, monkeypatc
     with fetch._bar(line, "x", 10, 3), pytest.raises((fetch._Broken, AHNError)):
         fetch._fetch(line, url, part, 10)
     assert line.bar is None and part.read_bytes() == b"123"
+
+
+@pytest.mark.parametrize(("sent", "size"), [(10, 10), (11, 10), (300_000, 10)])
+def test_a_hub_that_sends_more_than_it_lists(sent: int, size: int, tmp_path: Path) -> None:
+    """And does not say how much."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"x" * sent)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    line, part = fetch.Line(), tmp_path / "part"
+    url = f"http://127.0.0.1:{server.server_port}/file"
+    try:
+        with fetch._bar(line, "x", size, 0):
+            if sent > size:
+                with pytest.raises(AHNError, match="sends more than the 10 bytes it lists"):
+                    fetch._fetch(line, url, part, size)
+            else:
+                fetch._fetch(line, url, part, size)
+                assert part.read_bytes() == b"x" * size
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_dataset_comes_at_its_revision(here: StandIn, tmp_path: Path) -> None:
@@ -644,6 +676,8 @@ def test_what_is_on_a_machine_of_a_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert disk.model_dir(NAME).name == ours[1]
     assert download.remove(NAME) == [models / name for name in ours]
     assert disk.variants(NAME) == [] and (models / "ahn-gdn-7b").is_dir()
+    left = {path.name for path in models.iterdir() if path.suffix != ".lock"}
+    assert left == {*others, f"{NAME}-xbit", "a-file"}
 
 
 def wait(condition) -> None:

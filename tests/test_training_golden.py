@@ -81,14 +81,17 @@ def test_loss_and_gradients(
         assert difference < 1e-4 * mx.linalg.norm(g) + 1e-6, name
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("loss", ["kl", "ce"])
-def test_logits_of_more_rows_take_no_more_memory(loss):
+def test_logits_of_more_rows_take_no_more_memory(loss, apart):
+    """Of one sequence, or of many."""
     words = 5000
     model = llama.Model(llama.ModelArgs("llama", 8, 1, 8, 1, rms_norm_eps=1e-5, vocab_size=words))
     mx.eval(model.parameters())
 
     def peak(blocks: int) -> int:
-        labels = mx.zeros((1, blocks * losses.ROWS), dtype=mx.int32)
+        shape = (blocks, losses.ROWS) if apart else (1, blocks * losses.ROWS)
+        labels = mx.zeros(shape, dtype=mx.int32)
         x = mx.random.normal((*labels.shape, 8))
         mx.eval(x, labels)
 

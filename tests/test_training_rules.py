@@ -751,7 +751,9 @@ def test_a_training_is_written_where_nothing_is_lost(tmp_path):
 def test_a_card_of_a_memory_says_what_it_was_trained_with(place, tmp_path):  # noqa: F811
     options = {**TRAINING, "base": str(place / "base"), "data": ["x/a.txt", "b*"], "lr": 0.5}
     base, saved = load_base(options), []
-    output.write_checkpoint(tmp_path, base, {**options, "out": "elsewhere", "save_every": 7}, saved.append)
+    output.write_checkpoint(
+        tmp_path, base, {**options, "out": "elsewhere", "save_every": 7}, saved.append
+    )
     assert saved == [tmp_path]
     text = (tmp_path / "README.md").read_text()
     weights = mx.load(str(tmp_path / "model.safetensors"))
