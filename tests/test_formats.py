@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -26,8 +27,10 @@ from checkpoints import (
 from mlx_lm.convert import convert as mlx_lm_convert
 
 from ahn_mlx import AHNError
+from ahn_mlx.checkpoints import pickles
 from ahn_mlx.checkpoints.convert import convert
-from ahn_mlx.checkpoints.directory import read_tensors
+from ahn_mlx.checkpoints.directory import Source, read_tensors
+from ahn_mlx.checkpoints.safetensors import TensorInfo
 from ahn_mlx.model.names import published_name
 
 # --- quantized here, or by MLX before ---
@@ -175,6 +178,60 @@ def test_pickle_without_torch(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     refuse_pickle(base, ahn, out, "reading it takes torch; .*pip install.* torch")
     assert not (tmp_path / "trace").exists()
+
+
+class Strided:
+    """What is looked at of torch's tensors, which are not installed everywhere."""
+
+    def __init__(self, nbytes=8, layout="strided", device="cpu", dtype="torch.float16"):
+        self.nbytes, self.layout, self.device = nbytes, layout, SimpleNamespace(type=device)
+        self.dtype, self.shape = dtype, (2, nbytes // 4)
+
+    def numel(self):
+        return self.nbytes // 2
+
+    def element_size(self):
+        return 2
+
+
+def test_what_torch_unpickles_is_judged(tmp_path, monkeypatch):
+    file, asked = tmp_path / "pytorch_model.bin", []
+    pickled(file, {})
+    size, given = file.stat().st_size, [None]
+
+    def load(path, **options):
+        asked.append((path, options))
+        if isinstance(given[0], Exception):
+            raise given[0]
+        return given[0]
+
+    torch = SimpleNamespace(load=load, Tensor=Strided, strided="strided")
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    for given[0] in ({}, {"a": Strided(size)}, {str(n): Strided(size) for n in range(4)}):
+        assert pickles.load(file) == given[0]
+    assert asked[0] == (file, {"map_location": "cpu", "weights_only": True, "mmap": True})
+    for given[0], said in (
+        ([Strided()], "not a dictionary of named tensors"),
+        ({1: Strided()}, "not a dictionary of named tensors"),
+        ({"a": Strided(), "b": 3}, "not a dictionary of named tensors"),
+        ({"a": Strided(size + 1)}, "tensor 'a' is larger than the file, or sparse"),
+        ({"a": Strided(), "b": Strided(layout="coo")}, "tensor 'b' is larger .* or sparse"),
+        ({"a": Strided(device="meta")}, "tensor 'a' is larger than the file, or sparse"),
+        ({str(n): Strided(size) for n in range(5)}, "its tensors are larger than the file"),
+        (ValueError(), "nothing in it was run \\('ValueError'\\)"),
+        (ValueError(" x" * 300 + "\nsecond"), "nothing in it was run \\('x( x)+ ?\\.\\.\\.\\)"),
+        (ValueError("first\nsecond"), "nothing in it was run \\('first'\\)"),
+    ):
+        with pytest.raises(AHNError, match=f"pytorch_model.bin: .*{said}") as refused:
+            pickles.load(file)
+        assert len(str(refused.value)) < len(str(file)) + 250
+    given[0] = {"a": Strided(), "b": Strided(16, dtype="torch.int8")}
+    shutil.copy(GDN / "base/config.json", tmp_path)
+    found = pickles.read_headers(tmp_path, pickles.find_files(tmp_path))
+    assert found == {
+        "a": Source("a", file, TensorInfo("F16", (2, 2), 0, 8)),
+        "b": Source("b", file, TensorInfo("torch.int8", (2, 4), 0, 16)),
+    }
 
 
 def test_pickle_with_code_in_it(parts, tmp_path):
