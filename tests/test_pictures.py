@@ -109,6 +109,10 @@ def test_nothing_held_out():
     figure = Figure()
     curves.draw(figure, LOSSES, [], "kl", "mine")
     assert figure.axes[0].get_title() == "mine: loss of the training"
+    # Between two steps there is none.
+    figure = Figure()
+    curves.draw(figure, LOSSES[:2], HELD[:1], "ce", "mine")
+    assert all(x == round(x) for axes in figure.axes for x in axes.get_xticks())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -183,12 +184,19 @@ def test_a_text_is_fetched_once_and_only_if_it_is_the_right_one(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     server["text"] = b'{"qmsum": "Q"}'
+    waits, real = [], urllib.request.urlopen
+
+    def noted(url: str, timeout: float | None = None) -> object:
+        waits.append(timeout)
+        return real(url, timeout=timeout)
+
+    monkeypatch.setattr(urllib.request, "urlopen", noted)
     right = hashlib.sha256(server["text"]).hexdigest()[:16]
     wrong = right[:-1] + ("0" if right[-1] != "0" else "1")
     with pytest.raises(AHNError, match=f"is not the text with check sum {wrong}"):
         checked_text(server["url"], wrong)
     assert checked_text(server["url"], right) == checked_text(server["url"], right)
-    assert server["asked"] == 2
+    assert server["asked"] == 2 and waits == [30, 30]
     # Of at most a megabyte; the first is kept beside it.
     for size in (1 << 20, (1 << 20) + 1):
         server["text"] = b"x" * size
