@@ -266,3 +266,12 @@ def test_facts_of_a_state_that_can_be(tmp_path, step, seconds, settings, said):
         theirs, found, taken = loop._read_facts(tmp_path)
         assert theirs == {**dataclasses.asdict(SHORT), **settings}
         assert (found, taken) == (step, float(seconds or 0))
+
+
+def test_a_state_of_an_older_version_says_less(tmp_path):
+    settings = dataclasses.asdict(SHORT)
+    for name in ("batch_size", "minutes", "windows"):
+        del settings[name]
+    facts = {"settings": json.dumps(settings), "step": "1"}
+    mx.save_safetensors(str(tmp_path / loop.STATE), {"a": mx.zeros(1)}, facts)
+    assert loop.read_settings(tmp_path) == (dataclasses.asdict(SHORT), 1)
