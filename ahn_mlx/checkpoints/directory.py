@@ -227,7 +227,7 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
     if not is_utf8(file):
         raise AHNError(f"{file}: its path is not UTF-8, which MLX does not open; rename it")
     try:
-        return mx.load(str(file))  # type: ignore[return-value]
+        return mx.load(str(file), format="safetensors")  # type: ignore[return-value]
     except (RuntimeError, ValueError) as e:
         raise AHNError(f"{file}: MLX cannot load it ({show(str(e))})") from None
 

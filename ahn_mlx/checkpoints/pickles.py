@@ -46,7 +46,7 @@ def load(file: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # whatever a broken pickle makes torch raise
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
         raise AHNError(
             f"{file}: holds other things than tensors, or is damaged; nothing in it was run "
             f"({show(reason)})"
