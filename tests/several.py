@@ -70,15 +70,16 @@ MOST, TOLD, AFTER = 400.0, 20.0, 60.0
 GIVEN_UP = "Failing pending tasks"
 
 
-def run(*calls: tuple[Any, ...]) -> list[list[Ended]]:
+def run(*calls: tuple[Any, ...], late: bool = False) -> list[list[Ended]]:
     """Calls one after the other, each as so many processes: how each of them ended.
 
     A call is a number and arguments of the command line, or goldens or DEFAULT for what this file
     compares; and perhaps a Stop. All are forks of one process that has imported everything: that
-    takes longer than all else.
+    takes longer than all else. late: what a rank passes on leaves long after it was told to.
     """
     told = json.dumps([[n, list(map(str, arguments)), *stop] for n, arguments, *stop in calls])
-    done = subprocess.run([sys.executable, __file__, told], capture_output=True, text=True)
+    command = [sys.executable, __file__, told, *["late"] * late]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -287,6 +288,24 @@ def compare_default() -> None:
     print(json.dumps({"case": DEFAULT, "off": off / largest, "same": said == ids, **shares}))
 
 
+def send_late() -> None:
+    """As over a slow network: something else comes first in the stream of messages."""
+    import mlx.core as mx
+
+    from ahn_mlx.model import pipeline
+
+    send = pipeline.Pipeline.send
+
+    def late(self: Any, x: mx.array) -> None:
+        with mx.stream(pipeline._stream):
+            work = mx.ones((1500, 1500))
+            for _ in range(3):
+                work = work @ work / 1500
+        send(self, mx.depends([x], [work])[0])
+
+    pipeline.Pipeline.send = late  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     import ahn_mlx
     import ahn_mlx.cli.ask
@@ -295,6 +314,8 @@ if __name__ == "__main__":
     import ahn_mlx.model.ranks
     import ahn_mlx.reading.session  # noqa: F401
 
+    if sys.argv[2:]:
+        send_late()
     results = []
     with tempfile.TemporaryDirectory() as place:
         for call in json.loads(sys.argv[1]):

@@ -113,6 +113,16 @@ def test_answers_and_scores_are_those_of_one_process(directory, place):  # noqa:
     check_scores(directory, place, "--pipeline")
 
 
+def test_a_rank_ends_when_all_that_it_passes_on_has_left(directory, place):  # noqa: F811
+    """It has nothing to wait for itself: the last layers are another's."""
+    common = ("--model", directory, "--pipeline", "--json")
+    recall = ("eval", "recall", *common, "--documents", 1, "--needles", 2, "--tokens", 600)
+    for ended in several(
+        (2, recall), (2, ("compare", "book.txt", *common, "--stream", 200)), late=True
+    ):
+        assert json.loads(first(ended))
+
+
 @pytest.mark.slow
 def test_commands_divide_layers_and_lose_nothing_when_a_rank_ends(directory, place):  # noqa: F811
     Path("book.txt").write_text(TEXT * 12)

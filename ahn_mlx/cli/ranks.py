@@ -75,7 +75,10 @@ class OnRanks(Several):
         if _here is not None:
             sys.stdin = _Lines(sys.stdin)
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            if _here is not None:
+                _here.settle()  # what another still waits for has left when this process ends
+            return found
         except Exception:
             sys.stderr = sys.__stderr__  # a fault of ours is heard
             raise

@@ -101,8 +101,8 @@ class Ranks:
             raise Lost
 
     def settle(self) -> None:
-        """Wait for what mlx-lm computes ahead of an answer that has ended. Two streams that both
-        send would do so in another order on each rank."""
+        """Wait for what mlx-lm computes ahead of an answer that has ended, and for what is on its
+        way. Two streams that both send would do so in another order on each rank."""
         mx.synchronize(generation_stream)
 
     def part(self, x: mx.array, axis: int) -> mx.array:
