@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import REPO, chat_tokenizer
 from serving import serving, wait_until
-from several import environments, random_model
+from several import GIVEN_UP, TOLD, environments, random_model
 from test_ranks import TEXT, arrays_of, directory  # noqa: F401, a fixture
 
 from ahn_mlx import AHNError
@@ -115,12 +116,21 @@ def test_answers_and_memories_are_those_of_one_and_a_rank_that_dies_ends_all(
             lines = response.iter_lines()
             next(line for line in lines if "content" in line)
             last.kill()
-            begun = time.monotonic()
-            assert "lost one of its machines" in "".join(lines)
+            begun, rest = time.monotonic(), ""
+            # As mlx.launch does: MLX may wait for ever for what is gone.
+            ends = Timer(TOLD, first.kill)
+            ends.start()
+            with suppress(httpx.TransportError):
+                rest = "".join(lines)
         said = first.communicate(timeout=60)[1]
-        assert first.returncode == 2 and time.monotonic() - begun < 30
-        assert said.splitlines()[-1].startswith("error: another rank has ended"), said
+        ends.cancel()
         assert "Traceback" not in said
+        if first.returncode == -signal.SIGKILL:
+            assert GIVEN_UP in said, said
+        else:
+            assert first.returncode == 2 and time.monotonic() - begun < 30
+            assert "lost one of its machines" in rest
+            assert said.splitlines()[-1].startswith("error: another rank has ended"), said
     for name in ("book.ahn", "talk.ahn"):
         ours, theirs = arrays_of(str(two / name)), arrays_of(str(one / name))
         assert ours.keys() == theirs.keys()
