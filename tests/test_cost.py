@@ -75,6 +75,10 @@ def test_other_settings_of_a_name():
         ahn = replace(entry.ahn, **other)
         config = {**entry.base.config, "ahn": ahn.to_dict()}
         assert cost.shape_by_name("ahn-gdn-3b", ahn) == cost.shape_of(config)
+    entry = MODELS["ahn-dn-smollm2-135m"]  # whose router has a gain by window
+    ahn = replace(entry.settings, window_gain=False)
+    config = {**entry.base.config, "ahn": ahn.to_dict()}
+    assert cost.shape_by_name("ahn-dn-smollm2-135m", ahn) == cost.shape_of(config)
 
 
 @pytest.fixture(params=["qwen2-gdn", "qwen2-dn", "qwen2-mamba2", "qwen3-gdn", "qwen2-gdn-qproj"])
