@@ -68,7 +68,7 @@ def pack_tokenizer(tokenizer: TokenizerWrapper) -> bytes:
         _numbers(_merges(facts["model"], words)),
         _numbers([i for _, i in listed]),
         _numbers([x for i in sorted(added) for x in (i, i in controls)]),
-        *(_numbers(_ranges(x)) for x in _classes()),
+        *map(_numbers, _classes()),
         *((_numbers(x) for x in _canonical()) if composed else (b"", b"", b"")),
     ]
     flags = splitter | digits << 8 | whole << 9 | composed << 10
@@ -182,8 +182,8 @@ def _merges(model: dict[str, Any], words: dict[int, bytes]) -> np.ndarray:
 
 
 @cache
-def _classes() -> list[list[bool]]:
-    """Of all characters, whether each is a letter, a number, a space; and a digit as the
+def _classes() -> list[list[int]]:
+    """First and last code point of each run of letters, numbers and spaces; and of digits as the
     splitter of digits counts them."""
     text = "".join(CHARACTERS)
     classes = []
@@ -197,7 +197,7 @@ def _classes() -> list[list[bool]]:
     # Runs that are digits and runs that are not, by turns; the first is not.
     runs = pre_tokenizers.Digits(individual_digits=False).pre_tokenize_str(text)
     digits = [n % 2 == 1 for n, (_, (start, end)) in enumerate(runs) for _ in range(start, end)]
-    return [*classes, digits]
+    return [_ranges(matched) for matched in (*classes, digits)]
 
 
 def _ranges(matched: list[bool]) -> list[int]:
