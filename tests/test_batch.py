@@ -321,6 +321,9 @@ def test_rows_that_have_read_nothing_take_the_type_of_the_others():
     alone(model, 0, 9, read)
     for batch in (merge([read, fresh]), merge([fresh, read])):
         assert {x.dtype for x in batch[0].rows.buffers[:2]} == {mx.bfloat16}
+    none = merge([model.make_cache(), model.make_cache()])
+    forward(model, none, [0, 1], [3, 9], 9)
+    assert {x.dtype for x in none[0].rows.buffers} == {mx.bfloat16}
 
 
 def test_a_step_writes_in_place():

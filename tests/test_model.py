@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 import ahn_mlx
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.hub import zoo
-from ahn_mlx.model.augment import shape_of_attention
+from ahn_mlx.model.augment import dtype_of, shape_of_attention
 from ahn_mlx.model.names import is_memory
 
 SIZES = {
@@ -189,6 +189,16 @@ def test_quantizing_leaves_the_memory_alone():
     assert "model.layers.0.self_attn.q_proj.scales" in names
     assert not any(".ahn." in name for name in names)
     assert 0 < mx.abs(model(IDS) - before).max() < 0.5
+
+
+def test_scales_of_another_dtype_are_not_what_flows_through_the_base():
+    _, model = tiny(window=10, sinks=3)
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=32, bits=8)
+    packed = tree_flatten(model.parameters())
+    scales = [(name, x) for name, x in packed if name.endswith((".scales", ".biases"))]
+    model.load_weights([(name, x.astype(mx.float16)) for name, x in scales], strict=False)
+    assert dtype_of(model) == mx.bfloat16
 
 
 def test_refusals_name_what_is_wrong():

@@ -15,7 +15,7 @@ from several import random_model
 
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.model import pipeline
-from ahn_mlx.model.division import part_of, rows_of_each
+from ahn_mlx.model.division import heads_of_each, part_of, rows_of_each
 from ahn_mlx.model.families import tiny_config
 from ahn_mlx.model.pipeline import IN_FLIGHT, TOGETHER, Pipeline, entire, is_away, own_layers
 from ahn_mlx.model.ranks import Lost, Ranks, _Embedding, _Head, _is_part, _numbers, join, share
@@ -408,6 +408,9 @@ def test_a_model_that_cannot_be_divided_is_refused():
     model = random_model("deltanet", "clamped", None, num_attention_heads=6, num_key_value_heads=3)
     with pytest.raises(AHNError, match="3 key/value heads cannot be divided among 2 ranks"):
         ranks.cut(model)
+    for heads, mend in ((8, "start 2 or 4 or 8, or take --pipeline"), (1, "take --pipeline")):
+        with pytest.raises(AHNError, match=f"among 3 ranks; {mend}$"):
+            heads_of_each(heads, 3)
 
 
 def test_one_process_has_no_ranks(monkeypatch):

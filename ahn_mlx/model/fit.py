@@ -131,10 +131,10 @@ class Fit:
             x = mx.contiguous(x)
         return m[self.rope](x, offset=offset)
 
-    def turn_queries(self, m: nn.Module, q: mx.array, offset: Any = 0) -> mx.array:
+    def turn_queries(self, m: nn.Module, q: mx.array, offset: Any) -> mx.array:
         return self._late(m, self.q_norm, self.turn(m, q, offset))
 
-    def turn_keys(self, m: nn.Module, k: mx.array, offset: Any = 0) -> mx.array:
+    def turn_keys(self, m: nn.Module, k: mx.array, offset: Any) -> mx.array:
         return self._late(m, self.k_norm, self.turn(m, k, offset))
 
     def _late(self, m: nn.Module, name: str | None, x: mx.array) -> mx.array:

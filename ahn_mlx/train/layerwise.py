@@ -149,7 +149,7 @@ def _looked_at(attention: AHNAttention, h: mx.array, window: int, sinks: int) ->
     """h [1, L, C] -> [H, L - window - sinks] float32: by how much, squared and summed over
     the queries beyond the window, full attention looks at each token between sinks and window."""
     q, k = attention.project(h)[:2]
-    q, k = attention.fit.turn_queries(attention, q), attention.fit.turn_keys(attention, k)
+    q, k = attention.fit.turn_queries(attention, q, 0), attention.fit.turn_keys(attention, k, 0)
     L, D = q.shape[2:]
     H, groups = k.shape[1], q.shape[1] // k.shape[1]
     q, key = q[0].reshape(H, groups, L, D), mx.arange(L)
