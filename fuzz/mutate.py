@@ -4,6 +4,7 @@ parts of archives."""
 import copy
 import io
 import json
+import math
 import random
 import warnings
 import zipfile
@@ -21,6 +22,14 @@ SPECIAL: tuple[Any, ...] = (
     *("\u202e", "\ud800", "..", "../x", "/etc/passwd", "a" * 300, "\U0001f600", "%s{0}", [], {}),
     *([[]], [None], [0], [[0]], {"a": {}}, [1, 2, 3], [-1], [10**30], ["x", 1], {"": None}),
 )
+
+
+def product(shape: Any) -> int:
+    """Of a list of whole numbers; a text times a number may be larger than any memory. Raises
+    TypeError."""
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise TypeError(f"{shape!r:.20} is no shape")
+    return math.prod(shape)
 
 
 def of_json(words: tuple[str, ...], mend: Callable[[Any], Any] | None = None) -> Mutator:

@@ -62,6 +62,10 @@ def chapter(body: str) -> str:
     )
 
 
+# Media types in a book.
+PARTS = {"xhtml": "application/xhtml+xml", "jpg": "image/jpeg"}
+
+
 def epub(
     chapters: dict[str, str | bytes], spine: list[str] | None = None, **others: str | bytes
 ) -> bytes:
@@ -69,7 +73,7 @@ def epub(
     parts, by name with __ for /."""
     ids = {href: f"c{n}" for n, href in enumerate(chapters)}
     manifest = "".join(
-        f'<item id="{name}" href="{href}" media-type="application/xhtml+xml"/>'
+        f'<item id="{name}" href="{href}" media-type="{PARTS[href.rpartition(".")[2]]}"/>'
         for href, name in ids.items()
     )
     refs = "".join(f'<itemref idref="{ids[href]}"/>' for href in spine or ids)

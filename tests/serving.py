@@ -23,6 +23,7 @@ from ahn_mlx import AHNConfig, augment
 from ahn_mlx.serve.app import Server, end, make_app
 from ahn_mlx.serve.build import build
 from ahn_mlx.serve.guard import LOOPBACK
+from ahn_mlx.serve.openapi import ROUTES
 
 CONTROL = "<|im_end|>"
 TOOLS = (
@@ -149,6 +150,14 @@ def wait_until(true: Any, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
+def documented(response: httpx.Response) -> None:
+    """Whatever succeeds has the status that the document says."""
+    asked = response.request.method.lower(), response.request.url.path
+    for method, path, _, status in ROUTES:
+        if method == asked[0] and re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), asked[1]):
+            assert not response.is_success or response.status_code == status, asked
+
+
 @contextmanager
 def serving(
     memories: Path | None = None,
@@ -176,9 +185,10 @@ def serving(
     thread.start()
     wait_until(lambda: server.started)
     url = f"http://127.0.0.1:{port}"
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    options = {"headers": {"authorization": f"Bearer {key}"} if key else {}, "timeout": 60}
+    options |= {"event_hooks": {"response": [documented]}, "trust_env": False}
     try:
-        with httpx.Client(base_url=url, timeout=60, headers=headers, trust_env=False) as client:
+        with httpx.Client(base_url=url, **options) as client:
             yield Site(service, digests, url, client, server)
     finally:
         server.should_exit = True

@@ -22,6 +22,7 @@ from checkpoints import REPO
 from ahn_mlx import AHNError
 from ahn_mlx.platform import pip_install
 from ahn_mlx.reading import documents
+from ahn_mlx.reading.kinds import HEAD, kind_of
 from ahn_mlx.reading.text import find, read_documents, read_file, read_texts
 from ahn_mlx.train.data import texts
 
@@ -74,6 +75,12 @@ def test_the_bytes_say_what_it_is_not_the_name(tmp_path, name):
     assert read_file(file(tmp_path, papers.pdf("A PDF."), name)) == "A PDF.\n"
     assert read_file(file(tmp_path, b"\r\n" + papers.pdf("A PDF."), name)) == "A PDF.\n"
     assert read_file(file(tmp_path, "No PDF.\n", "a.pdf")) == "No PDF.\n"
+
+
+def test_a_pdf_begins_within_1024_bytes():
+    before = [kind_of(io.BytesIO(b"x" * n + b"%PDF-1.4"), ".pdf") for n in (1, 1019, 1020)]
+    assert [kind is before[0] for kind in before] == [True, True, False]
+    assert kind_of(io.BytesIO(b"x%PDF-1.4"), ".txt") is before[2]
 
 
 def test_letters_of_typesetting_and_other_scripts(tmp_path):
@@ -194,6 +201,14 @@ def test_an_epub_is_read_in_the_order_of_its_spine(tmp_path):
     said = "{0}\n\n\u201cText, {0}\n\nx\n  y\n"
     assert text == "\n".join(said.format(name) for name in ("one%20a", "two", "three"))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_picture_among_the_chapters_is_none(tmp_path, capsys):
+    pages = {"cover.jpg": b"\xff\xd8\xff <p>no text</p>", "a.xhtml": papers.chapter("<p>A.</p>")}
+    seen = []
+    book = file(tmp_path, papers.epub(pages), "a.epub")
+    assert read_file(book, lambda *at: seen.append(at)) == "A.\n"
+    assert seen == [(1, 1)] and capsys.readouterr().err == ""
 
 
 def test_an_epub_with_a_chapter_missing_says_so(tmp_path, capsys):
@@ -503,13 +518,29 @@ def test_nothing_found_and_a_file_twice_are_named(tmp_path, monkeypatch):
     assert read_documents([f"file://{tmp_path}/d/a.txt"], has_prompt=False) == "x"
 
 
-def test_a_pdf_comes_through_a_named_pipe(tmp_path):
+@pytest.mark.parametrize("kind", ["pdf", "epub", "docx"])
+def test_a_document_comes_through_a_named_pipe(tmp_path, kind):
+    pictures = {"x": os.urandom(20_000)}  # more than one look at its beginning
+    document = {
+        "pdf": papers.pdf("Through a pipe."),
+        "epub": papers.epub({"a.xhtml": papers.chapter("<p>Through a pipe.</p>")}, **pictures),
+        "docx": papers.docx(papers.paragraph("Through a pipe.")),
+    }[kind]
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_bytes, args=[papers.pdf("Through a pipe.")])
+    writer = threading.Thread(target=pipe.write_bytes, args=[document])
     writer.start()
     assert read_file(pipe) == "Through a pipe.\n"
     writer.join()
+
+
+def test_what_comes_through_a_pipe_is_refused_by_its_beginning(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    endless = pipe.open("r+b", buffering=0)  # nobody closes it while it is read
+    endless.write(b"\x89PNG\r\n\x1a\n".ljust(HEAD, b"x"))
+    with endless, pytest.raises(AHNError, match=f"^{pipe}: is a picture"):
+        read_file(pipe)
 
 
 def test_training_reads_documents_too(tmp_path):

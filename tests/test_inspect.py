@@ -123,6 +123,16 @@ def test_the_map_over_the_text_is_blank_where_nothing_was_written(loaded):
         assert np.isfinite(column).all() == written == np.isfinite(column).any()
 
 
+def test_the_map_is_relative_to_its_layer(loaded):
+    layers = report.measure(read(loaded, 16))
+    values = report.relative(layers)
+    for layer, row in zip(layers, values, strict=True):
+        strengths = layer.blocks[np.isfinite(layer.blocks)]
+        assert 0 < strengths.mean() < 1
+        found = row[np.isfinite(row)]
+        assert np.allclose(found, strengths / strengths.mean(), rtol=1e-5)
+
+
 def test_nothing_written_yet(loaded):
     model, tokenizer, _ = loaded
     session = Session(model, tokenizer, step=4)

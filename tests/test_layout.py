@@ -2,6 +2,7 @@
 
 import pytest
 
+from ahn_mlx.reading import own
 from ahn_mlx.reading.layout import check_facts, kind_of, tail_of, tokens_of, version_of
 
 WINDOWED = [24, 8, 2, None, 64]
@@ -137,3 +138,19 @@ def test_what_layers_are_called():
     assert [tokens_of(x) for x in ([24], [25, 8, 2, None, 64], ["rotating", 26])] == [24, 25, 26]
     assert version_of([[24], WINDOWED]) == 2 and version_of([[24], ["rotating", 24]]) == 3
     assert [tail_of({"version": n}) for n in (1, 2, 3)] == ["pending", "tail", "tail"]
+
+
+def test_entries_of_other_caches_at_their_bounds():
+    most = 1 << 30
+    taken = [["states", 0, 1], ["states", most, own.MOST], ["rotating", 0, 0, 0, 0]]
+    taken += [["rotating", *4 * [most]], ["rotating", *5 * [most]]]
+    refused = [
+        ["states", 0, 0],
+        ["states", 0, own.MOST + 1],
+        ["states", most + 1, 1],
+        ["states", 0],
+    ]
+    refused += [["states", 0, 1, 1], ["states", -1, 1], ["states", True, 1], ["state", 0, 1]]
+    refused += [["rotating", 0, 0, 0], ["rotating", *6 * [0]], ["rotating", 0, 0, 0, 0.0]]
+    refused += [["rotating", *4 * [most + 1]], [24, 0, 1]]
+    assert all(map(own.is_entry, taken)) and not any(map(own.is_entry, refused))

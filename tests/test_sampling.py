@@ -1,7 +1,9 @@
 """How an answer is drawn and where it ends: what is refused, and stop texts in any pieces."""
 
+import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -127,6 +129,25 @@ def test_a_stop_text_ends_the_answer_of_a_model(speaking: tuple[Any, Any]) -> No
     text, reason, fewer = answered(speaking, max_tokens=24, stop=(stop,))
     assert text == whole[: whole.index(stop)]
     assert reason == "stop" and fewer < count
+
+
+def test_seconds_of_a_run_are_those_of_prompt_and_answer(
+    speaking: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(100.0)
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr("ahn_mlx.reading.generate.time", clock)
+    read: list[int] = []
+    run = Run(*speaking, list(range(1, 40)), Sampling(max_tokens=5), step=16)
+    run.progress = lambda n, _: read.append(n)
+    assert run.facts()["prompt_seconds"] == run.facts()["generation_seconds"] == 0
+    list(run)
+    facts = run.facts()
+    # The clock goes on by one each time that it is looked at: at each step, and at each token.
+    assert (facts["prompt_seconds"], facts["generation_seconds"]) == (len(read), 5)
+    assert read[-1] == facts["prompt_tokens"] == 39 and "39 tokens" in run.summary()
+    assert f"prompt 39 tokens, {39 / len(read):.1f} tokens/s" in run.summary()
+    assert "generation 5 tokens, 1.0 tokens/s" in run.summary()
 
 
 def test_a_conversation_goes_on_after_a_stop_text(speaking: tuple[Any, Any]) -> None:

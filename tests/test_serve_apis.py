@@ -164,7 +164,11 @@ def test_anthropic_refusals_name_what_is_wrong(site: Site, more, word):
 
 
 def test_health_and_metrics(site: Site):
-    site.chat("Hi", max_tokens=5)
+    before = site.service.metrics.value("tokens_read_total")
+    usage = site.chat("How much of this is read?", max_tokens=5)["usage"]
+    # The last token of a prompt goes in with the first step.
+    after = site.service.metrics.value("tokens_read_total")
+    assert after - before == usage["prompt_tokens"] - 1 > 20
     health = site.ok("/health")
     assert health["status"] == "ok" and health["heartbeat_seconds"] < 5
     text = site.client.get("/metrics").text

@@ -18,6 +18,7 @@ from ahn_mlx.model.ranks import Ranks
 from ahn_mlx.serve.acts import Acts
 from ahn_mlx.serve.answers import Piece
 from ahn_mlx.serve.budget import row_bytes
+from ahn_mlx.serve.build import build
 from ahn_mlx.serve.engine import fresh
 from ahn_mlx.serve.parameters import APIError
 
@@ -176,6 +177,13 @@ def test_a_model_whose_rows_would_grow_is_refused():
         pytest.raises(AHNError, match="layers 1 keep full attention"),
     ):
         fresh(engine, None, 64)
+
+
+def test_a_server_that_cannot_be_leaves_no_thread():
+    threads = threading.active_count()
+    with pytest.raises(AHNError, match="do not fit in"):
+        build(made("deltanet"), chat_tokenizer(), name="tiny", rows=10**9)
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -22,7 +22,7 @@ from ahn_mlx.checkpoints.formats import Reader, describe, describe_config
 from ahn_mlx.model.augment import build, build_base
 from ahn_mlx.model.config import AHNConfig
 
-from ..mutate import of_json
+from ..mutate import of_json, product
 from ..oracle import Target, also
 
 ROPE = (
@@ -191,7 +191,7 @@ def in_order(header: Any) -> Any:
     end = 0
     for about in header.values() if isinstance(header, dict) else ():
         try:
-            size = safetensors.ITEM_SIZE[about["dtype"]] * math.prod(about["shape"])
+            size = safetensors.ITEM_SIZE[about["dtype"]] * product(about["shape"])
             if 0 <= size < 1 << 18:
                 about["data_offsets"] = [end, end := end + size]
         except (TypeError, KeyError, ValueError):

@@ -1,7 +1,6 @@
 """GGUF: headers, the settings in them, tensors and tokenizers."""
 
 import json
-import math
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from ahn_mlx.checkpoints.ggufheader import ARRAY, KINDS, NUMBERS, STRING
 from ahn_mlx.checkpoints.ggufile import GGUFile
 from ahn_mlx.checkpoints.load import load_plain
 
-from ..mutate import of_json
+from ..mutate import of_json, product
 from ..oracle import Target
 
 TOKENIZER = (
@@ -81,7 +80,7 @@ def _in_order(facts: Any) -> Any:
         end = 0
         for tensor in facts["tensors"]:
             _, shape, kind, _ = tensor
-            size = math.prod(shape) // KINDS[kind].values * KINDS[kind].size
+            size = product(shape) // KINDS[kind].values * KINDS[kind].size
             if not 0 <= size < 1 << 17:
                 return facts
             tensor[3], end = end, end + -(-size // 32) * 32
