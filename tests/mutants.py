@@ -129,7 +129,7 @@ def _forked(work: Callable[[], int], limit: float, said: Path) -> int:
             sys.stdout.flush()
             os._exit(code)
     # What waits for ever takes no CPU.
-    until = time.monotonic() + 60 + 20 * limit
+    until = time.monotonic() + 60 + 4 * limit
     status = None
     try:
         while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until:

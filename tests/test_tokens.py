@@ -178,6 +178,11 @@ def test_a_tokenizer_that_cannot_tell_text_from_control_refuses_it():
     assert ids[:-1] == [ord(c) for c in "the end"] and len(ids) == 8
     with pytest.raises(AHNError, match=r"the text has '</s>'.*take it out"):
         encode("", "the </s> end", "</s>")
+    hides = Letters()
+    hides.add_tokens([AddedToken("[end]", single_word=True, special=True)], special_tokens=True)
+    assert len(Encoder(TokenizerWrapper(hides))("", "one ", "[end]")) == 5
+    with pytest.raises(AHNError, match=r"the text has '\[end\]'"):  # which a word before it hides
+        Encoder(TokenizerWrapper(hides))("", "one", "[end]")
 
 
 def test_a_tokenizer_that_fails_is_one_line():
