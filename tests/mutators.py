@@ -1,7 +1,8 @@
 """The small faults that tests/mutants.py puts into a module: what each replaces, and by what.
 
 Left alone is what no test should pin down: annotations, docstrings, decorators, `__all__`, the
-words of messages, and what only a type checker runs.
+words of messages, what only a type checker runs, and whether zip() would see that lists are not as
+long as each other.
 """
 
 import ast
@@ -80,7 +81,7 @@ def _faults(tree: ast.AST, source: list[bytes]) -> Iterator[tuple[ast.AST, str]]
     """Nodes and what they become; source: its lines."""
     for node in _alive(tree):
         yield from ((node, text) for text in _instead(node, source))
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and not _zips(node):
             for keyword in node.keywords:
                 if keyword.arg and len(node.args) + len(node.keywords) > 0:
                     yield node, _without(node, keyword, source)
@@ -92,9 +93,15 @@ def _alive(node: ast.AST) -> Iterator[ast.AST]:
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "type_comment"):
             continue
+        if name == "keywords" and _zips(node):
+            continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not _dead(child):
                 yield from _alive(child)
+
+
+def _zips(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip"
 
 
 def _dead(node: ast.AST) -> bool:
