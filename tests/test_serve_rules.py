@@ -36,6 +36,18 @@ def test_the_likeliest_token_and_what_is_reported_of_it():
     assert chosen(top_logprobs=1).top.tolist() == [2]
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_what_is_reported_is_sorted_and_computed_in_float32(dtype):
+    logits = mx.random.normal((500,), key=mx.random.key(2)).astype(dtype) * 3
+    found = Sampler(wish(top_logprobs=20), 0, None)(logits)
+    exact = np.array(logits.astype(mx.float32), dtype=np.float64)
+    exact -= np.log(np.exp(exact).sum())
+    reported = np.array(found.top_logprobs)
+    assert np.allclose(reported, np.sort(exact)[:-21:-1], atol=1e-4)
+    assert np.allclose(reported, exact[found.top.tolist()], atol=1e-4)
+    assert found.logprob.item() == pytest.approx(exact.max(), abs=1e-4)
+
+
 def test_biases_and_penalties_move_logits():
     assert chosen(bias={1: 2.31}).token.item() == 1 and chosen(bias={1: 2.29}).token.item() == 2
     sampler = Sampler(wish(presence=0.6, frequency=0.0), 0, None)
@@ -105,7 +117,7 @@ def test_draws_follow_seed_and_temperature():
         *(("ab<", ("<think>",), 1), ("ab<thi", ("<think>",), 4), ("<think>", ("<think>",), 0)),
         *(("", ("<a>",), 0), ("ab", (), 0), ("<", ("<",), 0), ("x<t", ("<tool>", "<think>"), 2)),
         *(("<a<", ("<ab>",), 1), ("<to", ("<t>", "<tool>"), 3), ("t", ("<t>",), 0)),
-        ("<think", ("<think>",), 6),
+        *(("<think", ("<think>",), 6), ("x<<", ("<<a>",), 2)),
     ],
 )
 def test_what_may_be_the_begin_of_a_mark_waits(text, marks, n):
@@ -153,6 +165,11 @@ def test_an_answer_is_taken_apart_however_it_comes(step):
     assert taken("a<", step) == [("content", "a<")]
     two = taken('<call>[{"name": "f"}, {"name": "g", "arguments": "y"}]</call>', step)
     assert two[1] == ("call", {"name": "g", "arguments": "y"})
+    after = taken('<call>{"name": "f"}</call>x<call>{"name": "g"}</call>', step)
+    assert [what for kind, what in after if kind == "call"] == [
+        {"name": "f", "arguments": "{}"},
+        {"name": "g", "arguments": "{}"},
+    ]
     ids = [part.call["id"] for part in Parts(tokenizer(), [{}])('<call>[{"name": "f"}]</call>')]
     assert len(ids[0]) == len("call_") + 24
 
