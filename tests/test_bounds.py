@@ -1,14 +1,16 @@
 """What is kept, how much of it, and what of a kept file is believed: at the very bound."""
 
 import math
+import os
 
+import mlx.core as mx
 import pytest
 from checkpoints import talking_model
 
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.measure import speed
 from ahn_mlx.measure.cost import SPARE
-from ahn_mlx.serve.budget import check_rows
+from ahn_mlx.serve.budget import check_rows, machine_bytes
 from ahn_mlx.serve.parameters import APIError, Field, parse
 from ahn_mlx.serve.shelf import Kept, Shelf
 
@@ -36,6 +38,11 @@ def test_what_was_asked_for_last_stays_longest(tmp_path):
     named.get("text 1")
     named.put(Kept(session.fork()), "id:3")
     assert named.get("id:1") is first and named.get("id:2") is None
+    # What is put again is new again.
+    again = Shelf(2 * session.nbytes)
+    for key in ("a", "b", "a", "c"):
+        again.put(Kept(session.fork()), key)
+    assert again.get("b") is None and again.get("a") is not None
     small, right = Shelf(session.nbytes - 1), Shelf(session.nbytes)
     for one in (small, right):
         one.put(Kept(session), "a")
@@ -94,6 +101,14 @@ def test_rows_are_as_many_as_fit_and_not_one_more(rows):
         check_rows(rows + 1, 100, 500, machine)
     with pytest.raises(AHNError, match=f"{rows - 1} do"):
         check_rows(rows, 100, 500, machine - 1)
+
+
+def test_a_machine_is_not_filled_to_the_brim(monkeypatch):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(mx, "device_info", dict)
+    assert 0.7 * whole < machine_bytes() < 0.8 * whole
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 7})
+    assert machine_bytes() == 7
 
 
 @pytest.mark.parametrize("kept", ["0", "-1.5", "true", '"1e9"', "NaN", "Infinity", "null", "[1]"])

@@ -8,6 +8,8 @@ import mlx.core as mx
 import pytest
 from serving import CHATML, CONTROL, Site, serving, wait_until
 
+from ahn_mlx.serve.chat import Conversation
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi"}]
 ENDLESS = {"max_tokens": 1_000_000, "logit_bias": {"258": -100}}
@@ -15,7 +17,7 @@ ENDLESS = {"max_tokens": 1_000_000, "logit_bias": {"258": -100}}
 
 @pytest.fixture(scope="module")
 def site():
-    with serving() as site:
+    with serving(rows=4) as site:
         yield site
 
 
@@ -125,6 +127,39 @@ def test_several_answers_seeds_and_stop_strings(site: Site):
     events = site.stream(CHAT, {**body, "stop": stop})
     deltas = [c["delta"].get("content") or "" for e in events[:-1] for c in e["choices"]]
     assert "".join(deltas) == text[: text.index(stop)]
+
+
+def test_several_prompts_have_several_answers_each(site: Site):
+    wish = {"model": "tiny", "max_tokens": 6, "temperature": 1.5, "seed": 3, "n": 2}
+    alone = [site.ok(TEXT, {**wish, "prompt": text})["choices"] for text in ("One", "Two")]
+    both = site.ok(TEXT, {**wish, "prompt": ["One", "Two"]})["choices"]
+    assert [c["index"] for c in both] == [0, 1, 2, 3]
+    assert [c["text"] for c in both] == [c["text"] for choices in alone for c in choices]
+
+
+def test_what_is_kept_of_a_conversation(site: Site):
+    shelf, reused = site.service.shelf, "tokens_reused_total"
+    shelf.clear()
+    system = {"role": "system", "content": "Be brief."}
+    body = {"model": "tiny", "messages": [system, *HI], "max_tokens": 5, "n": 2}
+    answer = site.ok(CHAT, {**body, "temperature": 1.0, "seed": 1})
+    texts = [c["message"]["content"] for c in answer["choices"]]
+    assert len(shelf) == 2 and texts[0] != texts[1]
+    asked = Conversation("tiny", body["messages"], [])
+    first, second = (shelf.get(asked.then({"role": "assistant", "content": t})) for t in texts)
+    assert shelf.get(f"id:{answer['id']}") is first is not second
+    assert first.system == "Be brief." and len(first.unread) == 1 and first.ended == ""
+    before = site.service.metrics.value(reused)
+    more = [{"role": "assistant", "content": texts[1]}, {"role": "user", "content": "And?"}]
+    usage = site.ok(CHAT, {**body, "n": 1, "messages": [*body["messages"], *more]})["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert site.service.metrics.value(reused) - before == cached == second.tokens
+    # Of one that nobody heard nothing is kept.
+    known = set(shelf._kept)
+    with site.client.stream("POST", CHAT, json={**body, **ENDLESS, "stream": True}) as response:
+        next(response.iter_lines())
+    site.idle()
+    assert set(shelf._kept) == known
 
 
 def test_logprobs(site: Site):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from engines import wish
 
+from ahn_mlx.errors import AHNError
 from ahn_mlx.serve.answers import Done, Token
 from ahn_mlx.serve.metrics import BUCKETS, HELP, Metrics
 from ahn_mlx.serve.parameters import APIError
@@ -223,6 +224,8 @@ def test_a_client_that_leaves_ends_the_work():
 def test_what_failed_is_told_without_its_words():
     error = APIError("mine", status=409)
     assert told(error) is error
+    known = told(AHNError("a mistake of the request's"))
+    assert (known.status, known.message) == (400, "a mistake of the request's")
     assert (told(KeyError("secret")).status, told(KeyError("secret")).message) == (
         *(500, "the server failed (KeyError)"),
     )
