@@ -83,13 +83,13 @@ def test_rows_are_reserved_to_the_last_one(engine):
 
 
 def test_an_engine_that_ends_takes_nothing_new_and_lets_the_rest_end(engine, base):
-    _, told = start(engine, base, PROMPTS[0], max_tokens=400)
+    _, told = start(engine, base, PROMPTS[0], max_tokens=120)
     engine.drain(60)
     engine.drain(0)  # the first counts
     stopping = refused(engine, 1)
     assert (stopping.status, stopping.code) == (503, "stopping")
     assert engine.thread.is_alive()
-    assert finish(told)[1][0].tokens == 400
+    assert finish(told)[1][0].tokens == 120
 
 
 def test_what_still_runs_after_the_time_is_cut(engine, base):

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 import mlx.core as mx
 import pytest
@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from ahn_mlx import AHNError, load_model
 from ahn_mlx.cli import cli
 from ahn_mlx.cli.digest import _job
-from ahn_mlx.reading import memoryfile
+from ahn_mlx.reading import memoryfile, template
 from ahn_mlx.reading.generate import make_prompt
 from ahn_mlx.reading.session import Session
 from ahn_mlx.reading.template import Template, TemplateError
@@ -143,6 +143,25 @@ def test_the_system_message_is_content_wherever_it_stands():
         assert sorted(pieces[1::2]) == ["Be brief.", "One."]
     # Without one, later turns of this template are as the first.
     Template(chat_tokenizer(SYSTEM_LAST)).opening("answered")
+
+
+def test_a_question_after_a_text_keeps_the_space_before_it():
+    found = Template(chat_tokenizer(TRIMMED), "")
+    assert found.question("read", "  why ")[:2] == ("", "\n\n  why")
+    assert found.question("read", "  ")[:2] == ("", "")
+    assert found.question("start", "  why ")[1] == "why"
+
+
+def test_a_second_may_change_while_a_template_is_taken_apart(monkeypatch):
+    clock = chain([1, 1, 1, 2], repeat(3))  # within the first attempt
+    whole = template.render
+
+    def render(*given, **named):
+        return f"[{next(clock)}]{whole(*given, **named)}"
+
+    monkeypatch.setattr(template, "render", render)
+    found = Template(chat_tokenizer(CHATML), "")
+    assert found.start[0].startswith("[3]") and found.opening("answered")
 
 
 def test_a_document_in_pieces_and_then_a_question():

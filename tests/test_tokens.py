@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import CHATML, byte_bpe, chat_tokenizer
@@ -16,7 +17,7 @@ from ahn_mlx import AHNConfig, AHNError, Session, augment
 from ahn_mlx.measure.compare import segments
 from ahn_mlx.reading.generate import Run, make_prompt
 from ahn_mlx.reading.template import Template
-from ahn_mlx.reading.tokens import Encoder
+from ahn_mlx.reading.tokens import Encoder, _begin
 from ahn_mlx.train.data import Sequences
 
 DEMO = Path(ahn_mlx.__file__).parent / "demo" / "pride-and-prejudice.txt"
@@ -183,6 +184,20 @@ def test_a_tokenizer_that_cannot_tell_text_from_control_refuses_it():
     assert len(Encoder(TokenizerWrapper(hides))("", "one ", "[end]")) == 5
     with pytest.raises(AHNError, match=r"the text has '\[end\]'"):  # which a word before it hides
         Encoder(TokenizerWrapper(hides))("", "one", "[end]")
+
+
+def test_what_stands_before_a_text_is_found_or_is_the_token_for_it():
+    def begin(plain, whole):
+        def encode(text, add_special_tokens):
+            return whole if add_special_tokens else plain
+
+        return _begin(SimpleNamespace(encode=encode, bos_token_id=1))
+
+    assert (
+        begin([5], [5]) == [] and begin([5], [1, 5]) == [1] and begin([5], [1, 2, 5, 3]) == [1, 2]
+    )
+    # A text that begins may be spelled otherwise.
+    assert begin([5], [1, 6]) == [1] and begin([5], [2, 6]) == [] and begin([], [1]) == [1]
 
 
 def test_a_tokenizer_that_fails_is_one_line():
