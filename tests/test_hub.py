@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -313,6 +314,46 @@ def test_a_linked_repository_is_removed_and_kept(here: StandIn, tmp_path: Path) 
     assert (snapshot / "model.safetensors").is_file()
     with pytest.raises(AHNError, match="me/mine: not on this machine"):
         download.remove("me/mine")
+
+
+def test_one_snapshot_comes_though_its_branch_moves_on(here: StandIn, monkeypatch) -> None:
+    old = here.add("me/mine", GDN / "ahn_only", chat_template__jinja=b"x", code__py=b"x")
+    whole = download.fetch_weights
+
+    def moves(*given: object) -> None:
+        here.add("me/mine", GDN / "ahn_only", note__txt=b"newer")
+        whole(*given)
+
+    monkeypatch.setattr(download, "fetch_weights", moves)
+    path = download.download("me/mine")
+    assert path.name == old and (path / "model.safetensors").is_file()
+    assert (path / "chat_template.jinja").is_file() and not (path / "code.py").exists()
+
+
+def test_a_link_that_leads_nowhere_is_made_anew_or_removed(here: StandIn, tmp_path: Path) -> None:
+    here.add("me/mine", GDN / "ahn_only")
+    for make in (download.resolve, lambda name: download.remove(name)[0]):
+        link = download.resolve("me/mine")
+        shutil.rmtree(tmp_path / "hf")
+        assert link.is_symlink() and not link.exists()
+        left = link.with_name(".me--mine.01ab.part")
+        left.mkdir()
+        assert make("me/mine") == link
+        assert not left.exists() and link.exists() == (make is download.resolve)
+    assert not link.is_symlink()
+
+
+def test_what_another_process_has_made_meanwhile_is_taken(here: StandIn, monkeypatch) -> None:
+    whole = download._locked
+
+    @contextmanager
+    def waited(directory: Path) -> Iterator[None]:
+        with whole(directory):
+            directory.mkdir()
+            yield
+
+    monkeypatch.setattr(download, "_locked", waited)
+    assert download.resolve("me/mine").is_dir() and here.asked == []
 
 
 def test_who_has_to_wait_for_another_says_so(here: StandIn, tmp_path: Path, monkeypatch) -> None:
