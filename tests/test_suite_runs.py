@@ -173,6 +173,32 @@ def test_predictions_of_another_run_are_no_part_of_this(loaded, shape) -> None:
             made(loaded, shape, "hotpotqa")
 
 
+def test_predictions_of_other_weights_are_no_part_of_this(place, shape) -> None:
+    model, tokenizer = load(place / "model", dtype="float32")
+    made((model, tokenizer), shape, "hotpotqa").ask()
+    assert made((model, tokenizer), shape, "hotpotqa").left[0].items == []
+    model.model.norm.weight = model.model.norm.weight * 1.5
+    with pytest.raises(AHNError, match="holds predictions with weights"):
+        made((model, tokenizer), shape, "hotpotqa")
+
+
+def test_each_mixer_answers_and_each_task_is_asked_in_its_way(loaded, shape, tmp_path) -> None:
+    said, ways = {}, []
+    for mixer in ("memory", "window", "full"):
+        run = made(loaded, {**shape, "out": tmp_path / mixer}, "hotpotqa", "triviaqa", mixer=mixer)
+        whole = run.asker.prompt
+
+        def noted(text: str, new: int, chat: bool, whole: Any = whole) -> list[int]:
+            ways.append(chat)
+            return whole(text, new, chat)
+
+        run.asker.prompt = noted  # type: ignore[method-assign]
+        run.ask()
+        said[mixer] = [line["pred"] for line in lines(tmp_path / mixer)["hotpotqa.jsonl"]]
+    assert ways == 3 * [True, True, False, False]
+    assert said["memory"] != said["window"] != said["full"] != said["memory"]
+
+
 def test_what_is_given_is_there_before_a_model_is_read(place, tmp_path) -> None:
     suite = suite_of("longbench", "ahn", "")
     tasks, prompts = suite.chosen(("hotpotqa",)), place / "prompts"
