@@ -284,16 +284,26 @@ def test_what_scores_a_task_is_there_before_it_is_asked(
     assert made(loaded, shape, task, suite=suite, protocol=protocol).left
 
 
-@pytest.mark.parametrize("answer", [["x"], [], 5, [None]])
+ENDLESS = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        *(("math_calc", answer) for answer in (["x"], [], 5, [None], [ENDLESS], [-ENDLESS])),
+        *(("math_calc", [float("nan")]), ("code_run", [ENDLESS]), ("code_run", ENDLESS)),
+        *(("math_find", [ENDLESS]), ("math_find", "x"), ("code_run", [])),
+    ],
+)
 def test_an_answer_of_another_kind_is_named_before_anything_is_asked(
-    loaded, tmp_path, answer
+    loaded, tmp_path, task, answer
 ) -> None:
-    (tmp_path / "dataset2prompt.json").write_text('{"math_calc": "{context}"}')
-    record = {**suites.infinitebench_record("math_calc", 0), "answer": answer}
-    (tmp_path / "math_calc.jsonl").write_bytes(suites.jsonl([record]))
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps({task: "{context}"}))
+    record = {**suites.infinitebench_record(task, 0), "answer": answer}
+    (tmp_path / f"{task}.jsonl").write_bytes(suites.jsonl([record]))
     shape = {"out": tmp_path / "out", "data": tmp_path, "prompts": tmp_path}
-    run = made(loaded, shape, "math_calc", suite="infinitebench", protocol="published")
-    with pytest.raises(AHNError, match="record 0 of math_calc has an answer of another kind"):
+    run = made(loaded, shape, task, suite="infinitebench", protocol="published")
+    with pytest.raises(AHNError, match=f"record 0 of {task} has an answer of another kind"):
         run.cost()
 
 

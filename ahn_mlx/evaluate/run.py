@@ -27,7 +27,7 @@ from .prompts import fill, prompts_name, read_prompts
 from .protocol import Asker, checkpoint_penalty
 from .records import count_records, digest, read_records, spaced
 from .results import model_facts, score_directory
-from .suites import Suite, Task, check_line, given_file, line_of
+from .suites import UNFIT, Suite, Task, check_line, given_file, line_of
 
 SAMPLE = 20_000  # characters that tell how long tokens are
 
@@ -247,7 +247,7 @@ class SuiteRun:
                 raise self._bad(left, number, f"has no {show(e.args[0])}") from None
             except AHNError as e:
                 raise self._bad(left, number, str(e)) from None
-            except (AttributeError, IndexError, TypeError, ValueError):
+            except UNFIT:
                 raise self._bad(left, number, "has an answer of another kind") from None
             yield number, text
 

@@ -201,6 +201,10 @@ def line_of(suite: str, protocol: str, task: str, record: Record, pred: str) -> 
     return {"id": record["id"], "prediction": pred, "ground_truth": label_of(task, record)}
 
 
+# What line_of raises for an answer of another kind; for a field that is missing, KeyError.
+UNFIT = (ArithmeticError, AttributeError, IndexError, TypeError, ValueError)
+
+
 def label_of(task: str, record: Record) -> Any:
     """What InfiniteBench's own scorers compare with; the hub has lists of texts."""
     answer = record["answer"]

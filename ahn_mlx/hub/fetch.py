@@ -327,7 +327,7 @@ def _begin(response: httpx2.Response, have: int, size: int) -> int:
     """Where in the file the body begins. Raises AHNError if it is not that file."""
     begin = have if response.status_code == 206 else 0
     length = response.headers.get("Content-Length", "")
-    if length.isdigit() and begin + int(length) != size:
+    if length.isdecimal() and begin + int(length) != size:
         kind = response.headers.get("Content-Type", "").split(";")[0]
         raise AHNError(
             f"{response.url.host} sends {int(length):,} bytes of {show(kind)} for a file of"

@@ -11,7 +11,7 @@ from ahn_mlx.errors import AHNError
 from ahn_mlx.evaluate.predictions import Predictions, is_whole, read_lines
 from ahn_mlx.evaluate.records import count_records, digest, read_records
 from ahn_mlx.evaluate.results import rows_of, score_directory
-from ahn_mlx.evaluate.suites import line_of
+from ahn_mlx.evaluate.suites import UNFIT, line_of
 
 from ..mutate import of_json, of_lines, of_zip
 from ..oracle import Target
@@ -41,10 +41,6 @@ WORDS = (
 )
 
 
-# Of an answer of another kind; who asks for a line says so.
-UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-
-
 def _records(data: bytes, place: Path) -> tuple[Path, str | None]:
     """A zip archive, or lines."""
     zipped = data.startswith(b"PK")
@@ -60,7 +56,7 @@ def _read(given: tuple[Path, str | None], place: Path, out: Path) -> None:
         for _, record in read_records(file, member, {number}):
             for suite in FILES:
                 for protocol in ("ahn", "published"):
-                    with suppress(*UNFIT):
+                    with suppress(KeyError, *UNFIT):  # who asks for a line says so
                         line_of(suite, protocol, "math_calc", record, "x")
 
 

@@ -193,7 +193,8 @@ def _metadata(data: bytes, place: Path) -> Any:
 
 
 def _tokenizer(metadata: Any, place: Path, out: Path) -> None:
-    count = len(metadata.get("tokenizer.ggml.tokens", []) or [])
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else 3
     gguf.end_ids(metadata, count)
     tokenizer = gguf.load_tokenizer(metadata, count)
     ids = tokenizer.encode("Hello ab \u00e9", add_special_tokens=False)
