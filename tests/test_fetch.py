@@ -244,6 +244,8 @@ def test_what_a_user_can_do_is_said_in_one_line(said):
 )
 def test_a_body_begins_where_the_part_ends_or_anew(code, have, length, begin):
     assert fetch._begin(answer(code, content_length=length), have, 100) == begin
+    odd = httpx2.Response(200, headers=[(b"content-length", b"\xb2")], request=REQUEST)
+    assert fetch._begin(odd, 0, 100) == 0
 
 
 @pytest.mark.parametrize(("code", "length"), [(206, 59), (206, 100), (200, 60), (200, 101)])
