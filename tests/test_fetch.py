@@ -239,7 +239,6 @@ def test_what_a_user_can_do_is_said_in_one_line(said):
         (200, 0, 100, 0),
         (206, 40, "", 40),
         (200, 40, "", 0),
-        (200, 0, "\u00b2", 0),
     ],
 )
 def test_a_body_begins_where_the_part_ends_or_anew(code, have, length, begin):
