@@ -400,25 +400,50 @@ def test_what_is_shown_of_a_large_value_is_its_begin() -> None:
     assert show([1, {"a": "é"}]) == r"[1, {'a': '\xe9'}]"
 
 
-def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
+def small_gguf(file: Path, kind: str, tensors: dict[str, Any], heads: int = 1) -> Path:
+    """Of this architecture, with an embedding and these tensors: arrays, or (packed, kind)."""
     ggml = pytest.importorskip("gguf")
-    kind = ggml.GGMLQuantizationType.Q8_0
-    writer = ggml.GGUFWriter(tmp_path / "a.gguf", "qwen2")
-    packed = ggml.quantize(np.ones(32, np.float32), kind)
-    for add in ("head_count", "head_count_kv", "embedding_length", "block_count"):
+    writer = ggml.GGUFWriter(file, kind)
+    for add in ("head_count", "head_count_kv"):
+        getattr(writer, f"add_{add}")(heads)
+    for add in ("embedding_length", "block_count"):
         getattr(writer, f"add_{add}")(1)
     for add in ("feed_forward_length", "context_length", "vocab_size"):
         getattr(writer, f"add_{add}")(32)
     writer.add_rope_freq_base(1e4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tensor("token_embd.weight", np.ones((32, 32), np.float32))
-    writer.add_tensor("output_norm.weight", packed, raw_dtype=kind)
+    for name, x in tensors.items():
+        packed, stored = x if isinstance(x, tuple) else (x, None)
+        writer.add_tensor(name, packed, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return file
+
+
+def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
+    ggml = pytest.importorskip("gguf")
+    kind = ggml.GGMLQuantizationType.Q8_0
+    packed = ggml.quantize(np.ones(32, np.float32), kind)
+    file = small_gguf(tmp_path / "a.gguf", "qwen2", {"output_norm.weight": (packed, kind)})
     with pytest.raises(AHNError, match="is a vector, and quantized"):
-        GGUFile(tmp_path / "a.gguf").sources()
+        GGUFile(file).sources()
+
+
+@pytest.mark.parametrize("name", ["attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias"])
+def test_rows_in_gguf_that_heads_cannot_share(tmp_path: Path, name: str) -> None:
+    for rows, fits in ((4, True), (1, False), (6, False)):
+        x = np.arange(rows * 32, dtype=np.float32).reshape(rows, 32)
+        stored = x[:, 0].copy() if name.endswith("bias") else x
+        tensors = {f"blk.0.{name}": stored}
+        found = GGUFile(small_gguf(tmp_path / f"{rows}.gguf", "llama", tensors, heads=2))
+        if fits:
+            assert found.read(f"blk.0.{name}").shape == stored.shape and found.sources()
+        else:
+            with pytest.raises(AHNError, match=f"has {rows} rows, which 2 heads of pairs cannot"):
+                found.sources()
 
 
 @pytest.mark.parametrize("big", [1 << 24, 4_000_000_000])

@@ -193,6 +193,11 @@ class GGUFile:
                 raise AHNError(f"{part.file}: unexpected tensor {show(name)}")
             if tensor.kind.name in BITS and len(tensor.shape) < 2:
                 raise AHNError(f"{part.file}: tensor {show(name)} is a vector, and quantized")
+            if (heads := self._permuted(stem)) and tensor.shape[0] % (2 * heads):
+                raise AHNError(
+                    f"{part.file}: tensor {show(name)} has {tensor.shape[0]} rows, which {heads}"
+                    " heads of pairs cannot share"
+                )
             theirs = names[stem]
             for ending, dtype, shape in _readings(tensor, last):
                 info = TensorInfo(dtype, shaped(stem, shape), tensor.begin, tensor.end)
@@ -211,12 +216,16 @@ class GGUFile:
         known = ARCHITECTURES[self._architecture()]
         if role.endswith("norm") and ending == "weight" and known.offset:
             x = (x.astype(mx.float32) - known.offset).astype(x.dtype)
-        if role in ("attn_q", "attn_k") and known.permuted:
-            heads = self._setting("attention.head_count")
-            if role == "attn_k":
-                heads = self._setting("attention.head_count_kv", heads)
-            x = gguf.unpermute(x, heads)
-        return x
+        heads = self._permuted(stem)
+        return gguf.unpermute(x, heads) if heads else x
+
+    def _permuted(self, stem: str) -> int:
+        """Heads of a tensor whose rows are stored as RoPE pairs; 0 of any other."""
+        role = stem.rsplit(".", 1)[-1]
+        if role not in ("attn_q", "attn_k") or not ARCHITECTURES[self._architecture()].permuted:
+            return 0
+        heads: int = self._setting("attention.head_count")
+        return self._setting("attention.head_count_kv", heads) if role == "attn_k" else heads
 
     def expanded(self) -> dict[str, mx.array]:
         """Every tensor in float32 under mlx_lm's name: on the CPU, quantized products are ten
