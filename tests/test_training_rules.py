@@ -21,7 +21,7 @@ from ahn_mlx.measure import compare as measured
 from ahn_mlx.measure import ranks
 from ahn_mlx.measure.cost import Shape
 from ahn_mlx.memory import MEMORIES
-from ahn_mlx.model.augment import head
+from ahn_mlx.model.augment import head, memory_layers
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.config import AHNConfig
 from ahn_mlx.train import layerwise, loop, losses, metrics, output, validation
@@ -105,6 +105,69 @@ def test_a_first_step_is_as_long_as_its_rate(place):  # noqa: F811
     after = trainer.updated(loop._tree({n: mx.full(x.shape, 7.0) for n, x in before.items()}))
     name = next(n for n in before if n.endswith("a_proj.weight"))
     assert mx.allclose(before[name] - after[name], mx.array(0.5e-3), rtol=1e-2)
+
+
+def test_a_run_begins_with_the_model_as_it_is(place):  # noqa: F811
+    """In units of its size a matrix is of size one, and folded it is the same to the bit."""
+    model, tokenizer = base_model(place, "gated_deltanet")
+    for _, attention in memory_layers(model):
+        shape = attention.ahn.o_proj.weight.shape
+        attention.ahn.o_proj.weight = mx.random.normal(shape) / 300
+    before = {name: mx.array(x) for name, x in trainable(model).items()}
+    trainer = loop.Trainer(model, sequences(place, tokenizer), changed(layerwise=0))
+    for name, x in trainable(model).items():
+        assert mx.array_equal(x, before[name]), name
+    for name, x in trainer.parameters.items():
+        if name.endswith("o_proj.weight"):
+            size = x.square().mean(axis=(1, 2)).sqrt()
+            assert (size > 0.7).all() and (size < 1.42).all(), name
+
+
+def test_a_run_that_goes_on_is_fitted_by_no_layer_again(place, tmp_path, monkeypatch):  # noqa: F811
+    settings = changed(layerwise=1, steps=2)
+    model, tokenizer = base_model(place, "deltanet")
+    first = loop.Trainer(model, sequences(place, tokenizer), settings)
+    assert first.explained is not None
+    first.train_step()
+    first.save(tmp_path)
+    monkeypatch.setattr(layerwise, "fit", lambda *_: pytest.fail("fitted again"))
+    again = loop.Trainer(model, sequences(place, tokenizer), settings, saved=tmp_path)
+    assert (again.explained, again.step) == (None, 1)
+    assert all(mx.array_equal(x, first.parameters[n]) for n, x in again.parameters.items())
+
+
+def test_a_run_goes_on_as_it_was_asked_to_begin(place, tmp_path):  # noqa: F811
+    settings = changed(windows="8+2@64 12+4@64")
+    model, tokenizer = base_model(place, "deltanet")
+    loop.Trainer(model, sequences(place, tokenizer), settings).save(tmp_path)
+    for other, option in (
+        ({"seed": 5}, "--seed 0, not 5"),
+        ({"windows": "8+2@64 16+4@64"}, r"--window '8\+2@64 12\+4@64', not 8\+2@64 16\+4@64"),
+        ({"lr": 0.5}, "--lr"),
+    ):
+        with pytest.raises(AHNError, match=f"trained with {option}"):
+            loop.Trainer(
+                model,
+                sequences(place, tokenizer),
+                dataclasses.replace(settings, **other),
+                saved=tmp_path,
+            )
+    more = dataclasses.replace(settings, steps=settings.steps + 3)
+    assert loop.Trainer(model, sequences(place, tokenizer), more, saved=tmp_path).step == 0
+
+
+def test_a_loss_is_of_what_is_behind_window_and_sinks(place, monkeypatch):  # noqa: F811
+    model, tokenizer = base_model(place, "deltanet")
+    trainer = loop.Trainer(model, sequences(place, tokenizer), changed(loss="kl"))
+    told, whole = [], losses.LOSSES["kl"]
+
+    def noted(*given):
+        told.append(given[-1])
+        return whole(*given)
+
+    monkeypatch.setitem(losses.LOSSES, "kl", noted)
+    trainer.train_step()
+    assert set(told) == {trainer.settings.window + trainer.settings.sinks}
 
 
 def test_accumulated_gradients_are_a_mean(place, monkeypatch):  # noqa: F811
