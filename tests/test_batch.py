@@ -326,6 +326,35 @@ def test_rows_that_have_read_nothing_take_the_type_of_the_others():
     assert {x.dtype for x in none[0].rows.buffers} == {mx.bfloat16}
 
 
+@pytest.mark.parametrize("lengths", [(5, 700), (700, 5), (300, 43), (9, 9)])
+def test_rows_that_are_put_together_keep_all_their_slots(lengths):
+    args = ModelArgs("llama", 32, 1, 32, 4, rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=2)
+    for window in (40, 3000):
+        model = loud(augment(Model(args), AHNConfig(window=window, sinks=3)))
+        rows = [model.make_cache() for _ in lengths]
+        for row, n in enumerate(lengths):
+            alone(model, row, n, rows[row])
+        batch = merge(rows)
+        for _ in range(3):
+            for row, found in enumerate(forward(model, batch, [0, 1], [1, 1], 1)):
+                close(found, alone(model, row, 1, rows[row]))
+    empty = BatchAHNCache(40, 3, None, 64, [0, 0])
+    assert (empty.nbytes, empty.empty(), empty.size()) == (0, True, 0)
+
+
+def test_a_memory_that_was_changed_in_place_is_seen_by_the_next_text():
+    model = tiny("mamba2")
+    forward(model, merge([model.make_cache() for _ in range(2)]), [0, 1], [9, 9], 9)
+    model = copy.deepcopy(model)
+    (_, first), *_ = memory_layers(model)
+    forward(model, merge([model.make_cache()]), [0], [9], 9)
+    name, x = next((n, x) for n, x in first.ahn.items() if "A" in n and isinstance(x, mx.array))
+    first.ahn[name] *= 1.5  # as an optimizer does
+    found = forward(model, merge([model.make_cache()]), [0], [9], 9)[0]
+    fresh = copy.deepcopy(model)
+    assert mx.allclose(found, alone(fresh, 0, 9, fresh.make_cache()), atol=1e-5)
+
+
 def test_a_step_writes_in_place():
     """Eight rows of 4 MB: what one more token takes is a small part of them."""
     args = ModelArgs("llama", 64, 1, 32, 1, rms_norm_eps=1e-5, vocab_size=64)

@@ -34,6 +34,10 @@ def test_responses_go_on_from_any_of_them(site: Site):
     assert text_of(first) == chat["choices"][0]["message"]["content"]
     after = {**body, "previous_response_id": first["id"], "input": "Two"}
     del after["instructions"]
+    brief = site.ok("/v1/responses", {**body, "instructions": "Be brief."})
+    for _ in range(2):  # each after the one before
+        brief = site.ok("/v1/responses", {**after, "previous_response_id": brief["id"]})
+        assert site.service.shelf.get(f"id:{brief['id']}").system == "Be brief."
     second = site.ok("/v1/responses", after)
     other = site.ok("/v1/responses", {**after, "input": "Three"})  # a fork
     again = site.ok("/v1/responses", after)
