@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_lm.sample_utils import make_sampler
 import ahn_mlx
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.hub import zoo
+from ahn_mlx.model import guest
 from ahn_mlx.model.augment import dtype_of, shape_of_attention
 from ahn_mlx.model.names import is_memory
 
@@ -199,6 +201,23 @@ def test_scales_of_another_dtype_are_not_what_flows_through_the_base():
     scales = [(name, x) for name, x in packed if name.endswith((".scales", ".biases"))]
     model.load_weights([(name, x.astype(mx.float16)) for name, x in scales], strict=False)
     assert dtype_of(model) == mx.bfloat16
+
+
+def test_what_ends_a_program_of_mlx_lms_is_one_line_if_we_know_it(capsys, monkeypatch):
+    others = []
+    monkeypatch.setattr(sys, "__excepthook__", lambda *given: others.append(given[1]))
+    for error, said in (
+        (AHNError("damaged; fetch it again"), "error: damaged; fetch it again\n"),
+        (ValueError("Speculative decoding requires a trimmable cache"), "--draft-model\n"),
+        (ValueError("something else"), ""),
+        (RuntimeError("Speculative decoding"), ""),
+    ):
+        guest._one_line(type(error), error, None)
+        assert capsys.readouterr().err.endswith(said) and bool(said) == (error not in others)
+    assert len(others) == 2
+    assert ahn_mlx.model.ModelArgs and ahn_mlx.model.build
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ahn_mlx.model.nothing  # noqa: B018
 
 
 def test_refusals_name_what_is_wrong():
