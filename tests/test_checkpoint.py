@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,16 @@ from checkpoints import BOM, GDN, GOLDEN, IDS, model_dir, read_json, same
 from ahn_mlx.checkpoints import formats, identity
 from ahn_mlx.checkpoints.baseconfig import read_config
 from ahn_mlx.checkpoints.claims import check_size
-from ahn_mlx.checkpoints.directory import INDEX, Source, copy_files, read_headers, read_tensors
+from ahn_mlx.checkpoints.directory import (
+    INDEX,
+    Source,
+    check_member,
+    copy_files,
+    find_files,
+    load_safetensors,
+    read_headers,
+    read_tensors,
+)
 from ahn_mlx.checkpoints.directory import read_json as read_json_file
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.load import built, load_model
@@ -285,6 +295,46 @@ def test_pickles_beside_safetensors_are_named(tmp_path, capsys):
 
 
 # --- links and pipes ---
+
+
+def test_a_member_is_in_its_directory_or_where_the_hub_keeps_it(tmp_path):
+    """snapshots/REVISION/* may link to blobs/*; nothing else may lead anywhere."""
+    snapshot, plain = tmp_path / "a/snapshots/1", tmp_path / "b/model"
+    for directory in (snapshot, plain, tmp_path / "a/blobs", tmp_path / "b/model-other"):
+        directory.mkdir(parents=True)
+    blobs = [tmp_path / "a/blobs/x", tmp_path / "a/refs", tmp_path / "b/model-other/x"]
+    for n, file in enumerate((*blobs, tmp_path / "b/blobs", plain / "own")):
+        file.write_text(str(n))
+    for place, leads, good in (
+        *((snapshot, blobs[0], True), (snapshot, blobs[1], False), (snapshot, blobs[2], False)),
+        *((plain, blobs[0], False), (plain, blobs[2], False), (plain, tmp_path / "b/blobs", False)),
+        (plain, plain / "own", True),
+    ):
+        link = place / "link"
+        link.symlink_to(leads)
+        if good:
+            check_member(link)
+        else:
+            with pytest.raises(AHNError, match="link: a link out of its directory"):
+                check_member(link)
+        link.unlink()
+    (plain / "gone").symlink_to(plain / "nowhere")
+    os.mkfifo(plain / "pipe")
+    for name, what in (("gone", "missing"), ("pipe", "not a regular file"), ("no", "missing")):
+        with pytest.raises(AHNError, match=f"{name}: {what}; fetch it again"):
+            check_member(plain / name)
+    # A file that was to be there is not passed over for another checkpoint beside it.
+    (plain / "model.safetensors").symlink_to(plain / "nowhere")
+    (plain / "model-00001-of-00001.safetensors").write_bytes(b"x")
+    assert find_files(plain).paths == [plain / "model.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names there are UTF-8")
+def test_a_path_that_mlx_does_not_open_is_named(tmp_path):
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    directory.mkdir()
+    with pytest.raises(AHNError, match="its path is not UTF-8, which MLX does not open; rename"):
+        load_safetensors(directory / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])

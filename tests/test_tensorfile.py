@@ -1,5 +1,6 @@
 """Damaged safetensors files give one line, never a crash; written ones are what others read."""
 
+import json
 import os
 import struct
 
@@ -34,6 +35,35 @@ def one_line(error: pytest.ExceptionInfo[AHNError]) -> str:
     message = str(error.value)
     assert "\n" not in message and len(message) < 700
     return message
+
+
+def test_tensors_of_a_written_file_are_aligned(tmp_path):
+    """The widest first, as the format's own writer does, behind a header of whole words."""
+    layout = {
+        name: Layout(dtype, (3,))
+        for name, dtype in (("a", mx.uint8), ("b", mx.float16), ("c", mx.float32), ("d", mx.uint8))
+    }
+    with TensorWriter(tmp_path / "x.safetensors", layout) as writer:
+        for name, (dtype, shape) in layout.items():
+            writer.put(name, mx.zeros(shape, dtype=dtype))
+    (length,) = struct.unpack("<Q", (tmp_path / "x.safetensors").read_bytes()[:8])
+    header = read_header(tmp_path / "x.safetensors")
+    assert length % 8 == 0 and list(header) == ["c", "b", "a", "d"]
+    for name, (dtype, _) in layout.items():
+        assert header[name].begin % dtype.size == 0
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_tensor_has_as_many_bytes_as_its_shape(tmp_path, more):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8 + more]}
+    raw = json.dumps({"x": entry}).encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8 + more))
+    with pytest.raises(AHNError, match=f"tensor 'x' needs 8 bytes and has {8 + more}"):
+        read_header(tmp_path / "x")
+    raw = b"{}"
+    (tmp_path / "y").write_bytes(struct.pack("<Q", len(raw) + 1) + raw)
+    with pytest.raises(AHNError, match="its header claims 3 bytes, the file has 10"):
+        read_header(tmp_path / "y")
 
 
 def test_written_file_is_what_others_read(tmp_path):

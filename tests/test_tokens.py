@@ -213,6 +213,13 @@ def test_lone_surrogates_do_not_stop_a_tokenizer():
     assert Template(chat_tokenizer(), "cut \ud83d off").system == "cut \ufffd off"
 
 
+def test_a_system_message_needs_a_template():
+    with pytest.raises(AHNError, match="--system-prompt needs the chat template"):
+        make_prompt(chat_tokenizer(), "One", system="Be brief.", chat_template=False)
+    bare = make_prompt(chat_tokenizer(), "One\n\n", "Who?", chat_template=False)
+    assert bare == byte_ids("One\n\nWho?")
+
+
 def test_plain_prompts_keep_the_ids_of_the_template():
     text, chance = DEMO.read_text(encoding="utf-8"), random.Random(0)
     tokenizer = chat_tokenizer(plain=("<think>", "  "))
