@@ -361,6 +361,28 @@ def test_settings_that_a_release_does_not_say_are_the_papers():
     given = {"sliding_window": 7, "num_attn_sinks": 0, "fa_layer_ids": "3,1"}
     found = AHNConfig.from_dict({"_ahn_implementation": "Mamba2", **given})
     assert found == AHNConfig(memory="mamba2", window=7, sinks=0, fa_layer_ids=(1, 3))
+    given = {"use_ahn_router": True, "use_q_proj": True, "fa_layer_ids": None}
+    found = AHNConfig.from_dict({"_ahn_implementation": "GatedDeltaNet", **given})
+    assert found == AHNConfig(router=True, query_projection=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"ahn": 5}, "'ahn' in config.json must be an object, not 5"),
+        ({"ahn": {"windows": 5}}, "unknown setting 'windows' under 'ahn'"),
+        ({"ahn": {"fa_layer_ids": [-1, 2]}}, "fa_layer_ids must not be negative"),
+        ({"ahn": {"fa_layer_ids": [1.5]}}, "fa_layer_ids must be layer numbers"),
+        ({"ahn": {"router": "yes"}}, "router must be true or false, not 'yes'"),
+        ({"ahn": {"window": (1 << 30) + 1}}, "window must be at most"),
+        ({"_ahn_implementation": "DeltaNet", "sliding_window": 0}, "window must be a whole number"),
+        ({"_ahn_implementation": "LSTM"}, "must be one of GatedDeltaNet"),
+        ({}, "config.json has no AHN fields"),
+    ],
+)
+def test_settings_that_are_none(config, said):
+    with pytest.raises(AHNError, match=said):
+        AHNConfig.from_dict(config)
 
 
 def test_a_query_projection_begins_as_none():

@@ -446,6 +446,18 @@ def test_rows_in_gguf_that_heads_cannot_share(tmp_path: Path, name: str) -> None
                 found.sources()
 
 
+def test_how_wide_a_template_may_make_a_text() -> None:
+    for width, good in ((1 << 16, True), ((1 << 16) + 1, False)):
+        for program in (f"'x' | center({width})", f"'x'.zfill({width})", f"'%*s' % ({width}, 'x')"):
+            tokenizer = chat_tokenizer("{% set y = " + program + " %}{{ messages[0].content }}")
+            said = [{"role": "user", "content": "x"}]
+            if good:
+                assert sandbox.render(tokenizer, said) == "x"
+            else:
+                with pytest.raises(Exception, match=r"it asks for"):
+                    sandbox.render(tokenizer, said)
+
+
 @pytest.mark.parametrize("big", [1 << 24, 4_000_000_000])
 @pytest.mark.parametrize("where", ["tokenizer.json", "added", "vocab.json"])
 def test_numbers_of_tokens_that_would_fill_the_memory(tmp_path: Path, where: str, big: int) -> None:

@@ -101,6 +101,25 @@ def test_what_may_be_a_stop_text_waits_and_the_rest_does_not() -> None:
     ]
 
 
+def test_which_stop_text_was_found_is_known() -> None:
+    for stops, text, given, found in (
+        *(
+            (("b",), "ab", "a", "b"),
+            (("bc", "b"), "abc", "a", "b"),
+            (("x", "cd"), "abcde", "ab", "cd"),
+        ),
+        (("abc", "bc"), "xabc", "x", "abc"),
+    ):
+        whole = Cutter(stops)
+        assert (whole.add(text), whole.found, whole.stop, whole.add("more")) == (
+            given,
+            True,
+            found,
+            "",
+        )
+    assert (Cutter(("b",)).add("ac"), Cutter(("b",)).stop) == ("ac", "")
+
+
 # --- in an answer ---
 
 
