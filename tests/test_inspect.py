@@ -97,6 +97,17 @@ def test_quotes_only_from_the_text_that_was_read(loaded):
         report.page(session, "a", "Call me Ishmael. " + TEXT)
 
 
+@pytest.mark.parametrize("options", [{}, {"system": "Be brief."}, {"chat": False}])
+def test_what_is_quoted_are_the_tokens_that_were_read(loaded, options):
+    model, tokenizer, _ = loaded
+    session = Session(model, tokenizer, step=16, **options)
+    ids = session.encode(TEXT)
+    session.read_ids(ids)
+    assert report._ids(session, TEXT) == ids
+    with pytest.raises(AHNError, match="--text is another text; the one digested begins"):
+        report._ids(session, "x" + TEXT)
+
+
 def test_places_are_where_tokens_are(loaded):
     session = read(loaded, 16)
     window, sinks = session.model.ahn.window, session.model.ahn.sinks
