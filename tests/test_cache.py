@@ -86,6 +86,30 @@ def test_flat_memory_and_honest_bytes():
     assert cache.nbytes == full + 4 * 8 * 8 * 4
 
 
+def test_bytes_are_of_all_that_is_held_and_nothing_can_be_taken_back():
+    cache, gates, D = AHNCache(3, 1), 2, 8
+    slot = 4 * (2 * D * 2 + gates * 2)
+    for n in range(1, 8):
+        update(cache, tokens(n, 1, 2, D), tokens(n, 1, 2, D), tokens(n, 1, 2, gates))
+        # Once a token has left, what leaves next is held beside its slot.
+        assert cache.nbytes == slot * (min(cache.capacity, len(cache.buffers[0][0, 0])) + (n > 4))
+        assert cache.size() == min(n, 4) and not cache.is_trimmable() and not cache.empty()
+    cache.memory = mx.zeros((1, 2, D, D))
+    assert cache.nbytes == slot * 5 + 4 * 2 * D * D
+    assert AHNCache(3, 1).empty() and not AHNCache(3, 1).is_trimmable()
+
+
+def test_a_row_that_has_filled_no_window_has_no_memory():
+    rows = [AHNCache(3, 1) for _ in range(2)]
+    for cache, n in zip(rows, (2, 9), strict=True):
+        update(cache, tokens(0, n, 2, 8), tokens(0, n, 2, 8), tokens(0, n, 2, 2))
+    rows[1].memory = mx.ones((1, 2, 8, 8))
+    batch = rows[0].merge(rows)
+    few, many = batch.extract(0), batch.extract(1)
+    assert few.memory is None and mx.array_equal(many.memory, rows[1].memory)
+    assert (few.offset, many.offset) == (2, 9)
+
+
 def test_copy_and_state():
     cache = AHNCache(8, 2)
     assert cache.empty() and cache.nbytes == 0

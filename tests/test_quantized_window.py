@@ -109,3 +109,5 @@ def test_what_the_memory_did_is_still_known_and_mlx_lm_may_ask_again():
     assert packed.to_quantized(group_size=64, bits=8) is packed
     with pytest.raises(AHNError, match="8 bits in groups of 64 already"):
         packed.to_quantized(group_size=64, bits=4)
+    with pytest.raises(AHNError, match="cannot become 8 bits in groups of 32"):
+        packed.to_quantized(group_size=32, bits=8)
