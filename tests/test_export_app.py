@@ -1,19 +1,22 @@
 """What `export-app` refuses, by name, and what it leaves behind: all of it or nothing."""
 
 import json
+import struct
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from checkpoints import byte_bpe, chat_tokenizer, make_base, memory_of, talking_model
 from click.testing import CliRunner
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from test_batch import tiny
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ahn_mlx import AHNError, load
+from ahn_mlx.apps import tokenizer as tables
 from ahn_mlx.apps.export import _written, export_app
-from ahn_mlx.apps.tokenizer import pack_tokenizer
+from ahn_mlx.apps.tokenizer import CHARACTERS, pack_tokenizer
 from ahn_mlx.cli import cli
 
 FILES = ["manifest.json", "model.mlxfn", "tokenizer.bin", "weights.safetensors"]
@@ -120,6 +123,61 @@ def with_stripping():
 def test_other_tokenizers_are_refused_by_name(make, words):
     with pytest.raises(AHNError, match=words):
         pack_tokenizer(wrapped(make()))
+
+
+def sections(packed: bytes) -> list[bytes]:
+    count, at, found = struct.unpack_from("<I", packed, 16)[0], 24, []
+    for _ in range(count):
+        (length,) = struct.unpack_from("<Q", packed, at)
+        found.append(packed[at + 8 : at + 8 + length])
+        at += 8 + length + -length % 8
+    assert at == len(packed)
+    return found
+
+
+def test_what_a_character_is_stands_in_the_tables():
+    """Of each class its runs, against the library asked about one character alone."""
+    runs = [
+        np.frombuffer(x, "<u4").reshape(-1, 2)
+        for x in sections(pack_tokenizer(chat_tokenizer()))[6:10]
+    ]
+    chance = np.random.default_rng(1)
+    codes = [*range(0x20, 0x250), *chance.choice(list(map(ord, CHARACTERS)), 400).tolist()]
+    for code in (*codes, 0x0663, 0x2168, 0xBD, 0x4E00, 0x3000, 0x1F600, 0xA0, 0x10FFFF):
+        c = chr(code)
+        expected = [
+            pre_tokenizers.Split(Regex(p), "removed").pre_tokenize_str(c) == []
+            for p in (r"\p{L}", r"\p{N}", r"\s")
+        ]
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        expected.append(len(digits.pre_tokenize_str(f"a{c}b")) == 3)
+        found = [bool(((x[:, 0] <= code) & (code <= x[:, 1])).any()) for x in runs]
+        assert found == expected, hex(code)
+
+
+def test_normalizers_merges_and_tokens_at_their_edges():
+    nfc = {"type": "NFC"}
+    assert tables._normalizer(None) is False and tables._normalizer(nfc) is True
+    assert tables._normalizer({"type": "Sequence", "normalizers": [nfc]}) is True
+    for other in ({"type": "NFD"}, {"type": "Sequence", "normalizers": [nfc, nfc]}):
+        with pytest.raises(AHNError, match="its normalizer is"):
+            tables._normalizer(other)
+    vocab = {"a": 0, "b": 1, "ab": 2, "abb": 3}
+    words = tables._words(vocab)
+    spelled = [
+        tables._merges({"vocab": vocab, "merges": m}, words).tolist()
+        for m in (["a b", "ab b"], [["a", "b"], ["ab", "b"]])
+    ]
+    assert spelled[0] == spelled[1] == [[0, 1, 0, 2], [2, 1, 1, 3]]
+    with pytest.raises(AHNError, match="its merges have 'ba', which has no number of its own"):
+        tables._merges({"vocab": vocab, "merges": ["b a"]}, words)
+    plain_token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    assert tables._added([{**plain_token, "id": 4, "content": "<x>"}], True) == {4: b"<x>"}
+    with pytest.raises(AHNError, match="it has an empty token"):
+        tables._added([{**plain_token, "id": 4, "content": ""}], False)
+    for asked in ("single_word", "lstrip", "rstrip", "normalized"):
+        with pytest.raises(AHNError, match=f"its token '<x>' is {asked}"):
+            tables._added([{**plain_token, "id": 4, "content": "<x>", asked: True}], True)
 
 
 def test_the_command(tmp_path):
