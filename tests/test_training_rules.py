@@ -311,6 +311,62 @@ class World:
         self.rank, self.size = lambda: rank, lambda: size
 
 
+def by_hand(model, tokens, window, sinks):
+    """Of each position t >= W: NLL of token t + 1 with full attention, KL from it of the window
+    alone, and with the memory; the router as it is in use."""
+    W, logits = window + sinks, []
+    with silenced(model):
+        alone = study(model, tokens, window, sinks, inference=True).hidden
+    memory = study(model, tokens, window, sinks, inference=True).hidden
+    for hidden in (teach(model, tokens).hidden, alone, memory):
+        x = np.array(head(model, hidden[0]).astype(mx.float32), dtype=np.float64)
+        logits.append(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
+    full = logits[0]
+    nll = [-full[t, tokens[0, t + 1].item()] for t in range(W, tokens.shape[1] - 1)]
+    kls = [(np.exp(full) * (full - x)).sum(axis=-1)[W:] for x in logits[1:]]
+    return np.array(nll), *kls
+
+
+def test_what_is_held_out_is_measured_as_it_is_in_use(place, tmp_path):  # noqa: F811
+    """By a router, which in training counts sinks too: here all is as it is used."""
+    model, tokenizer = base_model(place, router=True)
+    mx.random.seed(3)
+    for _, attention in memory_layers(model):
+        attention.ahn.o_proj.weight = mx.random.normal(attention.ahn.o_proj.weight.shape) * 0.2
+        attention.router.update({n: mx.random.normal(x.shape) for n, x in attention.router.items()})
+    data, file = sequences(place, tokenizer), tmp_path / validation.VALIDATION
+    found = validation.Validation(file, model, data, changed(), 0)
+    found.measure(7)
+    (line,) = found.lines
+    assert json.loads(file.read_text()) == line and line["step"] == 7
+    rows = [by_hand(model, mx.array(row)[None], 12, 4)[1:] for row in data.held_out]
+    alone, memory = (float(np.mean([row[n] for row in rows])) for n in (0, 1))
+    assert (line["window_kl"], line["kl"]) == pytest.approx((alone, memory), rel=1e-3)
+    assert memory != pytest.approx(alone, rel=0.05)
+    assert f"(ratio {memory / alone:.3f})" in found.summary()
+    found.measure(7)  # it has been
+    assert len(found.lines) == 1
+    # Behind a window as long as a sequence there is nothing.
+    long = validation.Validation(tmp_path / "b", model, data, changed(window=124), 0)
+    long.measure(1)
+    assert (long.tokens, long.lines, long.summary()) == ([], [], "")
+    assert validation.Validation(file, model, data, changed(), 7).lines == [line]
+    assert validation.Validation(file, model, data, changed(), 6).lines == []
+    assert file.read_text() == ""
+
+
+def test_a_comparison_is_of_the_next_token(place):  # noqa: F811
+    model, tokenizer = base_model(place, "mamba2")
+    for _, attention in memory_layers(model):
+        attention.ahn.o_proj.weight = mx.random.normal(attention.ahn.o_proj.weight.shape) * 0.2
+    tokens = sequences(place, tokenizer)[0]
+    total = measured.compare(model, [tokens], 12, 4).total
+    nll, alone, memory = by_hand(model, tokens, 12, 4)
+    assert total.nll["full"] == pytest.approx(nll.mean(), rel=1e-4)
+    assert total.kl["window"] == pytest.approx(alone[:-1].mean(), rel=1e-3)
+    assert total.kl["memory"] == pytest.approx(memory[:-1].mean(), rel=1e-3)
+
+
 def test_machines_share_the_sequences_of_a_step(place, monkeypatch):  # noqa: F811
     model, tokenizer = base_model(place)
     data, seen = sequences(place, tokenizer, length=64), {}
