@@ -1,15 +1,19 @@
 """What commands make of their options, in this process."""
 
+import signal
+from types import SimpleNamespace
+
 import pytest
 from checkpoints import GDN, talking_model
 from click.testing import CliRunner
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.convert import convert
-from ahn_mlx.cli import cli
+from ahn_mlx.cli import cli, terminal
 from ahn_mlx.cli import serve as serving
 from ahn_mlx.cli.options import load_model
 from ahn_mlx.cli.suites import _names, agree
+from ahn_mlx.cli.terminal import progress_bar, stop_between_steps
 from ahn_mlx.evaluate.run import Cost
 
 SERVE = {"rows": 1, "port": 0, "allow_origin": (), "host": "127.0.0.1", "api_key_file": None}
@@ -84,3 +88,40 @@ def test_packed_weights_on_a_cpu_are_slow_and_that_is_said(directory, tmp_path, 
         (tmp_path / "small" / file.name).write_bytes(file.read_bytes())
     load_model({"name": str(tmp_path / "small"), **given})
     assert "note: weights are packed in 4 bits, which a CPU multiplies" in capsys.readouterr().err
+
+
+def test_a_bar_goes_on_from_what_is_done():
+    with progress_bar(100, "reading", "tokens", 40) as bar:
+        assert (bar.n, bar.total) == (40, 100)
+
+
+def test_signals_are_theirs_again_after_a_run():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with stop_between_steps() as check:
+        check()
+        assert signal.getsignal(signal.SIGINT) is not before[signal.SIGINT]
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize(("fast", "dtype", "said"), [(False, 1, 1), (True, 1, 0), (False, None, 0)])
+def test_a_slow_blas_is_named_where_it_computes(fast, dtype, said, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "BLAS", SimpleNamespace(fast=fast, name="slow one"))
+    monkeypatch.setattr(terminal, "default_dtype", lambda: dtype)
+    terminal.warn_slow()
+    assert capsys.readouterr().err.count("note: reading will be slow (slow one)") == said
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [
+        *(("window", 1), ("sinks", 0), ("seq-len", 2), ("layerwise", 0), ("steps", 0)),
+        *(("warmup", 0), ("accumulate", 1), ("batch-size", 1)),
+    ],
+)
+def test_numbers_of_a_training_have_a_least(directory, tmp_path, option, least):
+    common = ["train", "--model", str(directory), "--data", str(tmp_path / "none.txt"), "--out"]
+    for value, good in ((least, True), (least - 1, False)):
+        asked = [*common, str(tmp_path / "out"), f"--{option}", str(value)]
+        said = str(CliRunner().invoke(cli, asked).exception)
+        assert (f"--{option} must be at least {least}" in said) is not good, said
