@@ -2,6 +2,7 @@
 
     python tests/mutants.py ahn_mlx/ops/delta.py ... [--count 30] [--seed 0]
     python tests/mutants.py --since origin/main [--count 200]
+    python tests/mutants.py --list tests/mutations/by_hand.txt [MODULE ...]
 
 Everything happens in a temporary copy of the checkout. One process imports pytest and the
 libraries, but nothing of ahn_mlx, and forks a child for each mutant; the child runs only those
@@ -264,6 +265,27 @@ def equivalent(module: str) -> set[str]:
     return found
 
 
+def listed(file: Path) -> list[tuple[str, Mutant]]:
+    """Faults by hand: below `@ MODULE` a line for each, `original => broken`, with \\n for a new
+    line. The original stands once in the module."""
+    found: list[tuple[str, Mutant]] = []
+    module = source = ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("@ "):
+            module = line[2:]
+            source = (ROOT / module).read_text(encoding="utf-8")
+        elif line and not line.startswith("#"):
+            original, _, broken = line.replace("\\n", "\n").partition(" =>")
+            if source.count(original) != 1:
+                sys.exit(f"{file}: not once in {module}: {line}")
+            first = source.count("\n", 0, source.index(original)) + 1
+            last = first + original.count("\n")
+            whole = "".join(source.splitlines(keepends=True)[first - 1 : last])
+            changed = whole.replace(original, broken.removeprefix(" "), 1)
+            found.append((module, Mutant((first, last), whole, changed)))
+    return found
+
+
 def changed(since: str) -> list[str]:
     command = ["git", "diff", "--name-only", "--diff-filter=d", since, "--", "ahn_mlx/*.py"]
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -274,16 +296,19 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--since", help="the modules that have changed since that commit")
+    parser.add_argument("--list", type=Path, help="faults by hand, of these modules or of all")
     parser.add_argument("--count", type=int, default=0, help="of all modules together; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    modules = asked.modules or changed(asked.since or "HEAD")
-    every = [
-        (module, mutant)
-        for module in modules
-        for mutant in mutants((ROOT / module).read_text(encoding="utf-8"))
-        if str(mutant) not in equivalent(module)
-    ]
+    if asked.list:
+        every = listed(asked.list)
+        modules = asked.modules or list(dict.fromkeys(module for module, _ in every))
+    else:
+        modules = asked.modules or changed(asked.since or "HEAD")
+        texts = {module: (ROOT / module).read_text(encoding="utf-8") for module in modules}
+        every = [(module, mutant) for module in modules for mutant in mutants(texts[module])]
+    unseen = {module: equivalent(module) for module in modules}
+    every = [(where, x) for where, x in every if str(x) not in unseen.get(where, {str(x)})]
     if asked.count and len(every) > asked.count:
         chance = random.Random(asked.seed)
         every = [every[i] for i in sorted(chance.sample(range(len(every)), asked.count))]
