@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.checkpoints.directory import load_safetensors
 from ahn_mlx.cli import cli
+from ahn_mlx.outputs.files import check_named, replacing
 from ahn_mlx.reading import memoryfile
 
 TEXT = "It is a far, far better thing that I do, than I have ever done. "
@@ -428,3 +429,21 @@ def test_curves_that_cannot_be_drawn_do_not_stop_a_training(tmp_path, capsys):
     assert "cannot draw" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
     write_curves(tmp_path, "kl")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_link_names_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real/a.txt")
+    for text in ("new", "newer"):
+        with replacing(tmp_path / "link.txt") as part:
+            assert part.parent == tmp_path / "real"
+            part.write_text(text)
+        assert (tmp_path / "link.txt").is_symlink()
+        assert (tmp_path / "real/a.txt").read_text() == text
+    assert sorted(f.name for f in (tmp_path / "real").iterdir()) == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["-", "a\0b", os.fsdecode(b"a\xff")])
+def test_names_that_nothing_is_written_to(name):
+    with pytest.raises(AHNError, match=r"standard output|no name has|is not UTF-8"):
+        check_named(Path(name))

@@ -1,0 +1,135 @@
+"""What loading makes of a directory: whose settings count, what keeps its dtype, what is
+refused."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from checkpoints import GDN, GOLDEN, edit_config, edit_tensors, read_json
+from mlx.utils import tree_flatten
+
+from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.load import load_model, load_plain
+from ahn_mlx.errors import AHNError
+from ahn_mlx.model.names import is_memory
+
+MERGED = next(path for path in sorted(GOLDEN.glob("*/merged")))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("load") / "model"
+    convert(GDN / "base", GDN / "ahn_only", out)
+    return out
+
+
+@pytest.fixture
+def copied(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "model")
+
+
+def test_settings_are_the_checkpoints_or_those_that_are_asked_for(converted):
+    for path in (converted, MERGED):
+        model, config = load_model(path)
+        window, sinks = model.ahn.window, model.ahn.sinks
+        assert config["ahn"] == model.ahn.to_dict() and not model.training
+        for asked in ({"window": 7}, {"sinks": 1}, {"window": 7, "sinks": 0}):
+            model, config = load_model(path, **asked)
+            found = {"window": model.ahn.window, "sinks": model.ahn.sinks}
+            assert found == {"window": window, "sinks": sinks, **asked}
+            assert config["ahn"] == model.ahn.to_dict()
+            assert {layer.self_attn.config.window for layer in model.layers} == {found["window"]}
+    with pytest.raises(AHNError, match="window must be a whole number"):
+        load_model(converted, window=0)
+
+
+def test_what_is_computed_in_float32_stays_so(converted):
+    for dtype, wanted in (("bfloat16", mx.bfloat16), ("float16", mx.float16)):
+        model, _ = load_model(converted, dtype=dtype)
+        kept = {n: x.dtype for n, x in tree_flatten(model.parameters())}
+        decay = {n for n in kept if n.endswith(("A_log", "dt_bias"))}
+        assert decay and {kept[n] for n in decay} == {mx.float32}
+        assert {x for n, x in kept.items() if n not in decay} == {wanted}
+    with pytest.raises(AHNError, match=r"dtype must be one of .*, not 'int8'"):
+        load_model(converted, dtype="int8")
+
+
+def test_a_part_of_a_model_is_none(converted):
+    with pytest.raises(AHNError, match="holds only AHN tensors; convert it with its base"):
+        load_model(GDN / "ahn_only")
+    for whole in (converted, MERGED):
+        with pytest.raises(AHNError, match=r"holds AHN tensors itself .*; give a plain base"):
+            load_plain(whole)
+    with pytest.raises(AHNError, match="has no AHN fields"):
+        load_model(GDN / "base")
+
+
+@pytest.mark.parametrize(
+    ("claims", "said"),
+    [
+        ({"num_hidden_layers": 900}, "layer|tensor"),
+        ({"hidden_size": 16_000_000}, "hidden_size|claims|size"),
+        ({"vocab_size": 16_000_000}, "vocab_size|claims|size"),
+    ],
+)
+def test_what_a_config_claims_is_not_made(copied, claims, said):
+    edit_config(copied, **claims)
+    mx.reset_peak_memory()
+    before = mx.get_peak_memory()
+    for load in (load_model, load_plain):
+        with pytest.raises(AHNError, match=said):
+            load(copied)
+    assert mx.get_peak_memory() - before < 64 << 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["norm.weight", "ahn.o_proj.weight"])
+def test_numbers_that_are_none_are_named(copied, name, value):
+    tensors = mx.load(str(copied / "model.safetensors"))
+    whole = next(n for n in tensors if n.endswith(name))
+    edit_tensors(copied, **{whole: mx.full(tensors[whole].shape, value)})
+    with pytest.raises(AHNError, match=rf"tensor {whole} holds NaN or infinity"):
+        load_model(copied)
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "bits"), [("affine", 32, 4), ("affine", 64, 8), ("mxfp4", 32, 4)]
+)
+def test_packed_weights_are_as_their_config_says(tmp_path, mode, group, bits):
+    plain, config = load_plain(GDN / "base")
+    nn.quantize(plain, group, bits, mode=mode)
+    (tmp_path / "q").mkdir()
+    mx.save_safetensors(
+        str(tmp_path / "q/model.safetensors"), dict(tree_flatten(plain.parameters()))
+    )
+    settings = {"group_size": group, "bits": bits, "mode": mode}
+    text = {**read_json(GDN / "base"), "quantization": settings}
+    (tmp_path / "q/config.json").write_text(json.dumps(text))
+    loaded, _ = load_plain(tmp_path / "q")
+    ids = mx.arange(20)[None]
+    assert mx.array_equal(loaded(ids), plain(ids))
+    edit_config(tmp_path / "q", **{**read_json(GDN / "base"), "quantization": settings})
+    shutil.copy(GDN / "base/model.safetensors", tmp_path / "q/model.safetensors")
+    with pytest.raises(AHNError, match="says it is quantized, its tensors are not"):
+        load_plain(tmp_path / "q")
+
+
+def test_tensors_must_be_those_of_the_model(copied):
+    (copied / "model.safetensors.index.json").unlink()
+    tensors = mx.load(str(copied / "model.safetensors"))
+    mx.eval(tensors)
+    memory = next(n for n in tensors if is_memory(n) and n.endswith("o_proj.weight"))
+    norm = "model.norm.weight"
+    for change, said in (
+        ({memory: None}, r"model: tensor .*o_proj\.weight.* is missing"),
+        ({norm: None}, r"tensor 'model\.norm\.weight' of shape \[64\] is missing"),
+        ({norm: mx.zeros((65,))}, r"has shape \[65\], this qwen2 model with gated_deltanet memory"),
+        ({norm: mx.zeros((64,), dtype=mx.int32)}, "is I32, not one of"),
+        ({"model.layers.0.more": mx.zeros((2,))}, "unexpected tensor"),
+    ):
+        edit_tensors(copied, **change)
+        with pytest.raises(AHNError, match=said):
+            load_model(copied)
+        mx.save_safetensors(str(copied / "model.safetensors"), tensors)
