@@ -91,6 +91,19 @@ def test_parameters_have_their_defaults_and_no_others_are_there():
         assert (error.value.param, error.value.code) == (param, code)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("integer", "of type integer"),
+        ("text or array", "a string or an array"),
+        ("array", "of type array"),
+    ],
+)
+def test_what_a_parameter_must_be_is_said(kind, said):
+    with pytest.raises(APIError, match=f"^x must be {said}$"):
+        parse({"x": {}}, {"x": Field(kind)})
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_rows_are_as_many_as_fit_and_not_one_more(rows):
     # Each that answers and each that waits, and one that reads.

@@ -261,6 +261,12 @@ def test_nothing_takes_the_place_of_what_is_there(built):
             (library.directory / f"{taken}.ahn").write_bytes(b"other")
 
     assert asyncio.run(library.upload("copy", chunks("")))["id"] == "copy"
+    whole, data = data, data[:-1]
+    with pytest.raises(APIError, match=r"broken.*damaged") as damaged:
+        asyncio.run(library.upload("broken", chunks("")))
+    assert str(library.directory) not in damaged.value.message
+    assert "broken" not in library.names()
+    data = whole
     with pytest.raises(APIError) as error:
         asyncio.run(library.upload("new", chunks("new")))
     assert error.value.status == 409

@@ -171,6 +171,8 @@ def test_logprobs(site: Site):
         assert len(token["top_logprobs"]) == 2
         assert bytes(token["bytes"]).decode() == token["token"]
     body = {"model": "tiny", "messages": HI, "max_tokens": 3, "logprobs": True}
+    refused = site.post(CHAT, {**body, "logprobs": False, "top_logprobs": 2})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
     shown = [c["logprobs"] for e in site.stream(CHAT, body)[:-1] for c in e["choices"]]
     assert sum(len(x["content"]) for x in shown if x) == 3
 

@@ -286,6 +286,17 @@ def test_calls_of_an_answer():
     }
 
 
+def test_blocks_of_a_message():
+    use, thought = anthropic._use(MADE), {"type": "thinking", "thinking": "t", "signature": ""}
+    text = {"type": "text", "text": "x"}
+    for given, blocks in (
+        *(({}, [{**text, "text": ""}]), ({"content": "x"}, [text]), ({"calls": [MADE]}, [use])),
+        *(({"reasoning": "t"}, [thought]), ({"content": "x", "calls": [MADE]}, [text, use])),
+        ({"content": "x", "reasoning": "t", "calls": [MADE]}, [thought, text, use]),
+    ):
+        assert anthropic._blocks(answer(**given)) == blocks
+
+
 def test_a_whole_response():
     head = {"id": "r", "status": "in_progress"}
     whole = responses._whole(head, RUNNING, answer("length", content="x", reasoning="t"), "m")

@@ -165,14 +165,18 @@ async def messages(service: Service, http: HTTPRequest, body: dict[str, Any]) ->
         return SSE(running, _events(running, stream, answered, head), _failure)
     await gathered(http, running, stream)
     answer = answered[0]
+    said_of_it = {**_ending(answer), "usage": _usage(running, answer)}
+    return JSONResponse({**head, "content": _blocks(answer), **said_of_it})
+
+
+def _blocks(answer: Answered) -> list[dict[str, Any]]:
+    """Thoughts, words and calls; a text without any if there is nothing else."""
     blocks: list[dict[str, Any]] = []
     if answer.reasoning:
         blocks.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
     if answer.content or not (answer.calls or answer.reasoning):
         blocks.append({"type": "text", "text": answer.content})
-    blocks += [_use(call) for call in answer.calls]
-    usage = _usage(running, answer)
-    return JSONResponse({**head, "content": blocks, **_ending(answer), "usage": usage})
+    return blocks + [_use(call) for call in answer.calls]
 
 
 async def count_tokens(service: Service, http: HTTPRequest, body: dict[str, Any]) -> Response:
