@@ -83,6 +83,23 @@ def test_a_pdf_begins_within_1024_bytes():
     assert kind_of(io.BytesIO(b"x%PDF-1.4"), ".txt") is before[2]
 
 
+@pytest.mark.parametrize("kind", ["pdf", "epub", "docx", "xlsx", "ole", "text", "html", "nothing"])
+def test_looking_at_a_file_leaves_it_at_its_begin(kind):
+    data = {
+        "pdf": papers.pdf("x"),
+        "epub": papers.epub({"a.xhtml": papers.chapter("<p>x</p>")}),
+        "docx": papers.docx(papers.paragraph("x")),
+        "xlsx": papers.zipped({"xl/workbook.xml": "x"}),
+        "ole": b"\xd0\xcf\x11\xe0" + bytes(5000),
+        "text": b"It was the best of times. " * 400,
+        "html": b"<html><p>x</p>",
+        "nothing": b"",
+    }[kind]
+    stream = io.BytesIO(data)
+    kind_of(stream, "")
+    assert stream.tell() == 0
+
+
 def test_letters_of_typesetting_and_other_scripts(tmp_path):
     font = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSerif.ttf")
     said = "the \ufb01nal \ufb02oor, e\ufb03cient; \u0416\u0443\u043a"

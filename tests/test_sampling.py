@@ -13,7 +13,7 @@ from checkpoints import talking_model
 
 import ahn_mlx
 from ahn_mlx import AHNError, Session
-from ahn_mlx.reading.generate import Run
+from ahn_mlx.reading.generate import Run, prefill_step
 from ahn_mlx.reading.penalty import note, nothing_seen
 from ahn_mlx.reading.sampling import Cutter, Sampling
 from ahn_mlx.serve.sampling import Sampler, Wish
@@ -167,6 +167,14 @@ def test_seconds_of_a_run_are_those_of_prompt_and_answer(
     assert read[-1] == facts["prompt_tokens"] == 39 and "39 tokens" in run.summary()
     assert f"prompt 39 tokens, {39 / len(read):.1f} tokens/s" in run.summary()
     assert "generation 5 tokens, 1.0 tokens/s" in run.summary()
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(mx.float32, 512), (None, 2048)])
+def test_steps_are_shorter_where_they_are_as_fast(
+    dtype: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ahn_mlx.reading.generate.default_dtype", lambda: dtype)
+    assert prefill_step() == tokens
 
 
 def test_a_conversation_goes_on_after_a_stop_text(speaking: tuple[Any, Any]) -> None:
