@@ -169,6 +169,13 @@ def test_seconds_of_a_run_are_those_of_prompt_and_answer(
     assert "generation 5 tokens, 1.0 tokens/s" in run.summary()
 
 
+@pytest.mark.parametrize(("penalty", "count"), [(1.0, 0), (1.1, 1), (2.0, 1)])
+def test_only_a_penalty_of_one_is_none(penalty: float, count: int) -> None:
+    for back in (0, 20):
+        wish = Sampling(repetition_penalty=penalty, repetition_context_size=back)
+        assert len(wish.begin(9, nothing_seen(9))["logits_processors"]) == count
+
+
 @pytest.mark.parametrize(("dtype", "tokens"), [(mx.float32, 512), (None, 2048)])
 def test_steps_are_shorter_where_they_are_as_fast(
     dtype: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
