@@ -56,6 +56,16 @@ def test_what_is_computed_in_float32_stays_so(converted):
         load_model(converted, dtype="int8")
 
 
+def test_packed_weights_stay_packed_in_any_dtype(tmp_path):
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "q", q_bits=4)
+    before = load_model(tmp_path / "q", dtype="float32")[0](mx.arange(20)[None])
+    model, _ = load_model(tmp_path / "q", dtype="bfloat16")
+    kinds = {n: x.dtype for n, x in tree_flatten(model.parameters())}
+    packed = {n for n in kinds if f"{n.removesuffix('weight')}scales" in kinds and "weight" in n}
+    assert packed and {kinds[n] for n in packed} == {mx.uint32}
+    assert mx.allclose(model(mx.arange(20)[None]), before, atol=0.1 * mx.abs(before).max().item())
+
+
 def test_a_part_of_a_model_is_none(converted):
     with pytest.raises(AHNError, match="holds only AHN tensors; convert it with its base"):
         load_model(GDN / "ahn_only")
