@@ -126,6 +126,38 @@ def test_packed_weights_are_as_their_config_says(tmp_path, mode, group, bits):
         load_plain(tmp_path / "q")
 
 
+@pytest.mark.parametrize(
+    ("size", "bits"), [(0, 4), (1, 4), (3, 1), (64, 0), (64, 7), (-64, 4), (256, 4), (64.0, 4)]
+)
+def test_groups_that_would_end_the_process_are_refused(tmp_path, size, bits):
+    """MLX divides by them. They stand in the settings, of all or of a layer."""
+    path = tmp_path / "q"
+    convert(GDN / "base", GDN / "ahn_only", path, q_bits=4)
+    whole = read_json(path)["quantization"]
+    asked = {"group_size": size, "bits": bits}
+    for settings in ({**whole, **asked}, {**whole, "model.embed_tokens": asked}):
+        edit_config(path, quantization=settings)
+        with pytest.raises(AHNError, match=r"not quantized as MLX does it|under quantization is"):
+            load_model(path)
+
+
+@pytest.mark.parametrize("groups", [128, 64, 21, 32])
+def test_groups_that_follow_from_shapes_are_those_of_mlx(tmp_path, groups):
+    """Of 64 columns: none, one or three of them, or two."""
+    path = tmp_path / "q"
+    convert(GDN / "base", GDN / "ahn_only", path, q_bits=4)
+    (path / "model.safetensors.index.json").unlink()
+    tensors = mx.load(str(path / "model.safetensors"))
+    mx.eval(tensors)
+    name = next(n for n in tensors if n.endswith("q_proj.scales")).removesuffix(".scales")
+    wrong = mx.zeros((tensors[f"{name}.scales"].shape[0], groups))
+    edit_tensors(path, **{f"{name}.scales": wrong, f"{name}.biases": wrong})
+    with pytest.raises(
+        AHNError, match=f"not quantized as MLX does it .groups of {64 // groups} in"
+    ):
+        load_model(path)
+
+
 def test_tensors_must_be_those_of_the_model(copied):
     (copied / "model.safetensors.index.json").unlink()
     tensors = mx.load(str(copied / "model.safetensors"))

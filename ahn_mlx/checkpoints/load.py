@@ -29,6 +29,9 @@ from .identity import note_whole
 from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite, read_part
 from .tokenizer import load_tokenizer
 
+# What MLX packs.
+GROUPS, BITS = (16, 32, 64, 128), (2, 3, 4, 5, 6, 8)
+
 
 def load_plain(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Any base, a directory or a GGUF file, as mlx-lm's own model; and its config in the
@@ -178,12 +181,17 @@ def _quantize_as_given(
 
     def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in settings:
-            return settings[path]
-        if not hasattr(module, "to_quantized") or f"{path}.scales" not in tensors:
+            found = settings[path]
+        elif hasattr(module, "to_quantized") and f"{path}.scales" in tensors:
+            found = infer_quant_config(path, module, tensors)
+        else:
             return False
-        return infer_quant_config(path, module, tensors)
+        if isinstance(found, dict):
+            _check_groups({**settings, **found})
+        return found
 
     try:
+        _check_groups(settings)
         nn.quantize(
             model,
             settings["group_size"],
@@ -194,6 +202,15 @@ def _quantize_as_given(
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
         reason = " ".join(str(e).split())[:200]
         raise AHNError(f"{path}: not quantized as MLX does it ({reason})") from None
+
+
+def _check_groups(settings: dict[str, Any]) -> None:
+    """Raise ValueError for what ends the whole process in MLX: it divides by some of these. None is
+    what its mode has."""
+    size, bits = settings.get("group_size"), settings.get("bits")
+    for value, known in ((size, GROUPS), (bits, BITS)):
+        if value is not None and (type(value) is not int or value not in known):
+            raise ValueError(f"groups of {show(size)} in {show(bits)} bits")
 
 
 def _check_shapes(
