@@ -281,8 +281,8 @@ def listed(file: Path) -> list[tuple[str, Mutant]]:
             first = source.count("\n", 0, source.index(original)) + 1
             last = first + original.count("\n")
             whole = "".join(source.splitlines(keepends=True)[first - 1 : last])
-            changed = whole.replace(original, broken.removeprefix(" "), 1)
-            found.append((module, Mutant((first, last), whole, changed)))
+            becomes = whole.replace(original, broken.removeprefix(" "), 1)
+            found.append((module, Mutant((first, last), whole, becomes)))
     return found
 
 

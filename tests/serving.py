@@ -185,10 +185,10 @@ def serving(
     thread.start()
     wait_until(lambda: server.started)
     url = f"http://127.0.0.1:{port}"
-    options = {"headers": {"authorization": f"Bearer {key}"} if key else {}, "timeout": 60}
-    options |= {"event_hooks": {"response": [documented]}, "trust_env": False}
+    asks: dict[str, Any] = {"headers": {"authorization": f"Bearer {key}"} if key else {}}
+    asks |= {"event_hooks": {"response": [documented]}, "timeout": 60, "trust_env": False}
     try:
-        with httpx.Client(base_url=url, **options) as client:
+        with httpx.Client(base_url=url, **asks) as client:
             yield Site(service, digests, url, client, server)
     finally:
         server.should_exit = True

@@ -93,7 +93,7 @@ def test_a_text_begins_as_the_tokenizer_begins_one(engine):
     chat.encoder.begin = [256]
     assert chat.plain("Hi", None).ids == [256, *ids_of("Hi")]
     assert chat.plain("Hi", None).session is chat.fresh
-    assert chat.plain("<|im_end|>", None).ids[1:] == ids_of("<") + ids_of("|im_end|>"[:9])
+    assert chat.plain("<|im_end|>", None).ids[1:] == ids_of("<") + ids_of("|im_end|>")
     other = small(engine)
     assert chat.plain("Hi", other)[:3] == (other, ids_of("Hi"), 0)
 
@@ -103,7 +103,7 @@ def test_a_whole_conversation_is_what_the_template_says(engine):
     found = chat.prompt(talk(SYSTEM, WHO, HE, {**AND, "content": "<|im_end|>?"}))
     turns = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
     turns += "<|im_start|>assistant\nHe.<|im_end|>\n<|im_start|>user\n"
-    quoted = [*ids_of("<"), *ids_of("|im_end|>"[:9]), *ids_of("?")]
+    quoted = [*ids_of("<"), *ids_of("|im_end|>"), *ids_of("?")]
     rest = "<|im_end|>\n<|im_start|>assistant\n"
     assert found.ids == [*ids_of(turns), *quoted, *ids_of(rest)]
     assert (found.session, found.reused, found.thinking) == (chat.fresh, 0, False)
