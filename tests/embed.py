@@ -160,3 +160,14 @@ def save_memory(file: Path, arrays, metadata):
     out = file.with_suffix(".safetensors")
     mx.save_safetensors(str(out), arrays, {**metadata, "sha256": sums.hexdigest()})
     out.rename(file)
+
+
+def sections(file: bytes) -> list[bytes]:
+    """Of tokenizer.bin, as its writer describes them."""
+    (count,), at, found = struct.unpack_from("<I", file, 16), 24, []
+    for _ in range(count):
+        (n,) = struct.unpack_from("<Q", file, at)
+        found.append(file[at + 8 : at + 8 + n])
+        at += 8 + n + -n % 8
+    assert at == len(file)
+    return found

@@ -124,7 +124,23 @@ def test_a_machine_is_not_filled_to_the_brim(monkeypatch):
     assert machine_bytes() == 7
 
 
-@pytest.mark.parametrize("kept", ["0", "-1.5", "true", '"1e9"', "NaN", "Infinity", "null", "[1]"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "9" * 400,
+        "-" + "9" * 400,
+        "1e400",
+        "[" * 99999,
+        "0",
+        "-1.5",
+        "true",
+        '"1e9"',
+        "NaN",
+        "Infinity",
+        "null",
+        "[1]",
+    ],
+)
 def test_a_speed_that_is_none_is_not_believed(kept, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not/yet"))
     speed.record("a", 2e9)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import CacheList
 
 from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.slots import Rows, pack, unpack
@@ -17,6 +18,7 @@ from ahn_mlx.ops.exp import fast_exp
 from ahn_mlx.ops.ring import read_slots, write_slots
 from ahn_mlx.ops.window import split
 from ahn_mlx.platform import on_cpu
+from ahn_mlx.reading.caches import fork
 
 chunks = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
@@ -179,3 +181,13 @@ def test_fast_exp_first_used_within_a_gradient():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "4.0\n", done.stderr
+
+
+def test_forks_of_caches_in_a_list_part_too():
+    inner = [AHNCache(4, 1), AHNCache(4, 1)]
+    whole = [CacheList(*inner)]
+    other = fork(whole)
+    for cache in other[0].caches:
+        cache.update(tokens(0, 3, 1, 2), tokens(0, 3, 1, 2), tokens(0, 3, 1, 1))
+    assert [c.offset for c in other[0].caches] == [3, 3] and [c.offset for c in inner] == [0, 0]
+    assert all(c.empty() for c in whole[0].caches)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from ahn_mlx.apps.tokenizer import pack_tokenizer
 from ahn_mlx.hub import zoo
 from ahn_mlx.reading.tokens import Encoder
-from embed import needs_tools, run, tokenize
+from embed import needs_tools, run, sections, tokenize
 
 BOOK = (zoo.WEIGHTS.parent / "demo/pride-and-prejudice.txt").read_text()
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -152,17 +152,6 @@ def test_every_character_alone_and_between_letters(trained, tmp_path):
         texts += [between.join(map(chr, run)) for run in runs]
     for name in ("gpt2", "qwen2"):
         check(trained[name], texts, tmp_path)
-
-
-def sections(file: bytes) -> list[bytes]:
-    """Of tokenizer.bin, as its writer describes them."""
-    (count,), at, found = struct.unpack_from("<I", file, 16), 24, []
-    for _ in range(count):
-        (n,) = struct.unpack_from("<Q", file, at)
-        found.append(file[at + 8 : at + 8 + n])
-        at += 8 + n + -n % 8
-    assert at == len(file)
-    return found
 
 
 def joined(head: bytes, parts: list[bytes]) -> bytes:

@@ -182,6 +182,14 @@ def test_what_is_asked_in_the_last_turn_is_done(engine):
     assert last.future.result(10) == 7 and last.ended == 1
 
 
+def test_an_engine_without_work_waits_for_some(engine, monkeypatch):
+    turns, whole = [], engine._turn
+    monkeypatch.setattr(engine, "_turn", lambda: (turns.append(1), whole()))
+    engine.call(lambda: None).result(10)
+    time.sleep(0.3)
+    assert len(turns) < 5
+
+
 def test_times_between_tokens_add_up_to_less_than_they_took(engine, base):
     begun = time.monotonic()
     for _ in range(2):

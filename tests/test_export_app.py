@@ -1,7 +1,6 @@
 """What `export-app` refuses, by name, and what it leaves behind: all of it or nothing."""
 
 import json
-import struct
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +17,7 @@ from ahn_mlx.apps import tokenizer as tables
 from ahn_mlx.apps.export import _written, export_app
 from ahn_mlx.apps.tokenizer import CHARACTERS, pack_tokenizer
 from ahn_mlx.cli import cli
+from embed import sections
 
 FILES = ["manifest.json", "model.mlxfn", "tokenizer.bin", "weights.safetensors"]
 
@@ -123,16 +123,6 @@ def with_stripping():
 def test_other_tokenizers_are_refused_by_name(make, words):
     with pytest.raises(AHNError, match=words):
         pack_tokenizer(wrapped(make()))
-
-
-def sections(packed: bytes) -> list[bytes]:
-    count, at, found = struct.unpack_from("<I", packed, 16)[0], 24, []
-    for _ in range(count):
-        (length,) = struct.unpack_from("<Q", packed, at)
-        found.append(packed[at + 8 : at + 8 + length])
-        at += 8 + length + -length % 8
-    assert at == len(packed)
-    return found
 
 
 def test_what_a_character_is_stands_in_the_tables():

@@ -423,6 +423,11 @@ def small_gguf(file: Path, kind: str, tensors: dict[str, Any], heads: int = 1) -
     return file
 
 
+def test_a_long_value_is_shown_by_its_begin() -> None:
+    assert show("x" * 118) == f"'{'x' * 118}'"
+    assert show("x" * 119) == f"'{'x' * 116}..."
+
+
 def test_a_vector_in_gguf_that_is_quantized(tmp_path: Path) -> None:
     ggml = pytest.importorskip("gguf")
     kind = ggml.GGMLQuantizationType.Q8_0

@@ -19,6 +19,7 @@ from ahn_mlx.model.division import heads_of_each, part_of, rows_of_each
 from ahn_mlx.model.families import tiny_config
 from ahn_mlx.model.pipeline import IN_FLIGHT, TOGETHER, Pipeline, entire, is_away, own_layers
 from ahn_mlx.model.ranks import Lost, Ranks, _Embedding, _Head, _is_part, _numbers, join, share
+from ahn_mlx.platform import LAUNCHED, launched_rank
 
 IDS = [n * 7 % 90 for n in range(40)]
 
@@ -437,3 +438,20 @@ def test_one_process_has_no_ranks(monkeypatch):
     with pytest.raises(AHNError, match="cannot be reached: no route"):
         join()
     join.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "rank"),
+    [
+        *(({}, None), ({"MLX_RANK": "0"}, 0), ({"MLX_RANK": "1", "MLX_WORLD_SIZE": "2"}, 1)),
+        *(({"MLX_RANK": "0", "MLX_WORLD_SIZE": "1"}, None), ({"MLX_RANK": "x"}, None)),
+        *(({"PMI_RANK": "3", "PMI_SIZE": "4"}, 3), ({"OMPI_COMM_WORLD_RANK": "0"}, 0)),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_which_process_of_several_this_one_is(given, rank, monkeypatch):
+    for name in (*LAUNCHED, *LAUNCHED.values()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == rank

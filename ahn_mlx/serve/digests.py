@@ -201,7 +201,7 @@ class Digests:
         for file in sorted(self.directory.glob("job-*.json")):
             try:
                 job = Job(**json.loads(file.read_text()))
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 continue  # not one of ours
             self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
