@@ -204,7 +204,8 @@ def test_jobs_of_a_server_that_ended(tmp_path):
     gone = f"job-{'0' * 32}"
     for job_id in (done.id, waits.id, gone):
         (tmp_path / f".{job_id}.partial").write_bytes(b"x")
-    (tmp_path / "jobs" / "job-x.json").write_text("{}")
+    for name, text in (("x", "{}"), ("y", "[" * 99_999), ("z", "")):
+        (tmp_path / "jobs" / f"job-{name}.json").write_text(text)
     again = Built(tmp_path)
     assert {j.id: j.status for j in again.digests.jobs.values()} == {
         **{done.id: "done", waits.id: "paused"}
