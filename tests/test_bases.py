@@ -28,7 +28,7 @@ from ahn_mlx.checkpoints import card
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.cli import cli
 from ahn_mlx.hub import bases, zoo
-from ahn_mlx.hub.published import DEFAULT, MODELS
+from ahn_mlx.hub.published import DEFAULT, MODELS, has_bits_to_choose
 from ahn_mlx.reading import memoryfile
 from ahn_mlx.train.output import load_base as load_training
 
@@ -308,3 +308,11 @@ def test_a_memory_has_the_window_that_is_asked_for(tmp_path):
     other, _ = ahn_mlx.load(plain, window=7, sinks=1, dtype="float32")
     assert (other.ahn.window, other.ahn.sinks, other.origin.ahn) == (7, 1, None)
     assert other.origin.name == str(plain)
+
+
+def test_bits_can_be_chosen_of_what_is_converted_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert has_bits_to_choose("ahn-gdn-3b") and not has_bits_to_choose("me/mine")
+    assert not has_bits_to_choose("ahn-gdn-smollm2-135m")  # comes inside a package
+    (tmp_path / "ahn-gdn-3b").mkdir()  # a directory of that name is loaded instead
+    assert not has_bits_to_choose("ahn-gdn-3b") and has_bits_to_choose("ahn-gdn-7b")
