@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 from jinja2 import TemplateRuntimeError, nodes
@@ -181,6 +181,7 @@ def _largest(values: Any) -> int:
     return max((abs(x) for x in numbers if isinstance(x, int)), default=0)
 
 
+@lru_cache(128)  # jinja's own are the same in every environment
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is paid for."""
     first = hasattr(function, "jinja_pass_arg")  # before the value there is jinja's own

@@ -33,6 +33,10 @@ class TemplateError(AHNError):
     """
 
 
+class _Failed(TemplateError):
+    """What the template's own code raises, whenever it is rendered."""
+
+
 class Template:
     """What stands between messages.
 
@@ -112,8 +116,8 @@ class Template:
             try:
                 self._first_turn()
                 self._later_turns()
-            except TemplateError:
-                if last:
+            except TemplateError as e:
+                if last or isinstance(e, _Failed):
                     raise
             if self._between is not None:
                 return
@@ -201,7 +205,7 @@ class Template:
             text = render(self.tokenizer, messages, add_generation_prompt=True)
         except Exception as e:  # whatever the template's own code raises
             reason = " ".join(str(e).split())[:200] or type(e).__name__
-            raise TemplateError(f"the chat template failed ({reason})") from None
+            raise _Failed(f"the chat template failed ({reason})") from None
         if len(text) > LONGEST:
             raise TemplateError(f"the chat template writes {len(text):,} characters of its own")
         return text

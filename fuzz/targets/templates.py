@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import CHATML, byte_tokenizer, chat_tokenizer
+from jinja2 import Environment, TemplateSyntaxError
 from serving import TOOLS
 
 from ahn_mlx.apps.tokenizer import NoTable, pack_tokenizer
@@ -19,6 +20,7 @@ from ahn_mlx.reading.tokens import Encoder
 from ..mutate import of_json
 from ..oracle import Target
 
+_JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
 JINJA = (
     *(
         "{% for m in messages %}",
@@ -68,7 +70,7 @@ def _take_apart(text: str, place: Path, out: Path) -> None:
         try:
             found = Template(tokenizer, system)
         except template.AHNError:
-            if system:
+            if system or not _parses(text):  # a message before it changes nothing then
                 raise
             continue
         json.dumps(found.facts())
@@ -78,6 +80,14 @@ def _take_apart(text: str, place: Path, out: Path) -> None:
                 Encoder(tokenizer)(*found.question(turn, "Why?"))
         found.begin(" x ")
         found.end(" x ")
+
+
+def _parses(text: str) -> bool:
+    try:
+        _JINJA.parse(text)
+    except TemplateSyntaxError:
+        return False
+    return True
 
 
 def written() -> list[bytes]:
