@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+from collections import OrderedDict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from ahn_mlx.checkpoints.formats import Reader, describe, describe_config
 from ahn_mlx.model.augment import build, build_base
 from ahn_mlx.model.config import AHNConfig
 
-from ..mutate import of_json, product
+from ..mutate import of_json, of_zip, product
 from ..oracle import Target, also
 
 ROPE = (
@@ -69,6 +70,13 @@ HEADER = (
         "BF16",
     ),
     *("U32", "U8", "I64", "BOOL", "F8_E4M3", "C64", "model.embed_tokens.weight", "lm_head.weight"),
+)
+PICKLED = (
+    *("ctorch._utils\n_rebuild_tensor_v2\n", "ctorch._utils\n_rebuild_parameter\n", "storage"),
+    *("ctorch\nFloatStorage\n", "ctorch\nBFloat16Storage\n", "ctorch\nLongStorage\n", "cpu"),
+    *("ccollections\nOrderedDict\n", "ctorch\nSize\n", "cbuiltins\neval\n", "cos\nsystem\n"),
+    *("ctorch._utils\n_rebuild_sparse_tensor\n", "ctorch\ndevice\n", "cuda:0", "meta", "\x80\x02"),
+    *("model.norm.weight", "(", ")", "}", "u.", "R", "Q", "t", "\x86", "\x87", "q\0", "X\5\0\0\0"),
 )
 
 
@@ -324,16 +332,19 @@ def cards() -> list[bytes]:
 
 
 def _pickle(data: bytes, place: Path) -> Path:
-    """P: a pickle, in an archive as torch writes it. Anything else: the archive itself, or an
-    index beside one."""
+    """P: a pickle, in an archive as torch writes it; a list in JSON: tensors, pickled by us.
+    Anything else: the archive itself, or an index beside one."""
     file = place / "pytorch_model.bin"
     (place / "pytorch_model.bin.index.json").unlink(missing_ok=True)
-    if data.startswith(b"P"):
+    if data.startswith(b"["):
+        data = b"P" + _pickled(json.loads(data))
+    if data.startswith(b"P") and not data.startswith(b"PK"):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as z:
             z.writestr("archive/data.pkl", data[1:])
             z.writestr("archive/byteorder", "little")
-            z.writestr("archive/data/0", bytes(64))
+            for key in range(2):
+                z.writestr(f"archive/data/{key}", bytes(64))
             z.writestr("archive/version", "3\n")
         file.write_bytes(buffer.getvalue())
     elif data.startswith(b"{"):
@@ -341,6 +352,32 @@ def _pickle(data: bytes, place: Path) -> Path:
     else:
         file.write_bytes(data)
     return file
+
+
+def _pickled(tensors: list[tuple[str, str, str, int, int, Any, Any]]) -> bytes:
+    """name, type of storage, its key and length, first number, shape and strides of each."""
+    import torch
+
+    class Storage(tuple[Any, ...]):
+        pass
+
+    class Tensor(tuple[Any, ...]):
+        def __reduce__(self) -> Any:
+            storage, first, shape, strides = self
+            rest = (first, tuple(shape), tuple(strides), False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (storage, *rest)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, x: Any) -> Any:
+            return tuple(x) if isinstance(x, Storage) else None
+
+    made = {}
+    for name, kind, key, length, first, shape, strides in tensors:
+        storage = Storage(("storage", getattr(torch, kind), key, "cpu", length))
+        made[name] = Tensor((storage, first, shape, strides))
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(made)
+    return buffer.getvalue()
 
 
 def _read_pickle(file: Path, place: Path, out: Path) -> None:
@@ -369,6 +406,9 @@ def _pickles() -> list[bytes]:
         found.append(b"P" + z.read(name))
     found += [_saved(torch, torch.ones(2, 3)), _saved(torch, torch.ones(3).to(torch.bfloat16))]
     found.append(_saved(torch, torch.eye(3).to_sparse()))
+    head = ("lm_head.weight", "BFloat16Storage", "0", 16, 8, [2, 4], [4, 1])
+    norm = ("model.norm.weight", "FloatStorage", "1", 16, 0, [16], [1])
+    found.append(text([head, norm, ("x", "LongStorage", "1", 8, 1, [2, 2], [0, 1])]))
     return found
 
 
@@ -378,7 +418,16 @@ def _saved(torch: Any, x: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _packed(data: bytes, longest: int, seed: int) -> bytes:
+    """Pickles, in archives or not, byte by byte; their archives, part by part; JSON, by values."""
+    change = _TORCH if data.startswith(b"PK") else _INDEX
+    return change(data, longest, seed)
+
+
 _JSON = of_json((*CONFIG, *SETTINGS))
+_STORAGES = tuple(f"{kind}Storage" for kind in ("Half", "Double", "Int", "Bool", "ComplexFloat"))
+_INDEX = of_json(("weight_map", "pytorch_model.bin", "../x", "x", "0", "1", *_STORAGES))
+_TORCH = of_zip(("archive/data.pkl", "archive/data/0", "archive/byteorder", "archive/version"))
 TARGETS = [
     Target(
         "config",
@@ -437,5 +486,13 @@ TARGETS = [
         ("checkpoints/card.py",),
         ("---\n", "license", "base_model", "ahn_sources", "part", "repo", "revision", "&a", "*a"),
     ),
-    Target("pickles", _pickle, _read_pickle, _pickles, ("checkpoints/pickles.py",)),
+    Target(
+        "pickles",
+        _pickle,
+        _read_pickle,
+        _pickles,
+        ("checkpoints/pickles.py",),
+        PICKLED,
+        _packed,
+    ),
 ]
