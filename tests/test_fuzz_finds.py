@@ -841,3 +841,22 @@ def test_pickles_whose_strides_reach_beyond_what_is_stored(tmp_path: Path) -> No
             z.writestr(name, data.replace(b"K@K\x01\x86", b"M\xff\x7fK\x01\x86", 1))
     with pytest.raises(AHNError, match=r"pytorch_model\.bin: "):
         pickles.load(file)
+
+
+def test_pickles_of_one_number_with_any_stride(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "pytorch_model.bin"
+    x = torch.arange(24.0).reshape(6, 4)
+    some = {
+        "one": x[:1, 2],
+        "row": x[1:2, ::4],
+        "none": x[:0, 1],
+        "column": x[:, 3],
+        "all": x[5, 3],
+    }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.save({name: y.to(dtype) for name, y in some.items()}, file)
+        for name, y in pickles.load(file).items():
+            found = pickles.to_mlx(y)
+            assert found.shape == tuple(some[name].shape)
+            assert found.astype(mx.float32).tolist() == some[name].tolist()

@@ -366,3 +366,30 @@ def test_a_token_is_at_most_a_thousand_characters_long(tmp_path: Path) -> None:
             assert gguf_tokenizer(file).convert_ids_to_tokens([257]) == ["z" * 1024]
     with pytest.raises(AHNError, match="a token of 1,025 characters"):
         gguf_tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "match"),
+    [
+        ("model", "none of llama"),
+        ("pre", "none of llama"),
+        ("bos_token_id", "bos_token_id is"),
+        ("add_bos_token", "add_bos_token is"),
+        ("tokens", "token"),
+        ("merges", "merge"),
+        ("chat_template", "chat template is"),
+        ("token_type", "types for 2"),
+        ("add_space_prefix", ""),  # of sentencepiece's alone
+    ],
+)
+@pytest.mark.parametrize("value", [[1, 2], [0.5, 1.5], [True, False]])
+def test_what_should_be_one_value_is_an_array(
+    key: str, match: str, value: list[Any], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "x.gguf", **{key: value})
+    if not match:
+        assert gguf_tokenizer(file).encode("ab") == [256]
+        return
+    with pytest.raises(AHNError, match=match) as caught:
+        gguf_tokenizer(file)
+    assert "\n" not in str(caught.value)

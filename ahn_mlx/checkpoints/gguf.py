@@ -105,10 +105,10 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
     """The tokenizer in a file's metadata, byte-level BPE or sentencepiece's, for a model of `count`
     tokens, with its chat template. Raises AHNError, without the file's name, if there is none or
     it is not of a family that is known."""
-    pieces = metadata.get("tokenizer.ggml.model") == "llama"
+    pieces = entry(metadata, "tokenizer.ggml.model") == "llama"
     style = Style([], bos=True) if pieces else _style(metadata)
     tokens, types = _tokens(metadata, count)
-    spaced = plain(metadata.get("tokenizer.ggml.add_space_prefix", True)) is not False
+    spaced = entry(metadata, "tokenizer.ggml.add_space_prefix", True) is not False
     with foreign(_unusable):
         if pieces:
             table = _pieces(tokens, types, _merges_by_score(metadata, tokens, types), spaced)
@@ -125,7 +125,7 @@ def load_tokenizer(metadata: dict[str, Any], count: int) -> TokenizerWrapper:
     if adds["bos"] is None:
         adds["bos"] = style.bos and roles["bos"] is not None
     names = {role: None if i is None else tokens[i] for role, i in roles.items()}
-    template = plain(metadata.get("tokenizer.chat_template"))
+    template = entry(metadata, "tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise AHNError(f"its chat template is {show(template)}, not a text")
     with foreign(_unusable):
@@ -150,7 +150,7 @@ def _unusable(why: str) -> str:
 
 
 def _style(metadata: dict[str, Any]) -> Style:
-    kinds = [metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")]
+    kinds = [entry(metadata, f"tokenizer.ggml.{key}") for key in ("model", "pre")]
     if kinds[0] == "gpt2" and isinstance(kinds[1], str) and kinds[1] in STYLES:
         return STYLES[kinds[1]]
     kind = ""
@@ -256,13 +256,13 @@ def _merges(metadata: dict[str, Any], tokens: set[str]) -> list[tuple[str, str]]
 
 def _listed(metadata: dict[str, Any], key: str) -> list[Any]:
     """A list of the tokenizer's; empty if it has none."""
-    value = plain(metadata.get(f"tokenizer.ggml.{key}"))
+    value = entry(metadata, f"tokenizer.ggml.{key}")
     return value if isinstance(value, list) else []
 
 
 def _role(metadata: dict[str, Any], role: str, count: int) -> int | None:
     """The id of the token with this role, if one has it."""
-    value = plain(metadata.get(f"tokenizer.ggml.{role}_token_id"))
+    value = entry(metadata, f"tokenizer.ggml.{role}_token_id")
     if value is None or value == -1 or value == 0xFFFFFFFF:  # how llama.cpp writes none
         return None
     if type(value) is not int or not 0 <= value < count:
@@ -272,12 +272,13 @@ def _role(metadata: dict[str, Any], role: str, count: int) -> int | None:
 
 def _adds(metadata: dict[str, Any], role: str) -> bool | None:
     """Whether a text gets this token; None if the file does not say."""
-    value = plain(metadata.get(f"tokenizer.ggml.add_{role}_token"))
+    value = entry(metadata, f"tokenizer.ggml.add_{role}_token")
     if not isinstance(value, bool | None):
         raise AHNError(f"its add_{role}_token is {show(value)}, not true or false")
     return value
 
 
-def plain(value: Any) -> Any:
-    """A value of the metadata as Python has it."""
+def entry(metadata: dict[str, Any], name: str, default: Any = None) -> Any:
+    """A value of the metadata as Python has it; an array that is compared with one is many."""
+    value = metadata.get(name, default)
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

@@ -126,7 +126,7 @@ class GGUFile:
         return found, kinds.pop()
 
     def _architecture(self) -> str:
-        kind = self.metadata.get("general.architecture")
+        kind = gguf.entry(self.metadata, "general.architecture")
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise AHNError(f"{self.file}: holds a {show(kind)} model, not one of {known}")
@@ -167,7 +167,7 @@ class GGUFile:
         return scaling
 
     def _entry(self, key: str, default: Any = None) -> Any:
-        return gguf.plain(self.metadata.get(f"{self._architecture()}.{key}", default))
+        return gguf.entry(self.metadata, f"{self._architecture()}.{key}", default)
 
     def _real(self, key: str, default: float | None = None) -> float:
         """The file's float32 has digits that the value was not written with."""
@@ -264,7 +264,7 @@ class GGUFile:
 def _open_parts(file: Path) -> list[Header]:
     """The file; if it is one part of a split model, all parts, which lie beside it."""
     given = Header(file)
-    count = gguf.plain(given.metadata.get("split.count", 0))
+    count = gguf.entry(given.metadata, "split.count", 0)
     if type(count) is not int or count < 2:
         return [given]
     named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.name, re.DOTALL)
@@ -294,11 +294,11 @@ def _open_parts(file: Path) -> list[Header]:
 def _belongs(part: Header, i: int, first: Header, given: Header) -> bool:
     """Whether a file is part i of the model that `given` is a part of and `first` begins."""
     said, expected = (
-        [gguf.plain(x.metadata.get(f"split.{key}")) for key in ("no", "count", "tensors.count")]
+        [gguf.entry(x.metadata, f"split.{key}") for key in ("no", "count", "tensors.count")]
         for x in (part, given)
     )
-    kind = part.metadata.get("general.architecture")  # later parts need not say
-    return said == [i, *expected[1:]] and kind in (None, first.metadata.get("general.architecture"))
+    kind, of = (gguf.entry(x.metadata, "general.architecture") for x in (part, first))
+    return said == [i, *expected[1:]] and kind in (None, of)  # later parts need not say
 
 
 def _dequantize(file: Path, name: str, kind: str, rows: np.ndarray) -> np.ndarray:

@@ -79,6 +79,7 @@ def to_mlx(x: Any) -> mx.array:
     """A copy of torch's tensor, bit for bit."""
     import torch
 
-    flat = x.detach().contiguous().reshape(-1).view(torch.uint8)
+    # What is contiguous may have any stride where there is but one of it.
+    flat = x.detach().contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
     dtype = STORED[DTYPES[str(x.dtype)]]
     return mx.array(flat.numpy()).view(dtype).reshape(tuple(x.shape))
