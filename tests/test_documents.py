@@ -144,6 +144,21 @@ def test_a_pdf_cut_off_anywhere_is_one_line(tmp_path):
         read_file(file(tmp_path, none, "none.pdf"))
 
 
+def test_a_pdf_claims_as_many_pages_as_it_has_bytes_at_most(tmp_path: Path) -> None:
+    whole = papers.pdf("one", "two")
+    assert whole.count(b"/Count 2") == 1
+    for more in (0, 1):
+        size = len(whole) + 3  # it has four digits then
+        claimed = whole.replace(b"/Count 2", b"/Count %d" % (size + more))
+        assert len(claimed) == size
+        book = file(tmp_path, claimed, "a.pdf")
+        if more:
+            with pytest.raises(AHNError, match=rf"claims {size + 1:,} pages in {size:,} bytes"):
+                read_file(book)
+        else:
+            assert read_file(book).startswith("one\ntwo\n")
+
+
 # -- HTML -----------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -83,6 +83,11 @@ def _pdf(stream: BinaryIO, name: str) -> Iterator[Part]:
         raise AHNError(f"{name}: {why}") from None
     with pdf:
         total, without, unread = len(pdf), 0, 0
+        if total > (size := stream.seek(0, SEEK_END)):  # what it claims takes time, page by page
+            raise AHNError(
+                f"{name}: is a damaged PDF, it claims {total:,} pages in {size:,} bytes; "
+                "get it once more"
+            )
         for n in range(total):
             try:
                 page = pdf[n]
