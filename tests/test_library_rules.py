@@ -91,7 +91,7 @@ def test_a_document_is_kept_under_a_name_of_ours(files, name, suffix):
     facts = files.add(name, io.BytesIO(TEXT))
     assert files.path(facts["id"]) == files.directory / f"{facts['id']}{suffix}"
     assert files.path(facts["id"]).read_bytes() == TEXT
-    assert facts["filename"] == name and facts["bytes"] == len(TEXT) and "stored" not in facts
+    assert facts["filename"] == name and facts["bytes"] == len(TEXT)
     assert files.all() == [files.get(facts["id"])] == [facts]
 
 
@@ -114,13 +114,35 @@ def test_a_document_that_cannot_be_noted_is_not_there(files, monkeypatch):
 
 
 def test_only_ids_of_documents_find_one(files):
-    (files.directory / "notes.json").write_text('{"stored": "x"}')
+    (files.directory / "notes.json").write_text('{}')
     for wrong in ("notes", "../files/notes", f"file-{'0' * 32}", f"job-{'0' * 32}"):
         assert status(files.get, wrong) == 404
     facts = files.add("a.txt", io.BytesIO(b"x"))
-    known = files.directory / f"{facts['id']}.json"
-    known.write_text(json.dumps({**json.loads(known.read_text()), "stored": "../../passwd"}))
-    assert files.path(facts["id"]).parent == files.directory
+    (files.directory / f"{facts['id']}.json").unlink()  # half deleted
+    assert status(files.get, facts["id"]) == 404 and files.all() == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("", '{"filename": "mi', "[]", "[" * 99_999, '"filename"', "{}", "\0"),
+        *(
+            '{"filename": 5, "created_at": "x"}',
+            '{"filename": "x"}',
+            '{"filename": "x", "stored": "/"}',
+        ),
+    ],
+)
+def test_a_document_is_there_whatever_became_of_what_was_known_of_it(files, said):
+    facts, other = (files.add(name, io.BytesIO(b"It")) for name in ("mine.txt", "b.txt"))
+    os.utime(files.path(facts["id"]), (1, 7))
+    (files.directory / f"{facts['id']}.json").write_text(said)
+    expected = {**facts, "filename": f"{facts['id']}.txt", "created_at": 7}
+    assert files.get(facts["id"]) == expected
+    assert sorted(files.all(), key=str) == sorted([expected, other], key=str)
+    assert files.text(facts["id"]) == "It"
+    files.delete(facts["id"])
+    assert files.all() == [other]
 
 
 def test_what_is_no_text_is_said_by_the_clients_name(files):
@@ -204,8 +226,14 @@ def test_jobs_of_a_server_that_ended(tmp_path):
     gone = f"job-{'0' * 32}"
     for job_id in (done.id, waits.id, gone):
         (tmp_path / f".{job_id}.partial").write_bytes(b"x")
-    for name, text in (("x", "{}"), ("y", "[" * 99_999), ("z", "")):
+    whole = json.loads((tmp_path / "jobs" / f"{done.id}.json").read_text())
+    for name, text in (("x", "{}"), ("y", "[" * 99_999), ("z", ""), ("copy", json.dumps(whole))):
         (tmp_path / "jobs" / f"job-{name}.json").write_text(text)
+    for n, wrong in enumerate(
+        [{"tokens": "5"}, {"files": "x"}, {"files": [5]}, {"name": None}, {"error": 5}, {"x": 1}]
+    ):
+        odd = {**whole, "id": f"job-{n:032}", **wrong}
+        (tmp_path / "jobs" / f"job-{n:032}.json").write_text(json.dumps(odd))
     again = Built(tmp_path)
     assert {j.id: j.status for j in again.digests.jobs.values()} == {
         **{done.id: "done", waits.id: "paused"}

@@ -69,50 +69,72 @@ class Files:
         with replacing(target) as part, part.open("wb") as f:
             while chunk := source.read(1 << 20):
                 f.write(chunk)
-        facts = {
-            **{"id": file_id, "object": "file", "filename": name[:200]},
-            **{"bytes": target.stat().st_size, "created_at": int(time.time())},
-            **{"purpose": "user_data", "status": "processed", "stored": target.name},
-        }
         try:
-            _write(self.directory / f"{file_id}.json", facts)
+            _write(self._known(file_id), {"filename": name[:200], "created_at": int(time.time())})
         except BaseException:  # nobody would know of it
             target.unlink(missing_ok=True)
             raise
-        return self._shown(facts)
+        return self._facts(target)
 
     def get(self, file_id: str) -> dict[str, Any]:
         """What is known of a document."""
-        return self._shown(self._facts(file_id))
+        return self._facts(self.path(file_id))
 
     def all(self) -> list[dict[str, Any]]:
-        return [self.get(f.stem) for f in sorted(self.directory.glob("file-*.json"))]
+        found = []
+        for file_id, file in self._stored().items():
+            if self._known(file_id).is_file():
+                with suppress(APIError):
+                    found.append(self._facts(file))
+        return found
 
     def path(self, file_id: str) -> Path:
-        return self.directory / Path(self._facts(file_id)["stored"]).name
+        file = self._stored().get(file_id)
+        if file is None or not self._known(file_id).is_file():
+            raise _no_file(file_id)
+        return file
 
     def delete(self, file_id: str) -> None:
-        path = self.path(file_id)
-        path.unlink(missing_ok=True)
-        (self.directory / f"{file_id}.json").unlink(missing_ok=True)
+        self.path(file_id).unlink(missing_ok=True)
+        self._known(file_id).unlink(missing_ok=True)
 
     def text(self, file_id: str) -> str:
         """What a document says. Raises AHNError with the client's name for it."""
-        path, name = self.path(file_id), self._facts(file_id)["filename"]
+        path = self.path(file_id)
         try:
             return read_file(path)
         except AHNError as e:
+            name = self._facts(path)["filename"]
             raise AHNError(str(e).replace(str(path), name)) from None
 
-    def _facts(self, file_id: str) -> dict[str, Any]:
-        known = self.directory / f"{file_id}.json"
-        if not ID.fullmatch(file_id) or not known.is_file():
-            raise APIError(f"there is no file {file_id[:100]!r}", status=404, code="not_found")
-        found: dict[str, Any] = json.loads(known.read_text())
-        return found
+    def _known(self, file_id: str) -> Path:
+        return self.directory / f"{file_id}.json"
 
-    def _shown(self, facts: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in facts.items() if k != "stored"}
+    def _stored(self) -> dict[str, Path]:
+        """Documents by their ids, in the order of these."""
+        there = sorted(self.directory.glob("file-*"))
+        return {f.stem: f for f in there if f.suffix != ".json" and ID.fullmatch(f.stem)}
+
+    def _facts(self, path: Path) -> dict[str, Any]:
+        """Of a stored document. What its client said of it may be damaged: the disk knows some."""
+        try:
+            about = path.stat()
+        except OSError:  # just deleted
+            raise _no_file(path.stem) from None
+        facts = {"filename": path.name, "created_at": int(about.st_mtime)}
+        try:
+            said = json.loads(self._known(path.stem).read_text())
+            facts |= {k: said[k] for k, v in facts.items() if type(said[k]) is type(v)}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            pass
+        return {
+            **{"id": path.stem, "object": "file", "bytes": about.st_size, **facts},
+            **{"purpose": "user_data", "status": "processed"},
+        }
+
+
+def _no_file(file_id: str) -> APIError:
+    return APIError(f"there is no file {file_id[:100]!r}", status=404, code="not_found")
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
@@ -136,6 +158,18 @@ class Job:
 
     def shown(self) -> dict[str, Any]:
         return {"object": "memory.job", **asdict(self)}
+
+
+def _read_job(file: Path) -> Job | None:
+    """None if the file is damaged, or no job's."""
+    try:
+        job = Job(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    usual = asdict(Job("", [], id=file.stem, error=job.error))
+    fits = all(type(getattr(job, name)) is type(value) for name, value in usual.items())
+    texts = [*job.files, job.error or ""] if fits else [None]
+    return job if all(isinstance(x, str) for x in texts) and job.id == file.stem else None
 
 
 _GONE = Job("", [], status="gone")
@@ -199,9 +233,7 @@ class Digests:
         self.stopping = False  # set before the engine ends
         self.jobs: dict[str, Job] = {}
         for file in sorted(self.directory.glob("job-*.json")):
-            try:
-                job = Job(**json.loads(file.read_text()))
-            except (OSError, ValueError, TypeError, RecursionError):
+            if (job := _read_job(file)) is None:
                 continue  # not one of ours
             self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
