@@ -114,7 +114,7 @@ def test_a_document_that_cannot_be_noted_is_not_there(files, monkeypatch):
 
 
 def test_only_ids_of_documents_find_one(files):
-    (files.directory / "notes.json").write_text('{}')
+    (files.directory / "notes.json").write_text("{}")
     for wrong in ("notes", "../files/notes", f"file-{'0' * 32}", f"job-{'0' * 32}"):
         assert status(files.get, wrong) == 404
     facts = files.add("a.txt", io.BytesIO(b"x"))
@@ -240,6 +240,26 @@ def test_jobs_of_a_server_that_ended(tmp_path):
     }
     # What is still wanted stays.
     assert [f.name for f in tmp_path.glob(".job-*")] == [f".{waits.id}.partial"]
+    again.end()
+
+
+def test_a_job_whose_memory_was_made_before_the_server_was_killed(tmp_path):
+    built = Built(tmp_path)
+    made = [built.digest(name) for name in ("whole", "other")]
+    tokens = made[0].tokens
+    built.end()
+    (tmp_path / "files" / f"{made[1].files[0]}.json").write_text(
+        '{"filename": "b", "created_at": 1}'
+    )
+    for job in made:
+        known = tmp_path / "jobs" / f"{job.id}.json"
+        known.write_text(
+            json.dumps({**json.loads(known.read_text()), "status": "reading", "tokens": 0})
+        )
+    again = Built(tmp_path)
+    whole, other = (again.digests.jobs[job.id] for job in made)
+    assert (whole.status, whole.tokens, whole.tokens_read) == ("done", tokens, tokens) and tokens
+    assert other.status == "paused"  # the memory of this name is of another document
     again.end()
 
 
