@@ -10,6 +10,7 @@ from engines import PROMPTS, cancel, finish, made, running, small, start
 from serving import wait_until
 
 from ahn_mlx.serve.answers import Done, Failed
+from ahn_mlx.serve.engine import fresh
 from ahn_mlx.serve.parameters import APIError
 
 ENDLESS = {"max_tokens": 10**6}  # the model has no token that ends an answer
@@ -213,3 +214,9 @@ def test_one_that_is_cancelled_ends_in_the_next_turn(engine, base):
     steps = document.steps
     engine.call(lambda: mx.eval(mx.zeros(1))).result(10)
     assert document.steps == steps
+
+
+def test_a_session_that_has_read_nothing_needs_no_chat_template() -> None:
+    with running(made("deltanet"), chat_tokenizer(None), rows=1) as engine:
+        session = fresh(engine, None, 64, step=16)
+        assert (session.tokens, session.turn, session.step) == (0, "start", 16)

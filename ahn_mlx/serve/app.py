@@ -118,7 +118,7 @@ class App:
         ahn = engine.model.ahn
         facts = {
             **{"status": "stuck" if engine.stuck else "ok", "model": self.service.name},
-            **{"heartbeat_seconds": round(time.monotonic() - engine.beat, 3)},
+            **{"heartbeat_seconds": time.monotonic() - engine.beat},
             **{"rows": engine.rows, "rows_free": engine.free, "row_bytes": self.service.row_bytes},
             **{"window": ahn.window, "sinks": ahn.sinks},
             **{"active_bytes": mx.get_active_memory(), "memories": self.digests is not None},
