@@ -1,6 +1,7 @@
 """Responses, Anthropic's messages, health, metrics, and the document that describes all."""
 
 import re
+import time
 
 import pytest
 from serving import Site, serving
@@ -46,6 +47,28 @@ def test_responses_go_on_from_any_of_them(site: Site):
     assert refused.json()["error"]["param"] == "instructions"
     refused = site.post("/v1/responses", {**after, "previous_response_id": "resp_x"})
     assert refused.status_code == 404
+
+
+def test_a_response_says_what_was_asked(site: Site):
+    plain = {"model": "tiny", "input": "One", "max_output_tokens": 3}
+    made = site.ok("/v1/responses", plain)
+    usual = {
+        **{"object": "response", "model": "tiny", "error": None, "instructions": None},
+        **{"previous_response_id": None, "parallel_tool_calls": True, "metadata": {}},
+        **{"temperature": 0.0, "top_p": 1.0, "max_output_tokens": 3, "tools": []},
+        **{"tool_choice": "auto", "truncation": "disabled", "store": True},
+        **{"text": {"format": {"type": "text"}}},
+    }
+    assert {name: made[name] for name in usual} == usual
+    asked = {
+        **{"instructions": "Be.", "temperature": 0.5, "top_p": 0.25, "metadata": {"a": "b"}},
+        **{"tools": [{"type": "function", **WEATHER["function"]}], "tool_choice": "none"},
+    }
+    other = site.ok("/v1/responses", {**plain, **asked})
+    assert {name: other[name] for name in usual} == {**usual, **asked}
+    assert other["id"] != made["id"] and abs(other["created_at"] - time.time()) < 60
+    after = site.ok("/v1/responses", {**plain, "previous_response_id": made["id"]})
+    assert after["previous_response_id"] == made["id"]
 
 
 def test_responses_stream(site: Site):

@@ -53,8 +53,37 @@ TABLES["/v1/messages"] = f"""{TABLES["/v1/messages/count_tokens"]};
     top_k integer 0 1048576; stop_sequences array - 16; metadata object
     service_tier string =["auto","standard_only"]
 """
+ASKED = "model: the server's, or NAME@MEMORY; temperature: 0, the default, is greedy"
+SAID = {
+    "/v1/chat/completions": f"""{ASKED}; repetition_penalty: of all that was read
+        tool_choice: "auto" or "none"; response_format: {{"type": "text"}}
+        user: ignored; metadata: ignored; store: ignored
+    """,
+    "/v1/completions": f"{ASKED}; repetition_penalty: of all that was read; user: ignored",
+    "/v1/responses": f"""{ASKED}; previous_response_id: goes on from there, also repeatedly
+        tool_choice: "auto" or "none"; text: {{"format": {{"type": "text"}}}}
+        store: answers are kept while there is room, whatever it says
+        metadata: ignored; user: ignored
+    """,
+    "/v1/messages": f"""{ASKED}; tool_choice: {{"type": "auto"}} or {{"type": "none"}}
+        metadata: ignored
+    """,
+    "/v1/messages/count_tokens": f"""{ASKED.split(";")[0]}
+        tool_choice: {{"type": "auto"}} or {{"type": "none"}}
+    """,
+    "/v1/memories": """
+        name: of the memory to be; file_id: of /v1/files
+        file_ids: several, which are read as one text; system: system message, kept in the sinks
+    """,
+    "/v1/conversations/{id}/save": "name: of a memory",
+    "/v1/conversations/{id}/restore": "name: of a memory",
+}
 NAMES = {"integer": ("minimum", "maximum"), "string": ("minLength", "maxLength")}
 NAMES |= {"number": NAMES["integer"], "array": ("minItems", "maxItems")}
+
+
+def lines_of(table: str) -> list[str]:
+    return [x.strip() for x in table.replace("\n", ";").split(";") if x.strip()]
 
 
 def described(line: str) -> tuple[str, dict, bool]:
@@ -74,8 +103,7 @@ def described(line: str) -> tuple[str, dict, bool]:
 
 @pytest.mark.parametrize("path", TABLES)
 def test_the_document_says_all_that_is_taken_and_its_bounds(path):
-    lines = [x.strip() for x in TABLES[path].replace("\n", ";").split(";") if x.strip()]
-    expected = list(map(described, lines))
+    expected = list(map(described, lines_of(TABLES[path])))
     operation = document()["paths"][path]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     said = {
@@ -83,6 +111,10 @@ def test_the_document_says_all_that_is_taken_and_its_bounds(path):
         for name, one in schema["properties"].items()
     }
     assert said == {name: found for name, found, _ in expected}
+    words = {
+        n: one["description"] for n, one in schema["properties"].items() if "description" in one
+    }
+    assert words == dict(line.split(": ", 1) for line in lines_of(SAID[path]))
     assert set(schema["required"]) == {name for name, _, required in expected if required}
     assert schema["type"] == "object" and schema["additionalProperties"] is False
     assert operation["requestBody"]["required"] is True
