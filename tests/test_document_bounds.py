@@ -93,6 +93,14 @@ def test_utf_16_without_a_mark_is_told_by_its_zeros(data, wide):
     assert encoding.unmarked(data) == wide
 
 
+def test_a_text_is_wide_by_its_begin():
+    for rest in (b"", b"abcd" * 9000):
+        with pytest.raises(AHNError, match="is UTF-16LE without a byte order mark"):
+            encoding.decode(b"a\0" * 2048 + rest, "x")
+    with pytest.raises(AHNError, match="binary file"):
+        encoding.decode(b"abcd" * 1024 + b"a\0" * 99_000, "x")
+
+
 def test_a_text_cut_within_a_character_is_told_from_another_encoding():
     whole = "a\u20ac\u00e4b".encode()
     for n, said in ((2, "begins within a character of UTF-8; cut off 2 bytes"), (3, "1 bytes")):

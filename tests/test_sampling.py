@@ -287,3 +287,9 @@ def test_a_session_refuses_what_sampling_refuses(speaking: tuple[Any, Any]) -> N
     with pytest.raises(AHNError, match="temp must be"):
         next(session.ask("Why?", temp=INF))
     assert list(session.ask("Why?", max_tokens=1))
+
+
+@pytest.mark.parametrize("name", ["cache", "read", "generated", "finish_reason", "said", "_times"])
+def test_what_a_run_counts_is_not_given(speaking: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        Run(*speaking, [1], **{name: []})
