@@ -200,6 +200,7 @@ LIES = {
     "full attention where there is a window": (full_attention, "this model's"),
     "fewer slots": (array(KEYS, lambda x: x[:, :, :8]), f"array {KEYS} is F32 [1, 2, 8, 16]"),
     "more slots": (array(KEYS, lambda x: np.tile(x, (1, 1, 64, 1))), f"array {KEYS}"),
+    "a slot less": (array(KEYS, lambda x: x[:, :, 1:]), f"array {KEYS} is F32"),
     "fewer heads": (array(KEYS, lambda x: x[:, :1]), f"array {KEYS}"),
     "wider heads": (array(KEYS, lambda x: np.tile(x, 2)), f"array {KEYS}"),
     "two rows": (array(KEYS, lambda x: np.tile(x, (2, 1, 1, 1))), f"array {KEYS}"),
@@ -220,6 +221,10 @@ LIES = {
     "half a trace": (array(TRACE + "0", lambda x: x[:1]), f"array {TRACE}0"),
     "a trace longer than the text": (
         array(TRACE + "0", lambda x: np.tile(x, 9)),
+        f"array {TRACE}0",
+    ),
+    "a trace of one block more": (
+        array(TRACE + "0", lambda x: np.pad(x, [(0, 0), (0, 1)])),
         f"array {TRACE}0",
     ),
     "a trace of other heads": (array(TRACE + "1", lambda x: x[:, :3]), f"array {TRACE}1"),

@@ -284,7 +284,6 @@ def _led(node: nodes.Node) -> Any:
 
 def _filter(name: str, of: Any, *args: nodes.Expr) -> nodes.Filter:
     made = nodes.Filter(of, name, list(args), [], None, None)
-    made.set_lineno(of.lineno)
     made.set_environment(of.environment)
     return made
 
