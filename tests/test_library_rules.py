@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import threading
+from pathlib import Path
 
 import pytest
 from serving import model, tokenizer, wait_until
@@ -111,6 +112,18 @@ def test_a_document_that_cannot_be_noted_is_not_there(files, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         files.add("a.txt", io.BytesIO(b"x"))
     assert list(files.directory.glob("file-*")) == []
+
+    unlink = Path.unlink
+
+    def denied(path, missing_ok=False):
+        if path.suffix == ".txt":
+            raise OSError(30, "Read-only file system")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", denied)  # from here on, as of a broken disk
+    with pytest.raises(OSError, match="No space"):  # what went wrong first
+        files.add("a.txt", io.BytesIO(b"x"))
+    assert files.all() == []
 
 
 def test_only_ids_of_documents_find_one(files):

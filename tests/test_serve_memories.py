@@ -1,6 +1,7 @@
 """Documents become memories, memories are models, conversations are saved and go on."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -186,6 +187,18 @@ def test_a_document_that_is_no_text_fails_by_its_own_name(site: Site):
     assert job["status"] == "failed" and "binary" in job["error"]
     assert str(site.digests.directory.parent) not in json.dumps(job)
     assert digest(site, "broken2", b"  \n")["status"] == "failed"
+
+
+def test_what_the_system_refuses_is_said_with_its_reason(site: Site):
+    file_id = upload(site, b"text")
+    stored = site.digests.files.path(file_id)
+    stored.unlink()
+    stored.mkdir()  # which nothing removes as a file
+    refused = site.client.delete(f"/v1/files/{file_id}")
+    said = refused.json()["error"]["message"]
+    assert refused.status_code == 500 and re.search("directory|permitted", said)
+    assert str(stored.parent) not in said
+    stored.rmdir()
 
 
 def test_files(site: Site):

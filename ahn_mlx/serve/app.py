@@ -100,13 +100,14 @@ class App:
                     e = APIError("the client has left", status=499)
                 elif isinstance(e, HTTPException):
                     e = APIError(e.detail, status=e.status_code)
-                elif isinstance(e, AHNError) and self.digests is not None:
-                    e = APIError(self.digests.library.said(e, "memories"))
+                elif isinstance(e, AHNError | OSError) and self.digests is not None:
+                    status = 500 if isinstance(e, OSError) else 400
+                    e = APIError(self.digests.library.said(e, "memories"), status=status)
                 elif not isinstance(e, APIError):
                     logging.getLogger("ahn_mlx.serve").error("%s in %s", type(e).__name__, path)
                 response = error_response(told(e), request.url.path)
-            status = str(response.status_code)
-            self.service.metrics.count("requests_total", route=path, status=status)
+            code = str(response.status_code)
+            self.service.metrics.count("requests_total", route=path, status=code)
             return response
 
         return counted

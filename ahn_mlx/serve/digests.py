@@ -72,7 +72,8 @@ class Files:
         try:
             _write(self._known(file_id), {"filename": name[:200], "created_at": int(time.time())})
         except BaseException:  # nobody would know of it
-            target.unlink(missing_ok=True)
+            with suppress(OSError):  # what cannot be removed the next server clears
+                target.unlink(missing_ok=True)
             raise
         return self._facts(target)
 
