@@ -1,6 +1,7 @@
 """What a session remembers beside its caches, each by itself: texts, space, turns, tokens seen."""
 
 import asyncio
+import inspect
 from dataclasses import replace
 
 import mlx.core as mx
@@ -8,15 +9,21 @@ import numpy as np
 import pytest
 import serving
 from checkpoints import CHATML, chat_tokenizer
+from mlx_lm.generate import generate_step
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.identity import model_identity
+from ahn_mlx.measure.cost import cache_bytes
 from ahn_mlx.model.augment import memory_layers
+from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.reading import memoryfile
 from ahn_mlx.reading import session as module
+from ahn_mlx.reading.caches import make_caches
+from ahn_mlx.reading.generate import Run
 from ahn_mlx.reading.layout import MAX_SPACE, MAX_TEXTS, NAME, PREVIEW
 from ahn_mlx.reading.session import Session
 from ahn_mlx.reading.tail import Tail
+from ahn_mlx.serve.build import build
 
 TRIMS = CHATML.replace("m.content", "m.content | trim")
 
@@ -95,6 +102,29 @@ def test_a_preview_is_of_the_first_text(new):
     assert session.preview == ("Call me Ishmael. " + "x" * 300)[:PREVIEW]
     session.read("Some years ago")
     assert session.preview.startswith("Call me Ishmael.")
+
+
+def test_a_preview_is_taken_from_the_begin_alone(new):
+    session = new()
+    session.read(" " * PREVIEW + "Call" + " " * PREVIEW + "me")
+    assert session.preview == "Call"
+
+
+def test_what_was_read_has_been_computed(new, tmp_path):
+    session = new()
+    session.read("Call me Ishmael. " * 20)
+    states = [x for cache in session.caches for x in cache.state if isinstance(x, mx.array)]
+    mx.export_to_dot(str(tmp_path / "graph"), *states)
+    assert states and "shape=rectangle" not in (tmp_path / "graph").read_text()
+
+
+@pytest.mark.parametrize(
+    "ours", [Session, Run, build, cache_bytes, make_caches, AHNCache, AHNCache.to_quantized]
+)
+def test_groups_of_quantized_caches_are_as_large_as_those_of_mlx_lm(ours):
+    takes = inspect.signature(ours).parameters
+    found = takes.get("kv_group_size") or takes["group_size"]
+    assert found.default == inspect.signature(generate_step).parameters["kv_group_size"].default
 
 
 def test_tokens_that_there_are_not_are_not_read(new):
