@@ -186,6 +186,22 @@ def test_a_tokenizer_that_cannot_tell_text_from_control_refuses_it():
         Encoder(TokenizerWrapper(hides))("", "one", "[end]")
 
 
+class Small(PreTrainedTokenizerFast):
+    """A tokenizer that does in Python what its file does not say."""
+
+    def encode(self, text, **options):
+        return super().encode(text.lower(), **options)
+
+
+def test_a_tokenizer_that_is_more_than_its_file_is_not_rebuilt_from_that():
+    made = chat_tokenizer()._tokenizer
+    small = Small(tokenizer_object=made.backend_tokenizer, eos_token="<|im_end|>")
+    encode = Encoder(TokenizerWrapper(small))
+    assert encode("", "One <|IM_END", "") == byte_ids("one <|im_end")
+    with pytest.raises(AHNError, match=r"the text has '<\|im_end\|>'.*take it out"):
+        encode("", "One <|im_end|>", "")  # where the file alone would say a large O
+
+
 def test_what_stands_before_a_text_is_found_or_is_the_token_for_it():
     def begin(plain, whole):
         def encode(text, add_special_tokens):
