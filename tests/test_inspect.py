@@ -89,6 +89,32 @@ def test_the_same_whatever_the_steps_and_after_a_file(loaded, tmp_path):
     np.testing.assert_allclose(trimmed[0][:whole], trimmed[1][:whole], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shares", "loud"),
+    [
+        *(((0.0, 0.0), "is hardly heard"), ((0.0, 0.002), "is hardly heard")),
+        *(((0.001, 0.0011), "speaks softly"), ((0.05, 0.15), "speaks softly")),
+        *(((0.1, 0.11), "is loud"), ((0.3, 0.7), "is loud")),
+        *(((0.5, 0.51), "drowns what the window says"), ((1.0, 1.0), "drowns what")),
+    ],
+)
+def test_how_loud_a_memory_is_in_words(loaded, shares, loud):
+    session, none = read(loaded, 16), np.zeros(1)
+    held = report.places(session).memory
+    layers = [
+        report.Layer(n, none, np.array(lengths), none, np.array([share]), none)
+        for n, (share, lengths) in enumerate(
+            zip(shares, ([1, held], [held - 1, 9 * held]), strict=True)
+        )
+    ]
+    said = report._in_short(session, layers)
+    assert f"It {loud}" in said and f"{sum(shares) / 2:.2%} of the output" in said
+    assert f"for {held - 0.5:,.0f} tokens or longer; 50% of them last for all {held:,} " in said
+    forgets = [layer._replace(length=None) for layer in layers]
+    assert "has no decay" in report._in_short(session, forgets)
+    assert "has no decay" not in report._in_short(session, [layers[0], forgets[1]])
+
+
 def test_quotes_only_from_the_text_that_was_read(loaded):
     session = read(loaded, 16)
     assert "far better thing" in report.page(session, "a<b>", TEXT).split("most strongly")[1]

@@ -72,7 +72,7 @@ def held(cache: Cache) -> tuple[mx.array, ...]:
         states: list[Any] = [*cache.cache]
         return tuple(x for x in states if x is not None)
     keys, values = cache.keys, cache.values
-    return () if keys is None else (keys, values)
+    return () if keys is None or values is None else (keys, values)
 
 
 def most_bytes(cache: Own, step: int) -> int:
