@@ -210,13 +210,14 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        typed = args[0]  # click takes it away
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as e:
             e.ctx = e.ctx or ctx
-            if args[0].startswith("-"):
+            if typed.startswith("-"):
                 raise
-            raise click.UsageError(self.no_such(ctx, args[0]), ctx) from None
+            raise click.UsageError(self.no_such(ctx, typed), ctx) from None
 
     def no_such(self, ctx: click.Context, typed: str) -> str:
         """What is said of a command that is none."""

@@ -337,7 +337,7 @@ def _paper() -> None:
     for name, entry in MODELS.items():
         if not entry.repo:
             continue
-        shape = cost.shape_of({**entry.base.config, "ahn": entry.ahn.to_dict()})
+        shape = cost.shape_by_name(name, entry.ahn)
         full = (
             *cost.paper_flops(shape, "full", tokens),
             cost.paper_cache_bytes(shape, "full", tokens),
