@@ -76,9 +76,9 @@ def compare(**options: Any) -> None:
     ahn-mlx compare book.txt --stream 131072 --stream-from 65536
     """
     check_numbers(options)
-    for name in ("segments", "seq_len", "tokens"):
+    for name, option in (("segments", "segments"), ("seq_len", "seq-len"), ("tokens", "stream")):
         if options[name] is not None and options[name] < 1:
-            raise AHNError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
+            raise AHNError(f"--{option} must be at least 1, not {options[name]}")
     out = None
     if options["plot"] and is_first():
         reads = (Path(options["text"]), Path(options["name"]), options["ahn"])
