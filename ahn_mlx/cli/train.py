@@ -228,7 +228,8 @@ class _Run:
                 tokens = batch_of(settings, drawn) * drawn.seq_len * settings.accumulate
                 if self.main:
                     speed = self.metrics.write(step, loss, tokens * trainer.world.size(), drawn)
-                bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+                about = {"loss": f"{loss:.4f}", "tokens_per_s": f"{speed:.0f}"}
+                bar.set_postfix(about, refresh=False)  # a log has few lines
                 bar.update(self._done(timed) - bar.n)
                 if trainer.step % self.options["save_every"] == 0:
                     self.save()
