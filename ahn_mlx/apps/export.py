@@ -115,8 +115,9 @@ def _trace(file: Path, model: nn.Module, state: list[mx.array], lengths: list[in
     ):
         for L in lengths:
             example = (mx.zeros((1, L), mx.int32), mx.array([0]), mx.array([L]), *state)
-            # Kernels are compared and timed when they are first wanted, not while tracing.
-            mx.eval(step(*example) if kernels.available() else ())
+            # Kernels are compared and timed when they are first wanted, not while tracing, which
+            # leaves the model without its weights.
+            mx.eval(step(*example, **weights) if kernels.available() else ())
             trace(*example, **weights)
 
 
