@@ -2,6 +2,7 @@
 and the model itself."""
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -82,7 +83,7 @@ def test_a_file_of_tables_is_laid_out_so(ignore_merges):
         tokens.append(word.encode() if i >= 258 else bytes(signs[c] for c in word))
     ends = numbers(parts[0])
     assert len(ends) == 261 and ends[0] == 0 and ends[-1] == len(parts[1])
-    assert [parts[1][a:b] for a, b in zip(ends, ends[1:], strict=False)] == tokens
+    assert [parts[1][a:b] for a, b in itertools.pairwise(ends)] == tokens
     assert tokens[256:] == [b"ab", b"abb", b"<s>", "<t\u00e9>".encode()]
     of_byte = numbers(parts[2])
     assert len(of_byte) == 256 and [tokens[i] for i in of_byte] == [bytes([b]) for b in range(256)]
@@ -104,7 +105,9 @@ def test_each_thing_that_a_tokenizer_does_has_its_bit():
     words = {n: p for p, n in tokenizer.PATTERNS.items()}
     assert set(words) == {1, 2}
     for number, pattern in words.items():
-        splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
+        splitter = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated"), plain]
+        )
         assert flags(small(splitter=splitter)) == number
     digits = pre_tokenizers.Digits(individual_digits=True)
     splitter = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -265,14 +268,17 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 @pytest.mark.parametrize("composed", [False, True])
 def test_added_tokens(composed):
     one = {**PLAIN, "id": 3, "content": "<\u00e9>"}
-    assert tokenizer._added([one, {**one, "id": 9}], composed) == {3: "<\u00e9>".encode(), 9: "<\u00e9>".encode()}
+    assert tokenizer._added([one, {**one, "id": 9}], composed) == {
+        3: "<\u00e9>".encode(),
+        9: "<\u00e9>".encode(),
+    }
     assert tokenizer._added([], composed) == {}
     for asked in ("single_word", "lstrip", "rstrip"):
         with pytest.raises(AHNError, match=f"its token '<.*>' is {asked}$"):
             tokenizer._added([{**one, asked: True}], composed)
     normal = {**one, "normalized": True}
     if composed:
-        with pytest.raises(AHNError, match="is normalized$"):
+        with pytest.raises(AHNError, match=r"is normalized$"):
             tokenizer._added([normal], composed)
     else:
         assert tokenizer._added([normal], composed)
@@ -285,7 +291,7 @@ def test_added_tokens(composed):
 
 def test_characters_are_all_that_there_are():
     known = set(map(ord, CHARACTERS))
-    assert len(known) == len(CHARACTERS) and CHARACTERS == sorted(CHARACTERS)
+    assert len(known) == len(CHARACTERS) and sorted(CHARACTERS) == CHARACTERS
     for code in range(0x110000):
         if code in known:
             continue
@@ -301,7 +307,10 @@ def test_characters_are_all_that_there_are():
         ([0], [0, 0]),
         ([0, 1, 2, 5, 7, 8], [0, 2, 5, 5, 7, 8]),
         ([0xD7FF, 0xE000], [0xD7FF, 0xD7FF, 0xE000, 0xE000]),
-        ([0x3FFFF, 0xE0000, 0xE0001, 0xE0FFF], [0x3FFFF, 0x3FFFF, 0xE0000, 0xE0001, 0xE0FFF, 0xE0FFF]),
+        (
+            [0x3FFFF, 0xE0000, 0xE0001, 0xE0FFF],
+            [0x3FFFF, 0x3FFFF, 0xE0000, 0xE0001, 0xE0FFF, 0xE0FFF],
+        ),
     ],
 )
 def test_runs_of_characters(codes, runs):
@@ -369,7 +378,7 @@ def test_composition_is_that_of_the_standard():
     assert marks <= set(classes)
     assert all(is_new(chr(c)) for c in set(classes) - marks)
     by_class = sorted((known[c], classes[c]) for c in marks)
-    for (a, x), (b, y) in zip(by_class, by_class[1:], strict=False):
+    for (a, x), (b, y) in itertools.pairwise(by_class):
         assert (a < b) == (x < y)
     assert min(classes.values()) == 1
 
@@ -430,7 +439,14 @@ def test_a_manifest_says_what_the_model_is(talking, tmp_path):
 
 @pytest.mark.parametrize(
     ("window", "chunk", "lengths"),
-    [(5, 512, [1, 5]), (100, 512, [1, 64, 100]), (100, 80, [1, 64, 80]), (100, 64, [1, 64]), (100, 1, [1]), (600, None, [1, 64, 512])],
+    [
+        (5, 512, [1, 5]),
+        (100, 512, [1, 64, 100]),
+        (100, 80, [1, 64, 80]),
+        (100, 64, [1, 64]),
+        (100, 1, [1]),
+        (600, None, [1, 64, 512]),
+    ],
 )
 def test_lengths_that_are_traced(window, chunk, lengths, tmp_path):
     model = tiny.__wrapped__()  # of its own, to be changed
@@ -545,10 +561,12 @@ def test_sources_and_licences(tmp_path):
 
 TRIMS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}[assistant]"
 KEEPS = TRIMS.replace(" | trim", "")
-ALONE = "{% for m in messages if m.role == 'user' or m.role == 'assistant' %}[{{ m.role }}]{{ m.content }};{% endfor %}[assistant]"
+ALONE = KEEPS.replace("in messages", "in messages if m.role in ('user', 'assistant')")
 
 
-@pytest.mark.parametrize(("text", "strip"), [(TRIMS, True), (KEEPS, False), (ALONE, None), (None, 0)])
+@pytest.mark.parametrize(
+    ("text", "strip"), [(TRIMS, True), (KEEPS, False), (ALONE, None), (None, 0)]
+)
 def test_a_template_in_its_parts(text, strip):
     tokens = chat_tokenizer(text)
     found = export._template(tokens)
@@ -568,7 +586,10 @@ def test_a_path_that_is_no_text_can_be_said():
     found = export._with_hash({"name": "a\udce9", "b": 1})
     text = '{"b": 1, "name": "a?"}'
     assert found == {"b": 1, "name": "a?", "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    assert export._with_hash({"name": "\u00e9"})["sha256"] == hashlib.sha256('{"name": "\u00e9"}'.encode()).hexdigest()
+    assert (
+        export._with_hash({"name": "\u00e9"})["sha256"]
+        == hashlib.sha256('{"name": "\u00e9"}'.encode()).hexdigest()
+    )
 
 
 def test_sums_of_files(tmp_path):

@@ -75,7 +75,10 @@ def test_a_number_of_tokens(typed, tokens):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        *((t, "must be from 1 to 1,000,000,000,000 tokens") for t in ("0.9", "-1", "0", 10**12 + 1)),
+        *(
+            (t, "must be from 1 to 1,000,000,000,000 tokens")
+            for t in ("0.9", "-1", "0", 10**12 + 1)
+        ),
         *((t, "is not a number of tokens, such as") for t in ("", "k", "1kk", "1e3", "1.", ".5")),
     ],
 )
@@ -363,7 +366,9 @@ def test_the_papers_table_stands_as_in_the_documents():
     written = (GOLDEN.parent.parent / "docs/performance.md").read_text()
     printed = run("estimate", "--paper").stdout.splitlines()
     assert len(printed) == 11
-    begin = written.splitlines().index(next(x for x in written.splitlines() if cells(x) == cells(printed[0])))
+    begin = written.splitlines().index(
+        next(x for x in written.splitlines() if cells(x) == cells(printed[0]))
+    )
     rows = [cells(line) for line in written.splitlines()[begin + 2 :]]
     for line in printed[2:]:
         assert cells(line) in rows
@@ -474,7 +479,9 @@ def test_contexts_as_the_picture_names_them(tokens, said):
 
 
 def rows_of(*words):
-    return {row["name"]: row for row in json.loads(run("models", *words, "--json").stdout)["models"]}
+    return {
+        row["name"]: row for row in json.loads(run("models", *words, "--json").stdout)["models"]
+    }
 
 
 def test_what_is_known_of_a_published_model(tmp_path):
@@ -503,7 +510,7 @@ def test_what_is_known_of_a_published_model(tmp_path):
 
 
 def test_numbers_are_as_wide_as_this_machine_computes():
-    assert models.NUMBER == {"darwin": 2}.get(__import__("sys").platform, 4)
+    assert {"darwin": 2}.get(__import__("sys").platform, 4) == models.NUMBER
 
 
 def test_ours_takes_the_room_of_its_package(tmp_path):

@@ -1,4 +1,4 @@
-"""Commands that measure, score, convert and list, in this process, against what they measure with."""
+"""Commands that measure, score, convert and list, in this process: what they say and pass on."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from checkpoints import GDN, edit_config, make_base, memory_of, talking_model
 from click.testing import CliRunner
 from matplotlib.figure import Figure
 from mlx.utils import tree_flatten
-from test_terminal_rules import Typing
+from terminals import Clock, Typing
 
 from ahn_mlx import AHNConfig, AHNError, load
 from ahn_mlx.checkpoints.load import load_model
@@ -38,6 +38,7 @@ from ahn_mlx.outputs.pictures import picture
 from ahn_mlx.reading.text import read_documents
 from ahn_mlx.reading.tokens import Encoder
 
+NIAH = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery")
 TEXT = "".join(f"The {n}th of so many sentences is about {n * n} things. " for n in range(60))
 
 
@@ -90,16 +91,6 @@ def table_of(text):
     """Rows of the table in it."""
     rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
     return [row for row in rows if set("".join(row)) != {"-"}]
-
-
-class Clock:
-    """perf_counter says these seconds in turn."""
-
-    def __init__(self, *seconds):
-        self.seconds = [*seconds]
-
-    def perf_counter(self):
-        return self.seconds.pop(0)
 
 
 # --- bench ---
@@ -193,7 +184,16 @@ def test_a_comparison_in_words(capsys):
         *("KL, memory", "difference", "KL ratio", "memory"),
     ]
     numbers = ["3.0000", "3.2000", "3.1000"]
-    assert first == ["96 to 128", "32", *numbers, "0.2000", "0.1000", "-0.1000 ± 0.0100", "0.500", "helps"]
+    assert first == [
+        "96 to 128",
+        "32",
+        *numbers,
+        "0.2000",
+        "0.1000",
+        "-0.1000 ± 0.0100",
+        "0.500",
+        "helps",
+    ]
     assert second[:2] == ["1,280 to 2,560", "1,280"]
     assert second[5:] == ["0.4000", "0.4200", "+0.0200 ± 0.0500", "1.050", "noise"]
     assert total[:2] == ["all", "2,464"] and total[-2:] == ["0.667", "helps"]
@@ -264,7 +264,9 @@ def test_bars_of_a_comparison():
     comparing.draw_buckets(figure, comparison(), "m on book")
     (axes,) = figure.axes
     alone, memory = axes.containers[0], axes.containers[-1]
-    places = [[round(bar.get_x() + bar.get_width() / 2, 6) for bar in bars] for bars in (alone, memory)]
+    places = [
+        [round(bar.get_x() + bar.get_width() / 2, 6) for bar in bars] for bars in (alone, memory)
+    ]
     assert places == [[-0.2, 0.8, 1.8], [0.2, 1.2, 2.2]]
     assert {round(bar.get_width(), 6) for bar in axes.patches} == {0.4}
     colours = [Figure().add_subplot().plot([0], color=c)[0].get_color() for c in ("C7", "C1")]
@@ -274,7 +276,11 @@ def test_bars_of_a_comparison():
     assert alone[0].get_facecolor() == to_rgba("C7") and memory[0].get_facecolor() == to_rgba("C1")
     bars = memory.errorbar
     ends = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
-    assert [[round(y, 6) for y in pair] for pair in ends] == [[0.08, 0.12], [0.32, 0.52], [0.16, 0.24]]
+    assert [[round(y, 6) for y in pair] for pair in ends] == [
+        [0.08, 0.12],
+        [0.32, 0.52],
+        [0.16, 0.24],
+    ]
     assert len(bars.lines[1]) == 2 and bars.lines[1][0].get_markersize() == 8  # caps, twice 4
     marks = [t.get_text() for t in axes.texts]
     assert marks == ["0.50", "1.05\nnoise", "0.67"]
@@ -331,7 +337,10 @@ def test_a_stream_is_compared(model, drawn, monkeypatch):
     words = ("compare", "book.txt", "--model", model, "--window", 20, "--sinks", 4)
     monkeypatch.setattr(terminal, "BETWEEN", 1e-9)
     done = run(*words, "--stream", 300, "--stream-from", 100)
-    assert re.findall(r"comparing: (\d+) of (\d+) tokens", done.stderr) == [("299", "598"), ("598", "598")]
+    assert re.findall(r"comparing: (\d+) of (\d+) tokens", done.stderr) == [
+        ("299", "598"),
+        ("598", "598"),
+    ]
     numbers = [f"{one.nll['window']:.4f}", f"{one.nll['memory']:.4f}"]
     difference = f"{one.nll['memory'] - one.nll['window']:+.4f} ± {one.error:.4f}"
     verdict = measure.judge(one.difference, one.error)
@@ -344,8 +353,12 @@ def test_a_stream_is_compared(model, drawn, monkeypatch):
     done = run(*words, "--stream", 300, "--stream-from", 100, "--json", "-o", "a.png")
     assert json.loads(done.stdout) == [json.loads(json.dumps(one._asdict()))]
     figure, how = drawn[-1]
-    assert how["dpi"] == 120 and figure.axes[0].get_title().startswith(f"{model} on book.txt\nabove")
-    whole = json.loads(run(*words, "--stream", len(ids), "--stream-from", len(ids) - 2, "--json").stdout)
+    assert how["dpi"] == 120 and figure.axes[0].get_title().startswith(
+        f"{model} on book.txt\nabove"
+    )
+    whole = json.loads(
+        run(*words, "--stream", len(ids), "--stream-from", len(ids) - 2, "--json").stdout
+    )
     assert whole[0]["first"] == len(ids) - 2
     for stream, first in ((len(ids) + 1, 0), (300, 299), (300, -1)):
         said = refused(*words, "--stream", stream, "--stream-from", first)
@@ -374,7 +387,11 @@ def test_all_stretches_are_one_by_their_lengths():
         ({}, 3, "--segments 1 --seq-len 16 --window 8 --sinks 4"),
         ({"window": 5}, 63, "--segments 1 --seq-len 32 --window 16 --sinks 4"),
         ({"window": 5, "sinks": 0}, 32, "--segments 1 --seq-len 32"),
-        ({"name": "ahn-gdn-smollm2-135m", "segments": 1}, 1100, "--segments 1 --seq-len 1024 --window 512 --sinks 4"),
+        (
+            {"name": "ahn-gdn-smollm2-135m", "segments": 1},
+            1100,
+            "--segments 1 --seq-len 1024 --window 512 --sinks 4",
+        ),
         ({"name": "ahn-gdn-smollm2-135m", "seq_len": 4096}, 2048, "--segments 1 --seq-len 2048"),
     ],
 )
@@ -382,7 +399,11 @@ def test_what_would_do_for_a_short_text(options, tokens, fewer):
     given = {"name": "a/b", "window": None, "sinks": None, "seq_len": 2048, "segments": 8}
     given |= {"text": "a.txt", **options}
     L = given["seq_len"]
-    what = f"{given['segments']} segments of {L:,} tokens" if given["segments"] > 1 else f"a segment of {L:,} tokens"
+    what = (
+        f"{given['segments']} segments of {L:,} tokens"
+        if given["segments"] > 1
+        else f"a segment of {L:,} tokens"
+    )
     said = comparing._too_short(given, tokens, "so many bytes")
     assert said == f"a.txt: so many bytes are fewer than {what}; give {fewer}, or a longer text"
 
@@ -392,7 +413,9 @@ def test_what_compare_refuses(model, place):
         assert refused("compare", "book.txt", option, name) == f"{option} must be at least 1, not 0"
     size = len(TEXT)
     said = refused("compare", "book.txt", "--segments", 1, "--seq-len", size + 1, "--model", "none")
-    assert said.startswith(f"book.txt: {size:,} bytes are fewer than a segment of {size + 1:,} tokens")
+    assert said.startswith(
+        f"book.txt: {size:,} bytes are fewer than a segment of {size + 1:,} tokens"
+    )
     (place / "wide.txt").write_text("\u00e9" * 50)
     said = refused("compare", "wide.txt", "--segments", 1, "--seq-len", 100, "--model", "none")
     assert "none" in said and "fewer" not in said  # a hundred bytes may be as many tokens
@@ -414,11 +437,20 @@ def test_what_compare_refuses(model, place):
         (["vt", "--length", "0"], "--length must be at least 1, not 0"),
         (["babi1", "--items", "0"], "--items must be at least 1, not 0"),
         (["vt", "--window", "0"], "--window must be at least 1, not 0"),
-        (["niah", "--tasks", "niah_single,zzz,aaa"], "--tasks: no task aaa; there are niah_single, niah_multikey, niah_multivalue, niah_multiquery"),
+        (
+            ["niah", "--tasks", "niah_single,zzz,aaa"],
+            f"--tasks: no task aaa; there are {', '.join(NIAH)}",
+        ),
         (["recall", "--text", "few.txt"], "few.txt: has no sentences of 20 to 400 characters"),
         (["passkey", "--out", "a.txt"], "a.txt: give a name that ends in .png, .svg, .pdf"),
-        (["passkey", "--out", "few.png", "--text", "few.png", "--force"], "few.png: is what this command reads; choose another name"),
-        (["recall", "--out", "own.png", "--model", ".", "--force"], "own.png: is what this command reads; choose another name"),
+        (
+            ["passkey", "--out", "few.png", "--text", "few.png", "--force"],
+            "few.png: is what this command reads; choose another name",
+        ),
+        (
+            ["recall", "--out", "own.png", "--model", ".", "--force"],
+            "own.png: is what this command reads; choose another name",
+        ),
         (["recall", "--force"], "--force has no effect without --out"),
     ],
 )
@@ -567,7 +599,15 @@ def test_made_tasks_are_asked_and_printed(model, monkeypatch, drawn):
     monkeypatch.setattr("ahn_mlx.evaluate.synthetic.ask", asked)
     head, two, one = table_of(run(*words).stdout)
     assert head == ["task", "facts", "items", *MIXERS, "memory - window"]
-    assert two == ["vt", "beyond", "2", "50.0 +- 50.0", "50.0 +- 0.0", "50.0 +- 50.0", "+0.0 +- 50.0"]
+    assert two == [
+        "vt",
+        "beyond",
+        "2",
+        "50.0 +- 50.0",
+        "50.0 +- 0.0",
+        "50.0 +- 50.0",
+        "+0.0 +- 50.0",
+    ]
     assert one[:4] == ["babi1", "sinks", "1", "25.0 +- nan"] and one[-1] == "-25.0 +- nan"
 
 
@@ -590,7 +630,10 @@ def test_a_picture_of_scores_by_depth(drawn):
     ("words", "chosen"),
     [
         (["niah"], ("niah_single",)),
-        (["niah", "--tasks", "niah_multikey, niah_multiquery"], ("niah_multikey", "niah_multiquery")),
+        (
+            ["niah", "--tasks", "niah_multikey, niah_multiquery"],
+            ("niah_multikey", "niah_multiquery"),
+        ),
         (["niah", "--tasks", "niah_multivalue"], ("niah_multivalue",)),
         *(([name], (name,)) for name in ("passkey", "vt", "babi1", "babi2", "babi3")),
     ],
@@ -881,7 +924,9 @@ def test_a_base_is_called_as_it_was_typed(place, monkeypatch):
         raise AHNError(f"{base}: is odd")
 
     monkeypatch.setattr("ahn_mlx.checkpoints.convert.convert", convert)
-    assert refused("convert", "a", "--base", "me/mine", "-o", "b", "--q-bits", 8) == "me/mine: is odd"
+    assert (
+        refused("convert", "a", "--base", "me/mine", "-o", "b", "--q-bits", 8) == "me/mine: is odd"
+    )
     assert given == {
         **{"base": place / "cache/base", "ahn": Path("a"), "out": Path("b"), "dtype": None},
         **{"q_bits": 8, "yarn": None, "force": False},

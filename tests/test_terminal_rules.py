@@ -11,7 +11,7 @@ import sys
 import termios
 import threading
 import time
-import tty
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +21,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.shortcuts import CompleteStyle
+from terminals import Screen, Typing
 
 from ahn_mlx.cli import prompt as prompting
 from ahn_mlx.cli import terminal
@@ -40,35 +41,6 @@ from ahn_mlx.cli.terminal import (
 )
 
 
-class Screen:
-    """A terminal of so many columns: a stream that leads to it, and what came there."""
-
-    def __init__(self, width):
-        self.end, slave = os.openpty()
-        tty.setraw(slave)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 20, width, 0, 0))
-        os.set_blocking(self.end, False)
-        self.stream = os.fdopen(slave, "w", encoding="utf-8")
-
-    def take(self, patch):
-        """stdout and stderr lead here; pytest has its own until a test begins."""
-        patch.setattr(sys, "stdout", self.stream)
-        patch.setattr(sys, "stderr", self.stream)
-
-    def came(self):
-        self.stream.flush()
-        found = b""
-        while True:
-            try:
-                found += os.read(self.end, 1 << 16)
-            except BlockingIOError:
-                return found.decode()
-
-    def close(self):
-        self.stream.close()
-        os.close(self.end)
-
-
 @pytest.fixture
 def screen():
     """A terminal of 20 columns."""
@@ -76,19 +48,6 @@ def screen():
     yield made
     Answer.coming = None
     made.close()
-
-
-class Typing(io.StringIO):
-    """Someone who types these lines; one that is Ctrl-C is pressed."""
-
-    def isatty(self):
-        return True
-
-    def readline(self):
-        line = super().readline()
-        if line == "^C\n":
-            raise KeyboardInterrupt
-        return line
 
 
 # --- texts, sizes and days ---
@@ -104,7 +63,12 @@ def test_what_moves_a_cursor_is_not_shown():
     ("size", "said"),
     [
         *((0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 KB"), (999_949, "999.9 KB")),
-        *((10**6, "1.0 MB"), (10**9 - 1, "1000.0 MB"), (10**9, "1.0 GB"), (23 * 10**11, "2300.0 GB")),
+        *(
+            (10**6, "1.0 MB"),
+            (10**9 - 1, "1000.0 MB"),
+            (10**9, "1.0 GB"),
+            (23 * 10**11, "2300.0 GB"),
+        ),
     ],
 )
 def test_a_size_has_the_unit_that_fits_it(size, said):
@@ -479,7 +443,9 @@ class Gone(BaseException):
         (b"\x02\x01\x02\x02", True, 130, ""),
     ],
 )
-def test_a_step_that_goes_on_is_left_after_a_second_ctrl_c(signals, seen, end, shown, screen, monkeypatch):
+def test_a_step_that_goes_on_is_left_after_a_second_ctrl_c(
+    signals, seen, end, shown, screen, monkeypatch
+):
     screen.take(monkeypatch)
     monkeypatch.setattr(terminal, "MENTION", 0.02)
     monkeypatch.setattr(terminal, "LEAVE", 0.02)
@@ -496,10 +462,8 @@ def test_a_step_that_goes_on_is_left_after_a_second_ctrl_c(signals, seen, end, s
     os.write(begin, signals) if signals else None
     timer = threading.Timer(0.3, os.close, [begin])
     timer.start()
-    try:
+    with suppress(Gone):
         terminal._watch(close)
-    except Gone:
-        pass
     timer.join()
     os.close(close)
     assert left == ([] if end is None else [end]) and screen.came() == shown
@@ -515,9 +479,8 @@ def test_a_thread_hears_signals_as_long_as_a_run():
         assert begin != -1 and not os.get_blocking(begin)
         signal.set_wakeup_fd(begin, warn_on_full_buffer=False)
     assert threading.active_count() == before and signal.set_wakeup_fd(-1) == -1
-    for end in (begin, begin - 1):
-        with pytest.raises(OSError):
-            os.fstat(begin)
+    with pytest.raises(OSError):
+        os.fstat(begin)
 
 
 # --- lines of a person ---
@@ -644,7 +607,7 @@ def test_lines_are_kept_for_oneself(begin, tmp_path):
         history.store_string("y" * size)
         assert ("y" * size in list(history.load_history_strings())) is kept
     history.store_string("odd \udce9")
-    assert "odd" in list(history.load_history_strings())[0]
+    assert "odd" in next(iter(history.load_history_strings()))
 
 
 def test_a_history_that_cannot_be_kept_is_done_without(tmp_path, monkeypatch):
@@ -681,7 +644,7 @@ def test_where_lines_are_kept(tmp_path, monkeypatch):
         ("/read a", [("\\ b.txt", 0), ("dir/", 0)]),
         ("/read 'a", [(" b.txt", 0), ("dir/", 0)]),
         ("/read adir/o", [("ld\\'s.txt", 0)]),
-        ("/read \"adir/o", [("ld's.txt", 0)]),
+        ('/read "adir/o', [("ld's.txt", 0)]),
         ("/read x\\ y.txt a", [("\\ b.txt", 0), ("dir/", 0)]),
         ("/read a\\ b", [(".txt", 0)]),
         ("/read zzz", []),

@@ -18,7 +18,7 @@ import pytest
 from checkpoints import make_base, memory_of, read_json, talking_model
 from click.testing import CliRunner
 from matplotlib.figure import Figure
-from test_talk_rules import pressed
+from terminals import pressed
 
 from ahn_mlx import AHNError, load
 from ahn_mlx.cli import cli, ranks, terminal
@@ -80,7 +80,10 @@ def test_a_training_says_and_writes_what_it_does(base, monkeypatch, place):
     done = run(*words_of(base, "my out", "--steps", 5, "--save-every", 2))
     lines = done.stderr.splitlines()
     bars = [x for x in lines if x.startswith("training: ")]
-    found = [re.match(r"training: (\d) of 5 steps, .*, loss=([\d.]+), tokens_per_s=(\d+)$", x) for x in bars]
+    found = [
+        re.match(r"training: (\d) of 5 steps, .*, loss=([\d.]+), tokens_per_s=(\d+)$", x)
+        for x in bars
+    ]
     assert [x[1] for x in found if x] == ["1", "2", "3", "4", "5"]
     losses = [line["loss"] for line in metrics.read_metrics(place / "my out" / metrics.METRICS)]
     assert [x[2] for x in found if x] == [f"{loss:.4f}" for loss in losses]
@@ -98,7 +101,10 @@ def test_a_training_says_and_writes_what_it_does(base, monkeypatch, place):
     assert sorted(p.name for p in (place / "my out").iterdir()) == sorted(output.FILES)
     config = read_json(place / "my out")
     assert "layer-wise" not in done.stderr and config["ahn_base"] == str(base)
-    speeds = [json.loads(x)["tokens_per_second"] for x in (place / "my out" / metrics.METRICS).read_text().splitlines()]
+    speeds = [
+        json.loads(x)["tokens_per_second"]
+        for x in (place / "my out" / metrics.METRICS).read_text().splitlines()
+    ]
     assert speeds == pytest.approx([int(x[3]) for x in found if x], abs=0.6)
 
 
@@ -110,7 +116,9 @@ def test_a_log_has_few_lines(base):
 def test_a_fit_says_what_it_explains(base):
     done = run(*words_of(base, "out")[:-2], "--layerwise", 2, "--steps", 0)
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("layer-wise")]
-    assert re.fullmatch(r"layer-wise: the memory explains -?[\d.]+% of what the window misses", line)
+    assert re.fullmatch(
+        r"layer-wise: the memory explains -?[\d.]+% of what the window misses", line
+    )
     assert measured("out") == [0] and not (Path("out") / metrics.METRICS).exists()
 
 
@@ -142,7 +150,11 @@ def test_ctrl_c_saves_and_the_run_goes_on(base, monkeypatch, place):
     assert "curves.png" in os.listdir("out")
     monkeypatch.setattr(terminal, "BETWEEN", 1e-9)
     done = run("train", "book.txt", "-o", "out", "--resume")
-    assert re.findall(r"training: (\d) of (\d) steps", done.stderr) == [("4", "6"), ("5", "6"), ("6", "6")]
+    assert re.findall(r"training: (\d) of (\d) steps", done.stderr) == [
+        ("4", "6"),
+        ("5", "6"),
+        ("6", "6"),
+    ]
     assert steps_of("out") == [0, 1, 2, 3, 4, 5] and measured("out") == [0, 6]
     # More steps, and the same settings; what was typed is typed anew.
     settings, step = loop.read_settings(place / "out")
@@ -194,7 +206,9 @@ def test_what_cannot_be_drawn_is_said_and_the_training_goes_on(base, monkeypatch
     monkeypatch.setattr(Figure, "savefig", savefig)
     done = run(*words_of(base, "out", "--steps", 1))
     (note,) = [x for x in done.stderr.splitlines() if x.startswith("note: ")]
-    assert note.startswith("note: out/curves.png: matplotlib cannot draw it (RuntimeError: no font)")
+    assert note.startswith(
+        "note: out/curves.png: matplotlib cannot draw it (RuntimeError: no font)"
+    )
     assert note.endswith("; training goes on without")
     assert not (place / "out/curves.png").exists() and steps_of("out") == [0]
 
@@ -275,7 +289,9 @@ def test_windows_that_a_step_draws_from(typed):
     typed.add("sinks")
     assert taken("8@64", "9", sinks=3)["windows"] == "8+3@64 9+3@4096"
     for texts in (("8+2",), ("8+0", "9+1")):
-        with pytest.raises(AHNError, match=r"^--sinks has no effect where each --window says its own; leave it out"):
+        with pytest.raises(
+            AHNError, match=r"^--sinks has no effect where each --window says its own; leave it out"
+        ):
             taken(*texts)
     typed.add("seq_len")
     with pytest.raises(AHNError, match=r"^--seq-len has no effect"):
@@ -290,13 +306,25 @@ def checked(**more):
 
 
 MOST = 2**31
+LONGER = "take longer sequences or a smaller --window"
 
 
 @pytest.mark.parametrize(
     "good",
     [
         {"seq_len": 12},
-        *({"seq_len": 12, name: MOST} for name in ("steps", "layerwise", "warmup", "seed", "batch_size", "accumulate", "save_every")),
+        *(
+            {"seq_len": 12, name: MOST}
+            for name in (
+                "steps",
+                "layerwise",
+                "warmup",
+                "seed",
+                "batch_size",
+                "accumulate",
+                "save_every",
+            )
+        ),
         {"seq_len": MOST, "window": MOST - 4},
         {"seq_len": 64, "random_window": True, "window": 999},
         {"seq_len": 12, "weight_decay": 1e300, "lr": 1e300},
@@ -313,26 +341,62 @@ def test_settings_at_their_edges_are_taken(good, typed):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({}, "--seq-len 11: nothing leaves a window of 10 tokens; take longer sequences or a smaller --window"),
+        (
+            {},
+            f"--seq-len 11: nothing leaves a window of 10 tokens; {LONGER}",
+        ),
         *(
-            ({"seq_len": 12, name: low - 1}, f"--{name.replace('_', '-')} must be at least {low}, not {low - 1}")
+            (
+                {"seq_len": 12, name: low - 1},
+                f"--{name.replace('_', '-')} must be at least {low}, not {low - 1}",
+            )
             for name, low in {
                 **{"window": 1, "sinks": 0, "seq_len": 2, "layerwise": 0, "steps": 0, "warmup": 0},
                 **{"accumulate": 1, "batch_size": 1, "save_every": 1, "seed": 0},
             }.items()
         ),
         *(
-            ({"seq_len": 12, name: MOST + 1}, f"--{name.replace('_', '-')} must be at most 2,147,483,648")
+            (
+                {"seq_len": 12, name: MOST + 1},
+                f"--{name.replace('_', '-')} must be at most 2,147,483,648",
+            )
             for name in ("window", "sinks", "seq_len", "steps", "seed", "save_every")
         ),
-        *(({"seq_len": 12, "lr": x}, f"--lr must be above 0 and finite, not {x}") for x in (0.0, -1.0, float("inf"), float("nan"))),
-        *(({"seq_len": 12, "weight_decay": x}, f"--weight-decay must be at least 0 and finite, not {x}") for x in (-0.1, float("inf"), float("nan"))),
-        *(({"seq_len": 12, "minutes": x, "typed": "minutes"}, f"--minutes must be above 0, not {x:g}") for x in (0.0, -1.0, float("inf"))),
-        ({"seq_len": 64, "windows": "8+2@12 9+0@99", "random_window": True, "steps": 1}, "--random-window draws windows of its own; give one --window"),
-        ({"seq_len": 64, "windows": "8+2@12 9+0@99"}, "with --steps 0, which trains no step, one --window has an effect; give one"),
-        ({"windows": "8+2@12 9+0@10", "steps": 1}, "--seq-len 10: nothing leaves a window of 9 tokens; take longer sequences or a smaller --window"),
+        *(
+            ({"seq_len": 12, "lr": x}, f"--lr must be above 0 and finite, not {x}")
+            for x in (0.0, -1.0, float("inf"), float("nan"))
+        ),
+        *(
+            (
+                {"seq_len": 12, "weight_decay": x},
+                f"--weight-decay must be at least 0 and finite, not {x}",
+            )
+            for x in (-0.1, float("inf"), float("nan"))
+        ),
+        *(
+            (
+                {"seq_len": 12, "minutes": x, "typed": "minutes"},
+                f"--minutes must be above 0, not {x:g}",
+            )
+            for x in (0.0, -1.0, float("inf"))
+        ),
+        (
+            {"seq_len": 64, "windows": "8+2@12 9+0@99", "random_window": True, "steps": 1},
+            "--random-window draws windows of its own; give one --window",
+        ),
+        (
+            {"seq_len": 64, "windows": "8+2@12 9+0@99"},
+            "with --steps 0, which trains no step, one --window has an effect; give one",
+        ),
+        (
+            {"windows": "8+2@12 9+0@10", "steps": 1},
+            f"--seq-len 10: nothing leaves a window of 9 tokens; {LONGER}",
+        ),
         ({"windows": "8+2@12 0+4@99", "steps": 1}, "--window must be at least 1, not 0"),
-        ({"seq_len": 63, "random_window": True}, "--random-window needs --seq-len of at least 64, not 63"),
+        (
+            {"seq_len": 63, "random_window": True},
+            "--random-window needs --seq-len of at least 64, not 63",
+        ),
     ],
 )
 def test_settings_that_no_run_can_have(bad, said, typed):
@@ -346,11 +410,21 @@ def test_what_was_not_typed_is_as_it_was(base, place, typed):
     run(*words_of(base, "out", "--steps", 2, "--lr", 0.5, "--loss", "ce"))
     options = given(out=place / "out", base="default", steps=500, lr=1e-4, loss="kl", minutes=None)
     training._as_before(options)
-    assert (options["base"], options["steps"], options["lr"], options["loss"]) == (str(base), 2, 0.5, "ce")
+    assert (options["base"], options["steps"], options["lr"], options["loss"]) == (
+        str(base),
+        2,
+        0.5,
+        "ce",
+    )
     typed |= {"steps", "lr", "base"}
     options = given(out=place / "out", base="mine", steps=9, lr=0.1, loss="kl", minutes=None)
     training._as_before(options)
-    assert (options["base"], options["steps"], options["lr"], options["loss"]) == ("mine", 9, 0.1, "ce")
+    assert (options["base"], options["steps"], options["lr"], options["loss"]) == (
+        "mine",
+        9,
+        0.1,
+        "ce",
+    )
     assert options["minutes"] == 0.0 and options["query_projection"] is not None
     other = given(out=place / "out", base="mine", steps=9, lr=0.1, loss="kl", ahn=Path("another"))
     training._as_before(other)
@@ -369,7 +443,15 @@ def test_settings_of_the_command_reach_the_run(base, monkeypatch, place):
 
     monkeypatch.setattr(loop, "Trainer", noting)
     words = words_of(base, "out", "--steps", 7, "--seed", 3, "--sink-positions", "absolute")
-    words = (*words, "--kind", "deltanet", "--window-gain", "--loss", "distill", "--grad-checkpoint")
+    words = (
+        *words,
+        "--kind",
+        "deltanet",
+        "--window-gain",
+        "--loss",
+        "distill",
+        "--grad-checkpoint",
+    )
     run(*words, "--warmup", 2, "--weight-decay", 0.5, "--accumulate", 2, "--batch-size", 3, code=1)
     settings, ahn = seen["settings"], seen["ahn"]
     assert (settings.window, settings.sinks, settings.seq_len, settings.windows) == (8, 2, 32, "")
@@ -403,14 +485,20 @@ def test_a_key_is_one_line(key, is_one, place):
     if is_one:
         assert serving._key(place / "key") == key.decode().strip()
         return
-    with pytest.raises(AHNError, match="key: a key is one line of 16 ASCII characters or more without"):
+    with pytest.raises(
+        AHNError, match="key: a key is one line of 16 ASCII characters or more without"
+    ):
         serving._key(place / "key")
 
 
 def test_a_key_that_cannot_be_read(place):
     assert serving._key(None) is None
     (place / "key").write_bytes(b"\xff" * 20)
-    for name, said in (("key", "key: is not text"), ("none", "none: No such file"), (".", ".: Is a")):
+    for name, said in (
+        ("key", "key: is not text"),
+        ("none", "none: No such file"),
+        (".", ".: Is a"),
+    ):
         with pytest.raises(AHNError) as error:
             serving._key(Path(name))
         assert str(error.value).startswith(said)
@@ -455,7 +543,7 @@ def test_an_address_is_listened_at_or_named(place):
                 assert listening.family == socket.AF_INET6
         except AHNError as e:
             assert "cannot listen at ::1" in str(e)
-    with pytest.raises(AHNError, match="cannot listen at a.b"):
+    with pytest.raises(AHNError, match=r"cannot listen at a\.b"):
         serving._listen("a.b" * 90, 1)
 
 
@@ -505,14 +593,19 @@ def test_what_is_served_and_where(error, served, directory, place):
     (place / "memories").mkdir()
     served[0].error = error
     origins = ["--allow-origin", "https://a.b", "--allow-origin", "http://localhost:3000"]
-    done = run("serve", "--model", directory, "--rows", 2, "--port", 0, "--memories", "memories", *origins)
+    done = run(
+        "serve", "--model", directory, "--rows", 2, "--port", 0, "--memories", "memories", *origins
+    )
     _, (service, digests, key, hosts, allowed), (server, (listening,)) = served
     port = server.config.port
     assert server.config.host == "127.0.0.1" and port > 0 and listening.fileno() == -1  # closed
     row = service.row_bytes / 1e6
     lines = done.stdout.splitlines()
     assert lines[0] == f"http://127.0.0.1:{port}/v1 serves model"
-    assert re.fullmatch(rf"2 rows of {row:.1f} MB, as much again for what waits; \d+ rows fit in this machine", lines[1])
+    assert re.fullmatch(
+        rf"2 rows of {row:.1f} MB, as much again for what waits; \d+ rows fit in this machine",
+        lines[1],
+    )
     assert lines[2:] == [
         f"documents and conversations, in a browser: http://127.0.0.1:{port}/",
         "memories: memories",
@@ -604,7 +697,7 @@ def test_other_ranks_follow(directory, monkeypatch):
         serving._follow({"rows": 3}, model, tokenizer)
     finally:
         signal.signal(signal.SIGINT, before)
-    (made, handler), = followed
+    ((made, handler),) = followed
     assert handler == made.press and made.model is model and made._width == 3
     assert threading.current_thread() is threading.main_thread()
 

@@ -1,0 +1,86 @@
+"""Stand-ins for who sits at a terminal: a screen, keys, Ctrl-C, and a clock."""
+
+import fcntl
+import io
+import os
+import signal
+import struct
+import sys
+import termios
+import tty
+
+from tqdm import tqdm
+
+from ahn_mlx.cli import terminal
+
+
+class Screen:
+    """A terminal of so many columns: a stream that leads to it, and what came there."""
+
+    def __init__(self, width):
+        self.end, slave = os.openpty()
+        tty.setraw(slave)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 20, width, 0, 0))
+        os.set_blocking(self.end, False)
+        self.stream = os.fdopen(slave, "w", encoding="utf-8")
+
+    def take(self, patch):
+        """stdout and stderr lead here; pytest has its own until a test begins."""
+        patch.setattr(sys, "stdout", self.stream)
+        patch.setattr(sys, "stderr", self.stream)
+
+    def came(self):
+        self.stream.flush()
+        found = b""
+        while True:
+            try:
+                found += os.read(self.end, 1 << 16)
+            except BlockingIOError:
+                return found.decode()
+
+    def close(self):
+        self.stream.close()
+        os.close(self.end)
+
+
+class Typing(io.StringIO):
+    """Someone who types these lines; one that is Ctrl-C is pressed."""
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+class Clock:
+    """perf_counter says these seconds in turn."""
+
+    def __init__(self, *seconds):
+        self.seconds = [*seconds]
+
+    def perf_counter(self):
+        return self.seconds.pop(0)
+
+
+def bars(monkeypatch):
+    """Lines of bars, at once."""
+    monkeypatch.setattr(terminal, "BETWEEN", 1e-9)
+
+
+def pressed(monkeypatch, at, times=1):
+    """Ctrl-C when a bar has come so far."""
+    update = tqdm.update
+
+    def pressing(bar, n=1):
+        made = update(bar, n)
+        while bar.n >= at and pressing.left:
+            pressing.left -= 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return made
+
+    pressing.left = times
+    monkeypatch.setattr(tqdm, "update", pressing)
