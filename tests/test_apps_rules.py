@@ -224,6 +224,13 @@ def test_tokens_have_numbers_that_a_reader_can_hold():
             pack_tokenizer(made)
 
 
+def test_one_token_is_a_tokenizer():
+    facts = json.loads(byte_bpe().to_str())
+    facts["model"]["vocab"] = {"a": 0}
+    file = pack_tokenizer(wrapped(Tokenizer.from_str(json.dumps(facts))))
+    assert struct.unpack_from("<I", file, 12) == (1,) and sections(file)[1] == b"a"
+
+
 def test_numbers_between_are_empty_words():
     facts = json.loads(byte_bpe().to_str())
     facts["model"]["vocab"]["zz"] = 300
@@ -328,7 +335,7 @@ def covered(runs):
 
 def test_classes_are_those_of_the_standard():
     """Of what this Python's older Unicode has: letters, numbers and spaces by their category."""
-    letters, digits_and_more, spaces, digits = map(covered, tokenizer._classes())
+    letters, digits_and_more, spaces, digits = map(covered, tokenizer._classes.__wrapped__())
     for code in map(ord, CHARACTERS):
         kind = unicodedata.category(chr(code))
         if kind == "Cn":
@@ -349,7 +356,7 @@ def is_new(c):
 
 
 def test_composition_is_that_of_the_standard():
-    combining, rows, pairs = tokenizer._canonical()
+    combining, rows, pairs = tokenizer._canonical.__wrapped__()
     rows, pairs = list(rows), np.array(pairs).reshape(-1, 3).tolist()
     decomposed, at = {}, 0
     while at < len(rows):
@@ -495,11 +502,23 @@ def test_where_kernels_run_there_is_a_model_without_them(tmp_path, monkeypatch):
     assert seen == [("model.mlxfn", None, [1, 5])]
     has = SimpleNamespace(available=lambda: True, without=kernels.without)
     monkeypatch.setattr(export, "kernels", has)
+    monkeypatch.setattr(export, "on_cpu", lambda: False)
     seen.clear()
+    tried = []
+    evaluate = mx.eval
+
+    def noting_eval(*arrays):
+        tried.extend(x[0].shape for x in arrays if isinstance(x, tuple) and x)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", noting_eval)
     export_app(model, chat_tokenizer(), tmp_path / "b")
     assert seen == [("model.mlxfn", None, [1, 5]), ("plain.mlxfn", "0", [1, 5])]
     names = ["model.mlxfn", "plain.mlxfn", "tokenizer.bin", "weights.safetensors"]
     assert list(manifest_of(tmp_path / "b")["files"]) == names
+    assert manifest_of(tmp_path / "b")["device"] == "gpu"
+    # Each length is computed once before it is traced: kernels are compared then.
+    assert tried.count((1, model.args.vocab_size)) == 4
 
 
 def test_a_chunk_of_nothing_is_refused(talking, tmp_path):

@@ -145,6 +145,11 @@ def test_of_several_ranks_the_one_that_has_most_is_counted(pipeline):
         }
 
 
+def test_a_chip_is_called_in_letters_of_any_size():
+    said = run("estimate", "--chip", "M4-Pro").stdout
+    assert "bounds of an m4-pro (273 GB/s), not measured" in said
+
+
 def test_the_curve_has_these_contexts():
     found = counted("--context", 16384, "--compare", "window,ahn")
     assert found["context"] == 16384 and list(found) == ["context", "window", "ahn", "curve"]

@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.nn as nn
 import pytest
@@ -604,6 +606,22 @@ def test_lines_are_answered_until_there_are_no_more(session, capsys, monkeypatch
     assert said_of(capsys).count("0 tokens") == 1
     assert conversation(session, "^C\n^C\n/stats\n", monkeypatch) == 130
     assert "0 tokens" not in said_of(capsys)
+
+
+@pytest.mark.parametrize(("later", "leaves"), [(0.99, True), (1.01, False)])
+def test_a_ctrl_c_within_a_second_of_another_leaves(later, leaves, session, capsys, monkeypatch):
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[-1], perf_counter=time.perf_counter)
+    monkeypatch.setattr(talk, "time", clock)
+
+    me = talking(Impatient(session, 2), max_tokens=9)
+    me._take("Hi")
+    assert me.stopped == 100.0
+    now.append(100.0 + later)
+    monkeypatch.setattr(sys, "stdin", Typing("^C\n/exit\n"))
+    capsys.readouterr()
+    assert me.run() == (130 if leaves else 0)
+    assert ("(Ctrl-C again, or Ctrl-D, leaves)" in said_of(capsys)) is not leaves
 
 
 def test_what_was_read_and_not_saved_is_said_once(session, capsys, monkeypatch, place):

@@ -223,6 +223,13 @@ def test_an_answer_elsewhere_is_as_it_is_and_ends_its_line(pieces, shown, capsys
 # --- waiting ---
 
 
+def test_how_long_someone_waits_who_is_told():
+    """A line after a second, and then each half minute; Ctrl-C is answered at once, as people see
+    it, and a second one leaves after a second."""
+    assert (terminal.WAIT, terminal.BETWEEN) == (1.0, 30.0)
+    assert (terminal.MENTION, terminal.LEAVE) == (0.3, 1.0)
+
+
 def test_what_is_waited_for_is_said_on_a_terminal_alone(screen, monkeypatch, capsys):
     screen.take(monkeypatch)
     monkeypatch.setattr(terminal, "WAIT", 0.02)
