@@ -8,10 +8,13 @@ import struct
 import sys
 import termios
 import tty
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
 from ahn_mlx.cli import terminal
+
+FAST = SimpleNamespace(fast=True, name="")  # a BLAS
 
 
 class Screen:

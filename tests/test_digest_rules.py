@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 from checkpoints import make_base, memory_of, talking_model
 from click.testing import CliRunner
-from terminals import Typing, bars, pressed
+from terminals import FAST, Typing, bars, pressed
 
 from ahn_mlx import AHNError, Session, load
-from ahn_mlx.cli import cli, words
+from ahn_mlx.cli import cli, terminal, words
 from ahn_mlx.cli import digest as digesting
 from ahn_mlx.cli import generate as generating
 from ahn_mlx.cli.memory import _part
@@ -46,6 +46,7 @@ def kept(loaded, model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(terminal, "BLAS", FAST)  # nothing is said of it
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.ahn").write_bytes(kept.read_bytes())
     (tmp_path / "story.txt").write_text(TEXT * 2)

@@ -15,11 +15,11 @@ import pytest
 from checkpoints import make_base, memory_of, talking_model
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
-from terminals import Clock, Screen, Typing, bars, pressed
+from terminals import FAST, Clock, Screen, Typing, bars, pressed
 
 from ahn_mlx import AHNError, Session, load
 from ahn_mlx.cli import ask as asking
-from ahn_mlx.cli import cli, settings, talk
+from ahn_mlx.cli import cli, settings, talk, terminal
 from ahn_mlx.cli.options import check_numbers
 from ahn_mlx.cli.talk import Talk, print_answer
 from ahn_mlx.cli.terminal import Left
@@ -54,6 +54,7 @@ def kept(loaded, model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(terminal, "BLAS", FAST)  # nothing is said of it
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.ahn").write_bytes(kept.read_bytes())
     (tmp_path / "story.txt").write_text(TEXT * 2)

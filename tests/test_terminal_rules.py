@@ -247,7 +247,6 @@ def test_what_is_waited_for_is_said_on_a_terminal_alone(screen, monkeypatch, cap
 
 def test_a_wait_that_is_over_is_not_said(screen, monkeypatch):
     screen.take(monkeypatch)
-    monkeypatch.setattr(terminal, "WAIT", 0.1)
     with waiting("loading a"):
         timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
     assert [t.daemon for t in timers] == [True]
@@ -290,7 +289,7 @@ def test_work_that_lasts_is_begun_with_a_line(capsys, monkeypatch):
             assert bar.timer.daemon
             bar.timer.join()
         assert capsys.readouterr().err == said
-    monkeypatch.setattr(terminal, "WAIT", 0.2)
+    monkeypatch.setattr(terminal, "WAIT", 0.5)
     with progress_bar(10, "reading", "tokens") as bar:
         pass
     bar.timer.join()
@@ -467,13 +466,25 @@ def test_a_step_that_goes_on_is_left_after_a_second_ctrl_c(
     monkeypatch.setattr(os, "_exit", leave)
     close, begin = os.pipe()
     os.write(begin, signals) if signals else None
-    timer = threading.Timer(0.3, os.close, [begin])
-    timer.start()
+    came = []
+
+    def end_it():
+        until = time.monotonic() + 10
+        while "".join(came) != shown and time.monotonic() < until:
+            came.append(screen.came())
+        # Who is to leave has time for it; of others nothing more comes.
+        gone.wait(10 if end else 0.1)
+        os.close(begin)
+
+    gone = threading.Event()
+    ending = threading.Thread(target=end_it)
+    ending.start()
     with suppress(Gone):
         terminal._watch(close)
-    timer.join()
+    gone.set()
+    ending.join()
     os.close(close)
-    assert left == ([] if end is None else [end]) and screen.came() == shown
+    assert left == ([] if end is None else [end]) and "".join([*came, screen.came()]) == shown
 
 
 def test_a_thread_hears_signals_as_long_as_a_run():

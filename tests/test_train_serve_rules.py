@@ -18,7 +18,7 @@ import pytest
 from checkpoints import make_base, memory_of, read_json, talking_model
 from click.testing import CliRunner
 from matplotlib.figure import Figure
-from terminals import pressed
+from terminals import FAST, pressed
 
 from ahn_mlx import AHNError, load
 from ahn_mlx.cli import cli, ranks, terminal
@@ -38,6 +38,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "BLAS", FAST)  # nothing is said of it
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(TEXT)
     return tmp_path
@@ -610,7 +611,7 @@ def test_what_is_served_and_where(error, served, directory, place):
         f"documents and conversations, in a browser: http://127.0.0.1:{port}/",
         "memories: memories",
     ]
-    assert re.fullmatch(r"stopped in \d\.\d s\n", done.stderr)
+    assert re.fullmatch(r"stopped in \d+\.\d s\n", done.stderr)
     assert key is None and hosts == ("localhost", "127.0.0.1", "::1", "127.0.0.1")
     assert allowed == {"https://a.b", "http://localhost:3000"} and digests is not None
     assert digests.stopping and not service.engine.thread.is_alive()
