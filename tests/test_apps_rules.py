@@ -113,6 +113,7 @@ def test_each_thing_that_a_tokenizer_does_has_its_bit():
     splitter = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     assert flags(small(splitter=splitter)) == 1 << 8
     assert flags(small(composed=True)) == 1 << 10
+    assert all(sections(pack_tokenizer(wrapped(small(composed=True))))[10:])
     assert flags(small(True, True)) == 3 << 9
 
 
@@ -248,6 +249,8 @@ def test_a_byte_that_no_word_has():
     assert found[7] == found[200] == NONE == 0xFFFFFFFF and found[8] == 8 and len(found) == 256
     with pytest.raises(AHNError, match="it has no token for the byte 0x07, but an unknown one"):
         tokenizer._bytes(words, "<unk>")
+    with pytest.raises(AHNError, match="it has no token for the byte 0xff"):
+        tokenizer._bytes({i: bytes([i]) for i in range(255)}, "<unk>")
     words |= {7: b"\x07", 200: b"\xc8"}
     assert tokenizer._bytes(words, "<unk>") == list(range(256))
 
