@@ -123,3 +123,14 @@ def test_a_servers_answers_look_back_too() -> None:
     assert Sampler(wish_of(read_chat(), 8, None), 0, None).plain
     with pytest.raises(AHNError, match="does not say which tokens"):
         Sampler(wish, 0, None)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 9, 259])
+def test_what_was_seen_is_a_bit_for_each_token(vocabulary: int) -> None:
+    seen = note(nothing_seen(vocabulary), [0, vocabulary - 1])
+    packed = pack(seen)
+    assert packed.shape == (-(-vocabulary // 8),) and packed.dtype == mx.uint8
+    assert packed[0].item() & 1 and packed[-1].item() >> (vocabulary - 1) % 8 == 1
+    found = unpack(packed, vocabulary)
+    assert found.dtype == np.bool_ and found.shape == (vocabulary,)
+    assert np.flatnonzero(found).tolist() == sorted({0, vocabulary - 1})

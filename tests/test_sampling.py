@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,3 +294,9 @@ def test_a_session_refuses_what_sampling_refuses(speaking: tuple[Any, Any]) -> N
 def test_what_a_run_counts_is_not_given(speaking: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         Run(*speaking, [1], **{name: []})
+
+
+def test_an_answer_is_greedy_and_short_if_nothing_is_said() -> None:
+    usual = {"max_tokens": 256, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    usual |= {"repetition_penalty": 1.0, "repetition_context_size": 20, "seed": None, "stop": ()}
+    assert asdict(Sampling()) == usual

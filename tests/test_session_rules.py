@@ -279,3 +279,21 @@ def test_an_asynchronous_answer_that_is_closed_is_over(new):
 
     asyncio.run(first())
     assert session.turn == "read"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "memory"),
+    [
+        ({"ahn": "{}"}, True),
+        ({"ahn": "no json"}, True),
+        *((({}, False)), ({"format": "mlx"}, False), ({"ahn_": "{}"}, False)),
+    ],
+)
+def test_a_memory_is_told_by_its_header(metadata, memory, tmp_path):
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"x": mx.zeros(1)}, metadata)
+    assert memoryfile.is_memory(tmp_path / "a.safetensors") is memory
+    # A tensor of that name makes none, nor does what is behind the header.
+    header = b'{"ahn":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    for raw in (header, b'{"__metadata__":{}}'):
+        (tmp_path / "b").write_bytes(len(raw).to_bytes(8, "little") + raw + b'{"ahn":1}')
+        assert memoryfile.is_memory(tmp_path / "b") is False
