@@ -112,6 +112,16 @@ def test_a_whole_conversation_is_what_the_template_says(engine):
     assert thinks._thinks("a<think>\n") is thinks.tokenizer.has_thinking
 
 
+@pytest.mark.parametrize("length", [1, 200, 201, 5000])
+def test_why_a_template_refuses_is_said_in_short(engine, length):
+    why = "x" * length
+    chat = chat_of(engine, "{{ raise_exception('" + why + "') }}")
+    with pytest.raises(APIError) as error:
+        chat.prompt(talk(WHO))
+    assert error.value.message == f"the chat template refuses this ({why[:200]})"
+    assert (error.value.status, error.value.param) == (400, "messages")
+
+
 def test_a_conversation_goes_on_where_its_answer_ended(engine):
     chat = chat_of(engine)
     asked = ids_of("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nHe.")

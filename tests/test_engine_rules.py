@@ -220,3 +220,10 @@ def test_a_session_that_has_read_nothing_needs_no_chat_template() -> None:
     with running(made("deltanet"), chat_tokenizer(None), rows=1) as engine:
         session = fresh(engine, None, 64, step=16)
         assert (session.tokens, session.turn, session.step) == (0, "start", 16)
+
+
+def test_an_engine_without_work_is_seen_to_live(engine) -> None:
+    engine.call(int).result()  # and now it has nothing to do
+    before = engine.beat
+    wait_until(lambda: engine.beat > before + 0.5, 5)
+    assert not engine.stuck

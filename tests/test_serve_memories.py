@@ -201,6 +201,16 @@ def test_what_the_system_refuses_is_said_with_its_reason(site: Site):
     stored.rmdir()
 
 
+@pytest.mark.parametrize("job_id", [f"job-{'0' * 32}", "x", "file-1"])
+def test_a_job_that_there_is_not(site: Site, job_id: str):
+    path = f"/v1/memory_jobs/{job_id}"
+    for refused in (
+        *(site.client.get(path), site.client.delete(path)),
+        *(site.post(f"{path}/{act}", {}) for act in ("cancel", "resume")),
+    ):
+        assert refused.status_code == 404 and repr(job_id) in refused.json()["error"]["message"]
+
+
 def test_files(site: Site):
     file_id = upload(site, b"text", "../../etc/passwd.TXT")
     facts = site.ok(f"/v1/files/{file_id}")
@@ -306,3 +316,10 @@ def test_without_a_directory_there_are_no_memories():
         for path in ("/v1/files", "/v1/memories", "/v1/memory_jobs"):
             response = site.client.get(path)
             assert response.status_code == 404 and "--memories" in response.text
+        asked = site.post(
+            "/v1/chat/completions",
+            {"model": "tiny@book", "messages": [{"role": "user", "content": "Hi"}]},
+        )
+        assert asked.status_code == 404 and "--memories" in asked.text
+        said = asked.json()["error"]
+        assert (said["param"], said["code"]) == ("model", "model_not_found")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ahn_mlx.serve import anthropic, responses
-from ahn_mlx.serve.openapi import document
+from ahn_mlx.serve.openapi import ROUTES, document
 from ahn_mlx.serve.parameters import APIError, Field, parse_json, plain_json
 from ahn_mlx.serve.stream import openai_error, openai_failure
 
@@ -154,6 +154,23 @@ def test_the_document_says_what_comes_and_goes():
     schemes = document()["components"]["securitySchemes"]
     assert schemes["bearer"] == {"type": "http", "scheme": "bearer"}
     assert schemes["key"] == {"type": "apiKey", "in": "header", "name": "x-api-key"}
+
+
+def test_the_document_has_each_route_with_its_status():
+    statuses = {("post", "/v1/memories"): 202, ("put", "/v1/memories/{name}"): 201}
+    paths, words = document()["paths"], []
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            expected = {str(statuses.get((method, path), 200)), "default"}
+            assert operation["responses"].keys() == expected, (method, path)
+            words.append(operation["summary"])
+    assert len(set(words)) == len(words) == len(ROUTES) and all(words)
+    of = "/v1/files /v1/files/{id} /v1/memories /v1/memories/{name} /v1/memories/{name}/content"
+    of += " /v1/memory_jobs /v1/memory_jobs/{id} /v1/memory_jobs/{id}/cancel"
+    of += " /v1/memory_jobs/{id}/resume /v1/conversations/{id}/save /v1/conversations/{id}/restore"
+    of += " /v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/models"
+    of += " /v1/messages/count_tokens /v1/models/{model} /health /metrics /openapi.json"
+    assert paths.keys() == set(of.split())
 
 
 def test_schemas_of_fields():

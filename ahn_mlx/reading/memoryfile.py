@@ -154,7 +154,7 @@ def _memory(name: str, cache: AHNCache) -> dict[str, mx.array]:
 def is_memory(file: Path) -> bool:
     """Whether a file is a memory by its header, be it damaged or of another version."""
     with file.open("rb") as f:
-        header = f.read(8 + min(int.from_bytes(f.read(8), "little"), HEADER))
+        header = f.read(min(int.from_bytes(f.read(8), "little"), HEADER))
     return b'"__metadata__"' in header and b'"ahn"' in header
 
 
