@@ -182,30 +182,42 @@ def lines(names: list[str], work: Path) -> None:
     options: dict[str, Any] = {"data_file": None, "source_pkgs": ["ahn_mlx"], "config_file": False}
     imported = coverage.Coverage(**options)
     imported.start()
-    from .oracle import Broken, Oracle
     from .targets import TARGETS
 
     imported.stop()
+    for name in names:  # each in a copy of the process, as it is fuzzed
+        if not (child := os.fork()):
+            try:
+                _lines(TARGETS[name], work, options, imported)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        if os.waitpid(child, 0)[1] == 0:
+            print(name, flush=True)
+
+
+def _lines(target: "Target", work: Path, options: dict[str, Any], imported: Any) -> None:
+    import coverage
+
+    from .oracle import Broken, Oracle
+
     package = Path(sys.modules["ahn_mlx"].__file__ or "").parent
-    place = tempfile.mkdtemp()
-    for name in names:
-        target = TARGETS[name]
-        oracle = Oracle(target, Path(tempfile.mkdtemp(dir=place)))
-        measured = coverage.Coverage(**options)
-        measured.start()
-        for part in ("seeds", "corpus"):
-            for file in sorted((work / part / name).glob("*")):
-                with suppress(Broken):
-                    oracle(file.read_bytes())
-        measured.stop()
-        found: dict[str, Any] = {}
-        for file in target.files:
-            path = str(package / file)
-            _, statements, _, missing, _ = measured.analysis2(path)
-            begun = set(imported.get_data().lines(path) or ())
-            found[file] = {"lines": statements, "missing": sorted(set(missing) - begun)}
-        (work / "stats" / f"{name}.lines.json").write_text(json.dumps(found))
-        print(name, flush=True)
+    oracle = Oracle(target, Path(tempfile.mkdtemp()))
+    measured = coverage.Coverage(**options)
+    measured.start()
+    for part in ("seeds", "corpus"):
+        for file in sorted((work / part / target.name).glob("*")):
+            with suppress(Broken):
+                oracle(file.read_bytes())
+    measured.stop()
+    found: dict[str, Any] = {}
+    for name in target.files:
+        path = str(package / name)
+        _, statements, _, missing, _ = measured.analysis2(path)
+        begun = set(imported.get_data().lines(path) or ())
+        found[name] = {"lines": statements, "missing": sorted(set(missing) - begun)}
+    (work / "stats" / f"{target.name}.lines.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-import shutil
+import logging
+import re
+import socket
 import tempfile
 import time
 from concurrent.futures import Future
@@ -11,23 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from serving import TOOLS, model, tokenizer
+from uvicorn.server import ServerState
 
 from ahn_mlx.errors import AHNError
+from ahn_mlx.reading import memoryfile
+from ahn_mlx.reading.session import Session
+from ahn_mlx.serve import digests, guard
 from ahn_mlx.serve.acts import Acts
-from ahn_mlx.serve.answers import Done, Piece, Request, Token
-from ahn_mlx.serve.app import make_app
+from ahn_mlx.serve.answers import Done, Piece, Read, Request, Token
+from ahn_mlx.serve.app import Server, end, make_app
 from ahn_mlx.serve.digests import Digests, Files
 from ahn_mlx.serve.engine import fresh
 from ahn_mlx.serve.guard import LOOPBACK
 from ahn_mlx.serve.memories import Library
 from ahn_mlx.serve.metrics import Metrics
 from ahn_mlx.serve.openapi import BODIES, ROUTES
+from ahn_mlx.serve.parameters import APIError
 from ahn_mlx.serve.service import Service
 from ahn_mlx.serve.shelf import Shelf
 
 from ..mutate import of_json
 from ..oracle import Target
 
+THOUGHT = "Let me see.</think>So it is."
 SAID = 'Well, <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call> so it is.'
 FIELDS = tuple(sorted({name for table in BODIES.values() for name in table}))
 WORDS = (
@@ -60,69 +68,192 @@ WORDS = (
 )
 
 
-class Engine:
-    """All that an application asks of one; what it says is always the same."""
+THINKING = TOOLS.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+# Looks at what it is given, refuses, and says no end of an answer.
+ODD = (
+    "{% if messages | length == 3 %}:{% endif %}"
+    "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('no') }}{% endif %}"
+    "{{ m.content | length % 2 }}{% if m.role != 'tool' %}{{ m.content }}{% endif %}"
+    "{% if not loop.last %};{% endif %}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+)
+# What goes wrong with a request, beside what it says: the engine is full, or fails, as it should or
+# not, ends while it reads, or takes its time with a document; the client leaves, in the middle of
+# its body or later, or stalls.
+WAYS = ("", "full", "fails", "breaks", "ends", "gone", "leaves", "late", "slow")
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = model(window=12), tokenizer(TOOLS)
+
+class Engine:
+    """All that an application asks of one; what it says is always the same. way: of WAYS."""
+
+    way = ""
+
+    def __init__(self, words: Any) -> None:
+        self.model, self.tokenizer = _model(), words
         self.acts = Acts(self.model, self.tokenizer, 4)
         self.metrics, self.rows, self.free, self.reading = Metrics(), 4, 4, 0
         self.stuck, self.beat = False, time.monotonic()
+        self.asked: list[Request] = []
+        self.slow: Any = None  # a document that is read when all else is done
 
     def check_free(self, n: int) -> None:
-        pass
+        if self.way == "full":
+            raise APIError("all rows are busy", status=429, code="rate_limit_exceeded", after=1)
 
-    reserve = release = check_free
+    reserve = check_free
 
     def wake(self) -> None:
         pass
 
+    def stop(self) -> None:
+        if self.slow is not None:
+            self.slow.end()
+        self.slow = None
+
     def call(self, work: Any) -> "Future[Any]":
         future: Future[Any] = Future()
         try:
+            if self.way == "breaks":
+                raise ValueError("as the engine breaks")
             future.set_result(work())
         except BaseException as e:
             future.set_exception(e)
         return future
 
     def add(self, document: Any) -> None:
+        if self.way == "slow" and self.slow is None:
+            self.slow = document
+            return
         try:
-            while not document.advance():
-                pass
+            while not document.cancelled and not document.advance():
+                if self.way in ("fails", "breaks"):
+                    raise AHNError("as the engine fails")
+                if self.way == "ends":
+                    break
         except AHNError as e:
             document.fail(e)
+        if not document.future.done():
+            document.end()
 
     def submit(self, request: Request) -> None:
+        self.asked.append(request)
+        if len(request.ids) > 40:
+            request.tell(Read(16, len(request.ids)))
+        wish, thinks = request.wish.sampling, self.tokenizer.has_thinking
+        said = (THOUGHT if thinks else SAID)[: wish.max_tokens or 3]
+        stop = next((text for text in wish.stop if text in said), None)
+        said = said if stop is None else said[: said.index(stop)]
         for n in range(request.n):
             session = request.session.fork()
-            said = SAID[: request.wish.sampling.max_tokens or 3]
-            for part in (said[:9], said[9:]):
-                request.tell(Piece(request.first + n, part, Token(65)))
-            done = Done(request.first + n, "stop", len(said), session, 258, "<|im_end|>", None)
+            request.tell(Piece(request.first + n, said[:9], Token(65)))
+            if self.way in ("fails", "breaks"):
+                request.fail((AHNError if self.way == "fails" else ValueError)("as it fails"))
+            if self.way in ("fails", "breaks", "leaves"):
+                return
+            request.tell(Piece(request.first + n, said[9:], Token(65)))
+            session.turn = "answered"
+            done = Done(request.first + n, "stop", len(said), session, 258, "<|im_end|>", stop)
             request.tell(done)
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """Its clock can be put forward."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
+
+
 @cache
-def _application() -> tuple[Any, Any, Path, asyncio.AbstractEventLoop]:
-    engine: Any = Engine()
-    place = Path(tempfile.mkdtemp()).resolve()
-    base = fresh(engine, None, 64)
-    base.step = 16
-    shelf = Shelf(1 << 22)
-    library = Library(place, engine, shelf, 1 << 30)
+def _model() -> Any:
+    return model(window=12)
 
-    def make(system: str, chat: bool) -> Any:
-        from ahn_mlx.reading.session import Session
 
-        return Session(engine.model, engine.tokenizer, system=system, step=16, chat=chat)
+class Site:
+    """A server and its directory, if it has one: of a model that calls tools, one that thinks, with
+    rows that are small, one without a chat template, or one with an odd one and no directory."""
 
-    digests = Digests(library, Files(place / "files"), make)
-    made = make("", True)
-    made.read("It was a book. " * 9)
-    made.save(place / "book.ahn")
-    service = Service("tiny", engine, base, shelf, engine.metrics, library, 1, 1 << 30)
-    app = make_app(service, digests, "key", LOOPBACK, frozenset({"http://page"}))
-    return app, digests, place, asyncio.new_event_loop()
+    def __init__(self, kind: int):
+        template, self.has_memories = ((TOOLS, 1), (THINKING, 1), (None, 1), (ODD, 0))[kind]
+        words = tokenizer(template)
+        if kind == 1:
+            words._think_start, words._think_end = "<think>", "</think>"
+        if kind > 1:
+            words._tool_parser = None
+        self.engine = Engine(words)
+        self.place = Path(tempfile.mkdtemp()).resolve()
+        self.row = 1000 if kind == 1 else 1 << 30
+        self.service: Any = None
+        self.digests: Any = None
+        self.begin()
+        for name, chat in (("book", template is not None), ("plain", False))[
+            : 2 * self.has_memories
+        ]:
+            made = self.make("", chat)
+            made.read("It was a book. " * 9)
+            made.save(self.place / f"{name}.ahn")
+        (self.place / "torn.ahn").write_bytes(b"x" * 99)
+        self.kept = {f.name: f.read_bytes() for f in self.place.glob("*.ahn")}
+
+    def make(self, system: str, chat: bool) -> Session:
+        return self.engine.acts.make(system, chat, 16, None, 64)
+
+    def begin(self) -> None:
+        """As a server does, and one that was killed has left what is there."""
+        engine: Any = self.engine
+        if self.service is not None:
+            end(self.service, self.digests)
+        base = fresh(engine, None, 64, 16)
+        shelf, library = Shelf(1 << 22), None
+        if self.has_memories:
+            library = Library(self.place, engine, shelf, self.row)
+            self.digests = Digests(library, Files(self.place / "files"), self.make)
+        self.service = Service("tiny", engine, base, shelf, engine.metrics, library, 1, self.row)
+        origins = frozenset({"http://page"})
+        self.app = make_app(self.service, self.digests, "key", LOOPBACK, origins)
+
+    def settle(self) -> None:
+        """Wait for what runs beside."""
+        if self.digests is None:
+            return
+        beside = self.digests._worker.submit(lambda: None)
+        while not beside.done() and self.engine.slow is None:
+            time.sleep(1e-4)
+
+    def finish(self) -> None:
+        """What was slow, too."""
+        self.engine.way, slow, self.engine.slow = "", self.engine.slow, None
+        if slow is not None:
+            self.engine.add(slow)
+        self.settle()
+
+    def clear(self) -> None:
+        """Nothing is left for the next input."""
+        if self.digests is None:
+            return
+        self.finish()
+        for job in list(self.digests.jobs):
+            self.digests.delete(job)
+        self.settle()
+        left = [f for f in self.place.rglob("*") if f.name not in self.kept and not f.is_dir()]
+        for file in left:
+            file.unlink()
+        for name, data in self.kept.items():
+            if not (self.place / name).exists():
+                (self.place / name).write_bytes(data)
+        if halves := [f.name for f in left if f.suffix == ".part"]:
+            raise Failed(f"{halves[0]} is left")
+
+
+@cache
+def _loop() -> Loop:
+    digests.CHECKPOINT, digests.MAX_FILES = 32, 8  # as few as an input is short
+    return Loop()
+
+
+@cache
+def _site(kind: int) -> Site:
+    return Site(kind)
 
 
 class Failed(Exception):
@@ -132,7 +263,7 @@ class Failed(Exception):
 async def _ask(app: Any, given: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
     """What is answered to a request as h11 would hand it over."""
     headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in given["headers"]]
-    path = given["path"]
+    path, way = given["path"], given.get("way", "")
     scope = {
         **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"},
         **{"method": given["method"], "path": path, "root_path": "", "query_string": b""},
@@ -140,7 +271,8 @@ async def _ask(app: Any, given: dict[str, Any]) -> tuple[int, dict[str, str], by
         **{"client": ("127.0.0.1", 5), "server": ("127.0.0.1", 80)},
     }
     body = given["body"]
-    pieces = [body[: len(body) // 2], body[len(body) // 2 :]] if given["split"] else [body]
+    split = given["split"] or way in ("gone", "late")
+    pieces = [body[: len(body) // 2], body[len(body) // 2 :]] if split else [body]
     coming = [
         {"type": "http.request", "body": piece, "more_body": n < len(pieces) - 1}
         for n, piece in enumerate(pieces)
@@ -148,8 +280,13 @@ async def _ask(app: Any, given: dict[str, Any]) -> tuple[int, dict[str, str], by
     sent: list[Any] = []
 
     async def receive() -> Any:
+        if way in ("gone", "late") and len(coming) == 1:
+            coming.clear()
+            _loop().ahead += 100 if way == "late" else 0
         if coming:
             return coming.pop(0)
+        if way in ("gone", "leaves"):
+            return {"type": "http.disconnect"}
         await asyncio.sleep(3600)
 
     async def send(message: Any) -> None:
@@ -163,16 +300,39 @@ async def _ask(app: Any, given: dict[str, Any]) -> tuple[int, dict[str, str], by
 
 
 def _answer(given: dict[str, Any], place: Path, out: Path) -> None:
-    app, digests, kept, loop = _application()
+    site, loop, way = _site(given.get("site", 0)), _loop(), given.get("way", "")
     if EARLIER in given["body"]:
-        first = {"method": "POST", "path": "/v1/responses", "headers": JSON, "split": False}
-        asked = _ask(app, {**first, "body": json.dumps(FIRST).encode()})
-        _, _, text = loop.run_until_complete(asked)
-        earlier = json.loads(text)["id"].encode()
-        given = {**given, "body": given["body"].replace(EARLIER, earlier)}
-    status, headers, text = loop.run_until_complete(_ask(app, given))
-    kind = headers.get("content-type", "").partition(";")[0]
-    if status >= 500:
+        earlier = _first(site)
+        given = {**given, "body": given["body"].replace(EARLIER, earlier.encode())}
+    if BEFORE in given["body"]:
+        _first(site, CHAT[3], "/v1/chat/completions")
+    site.engine.way = way
+    try:
+        status, headers, text = loop.run_until_complete(_ask(site.app, given))
+        site.settle()
+    finally:
+        site.engine.way, asked = "", site.engine.asked
+        site.engine.asked = []
+    if not all(request.cancelled for request in asked):
+        raise Failed(f"{way}: rows are not given back")
+    _judge(given, status, headers, text)
+    if status >= 400:
+        raise Refused(str(status))
+
+
+def _first(site: Site, body: Any = None, path: str = "/v1/responses") -> str:
+    """The id of an answer that can be gone on from, or of none."""
+    first = {"method": "POST", "path": path, "headers": JSON, "split": False}
+    asked = _ask(site.app, {**first, "body": json.dumps(body or FIRST).encode()})
+    _, _, text = _loop().run_until_complete(asked)
+    return str(json.loads(text).get("id"))
+
+
+def _judge(given: dict[str, Any], status: int, headers: dict[str, str], text: bytes) -> None:
+    """Raises Failed. That an engine broke is said, and nothing more."""
+    kind, way = headers.get("content-type", "").partition(";")[0], given.get("way", "")
+    told = b"(ValueError)" in text and way == "breaks"
+    if status >= 500 and not told:
         raise Failed(f"{status} for {given['method']} {given['path']}: {text[:500]!r}")
     if kind == "application/json" and text:
         json.loads(text)
@@ -185,10 +345,9 @@ def _answer(given: dict[str, Any], place: Path, out: Path) -> None:
                 name, _, value = line.partition(": ")
                 if name == "data" and value != "[DONE]":
                     found = json.loads(value)
-                    if str(found.get("type")) == "error" or "error" in found:
+                    error = str(found.get("type")) == "error" or "error" in found
+                    if error and way not in ("fails", "breaks"):
                         raise Failed(f"an error in a stream: {value[:500]}")
-    if status >= 400:
-        raise Refused(str(status))
 
 
 class Refused(Exception):
@@ -201,10 +360,11 @@ JSON = [*HEADERS, ["content-type", "application/json"]]
 
 def _to(*paths: str) -> Any:
     def prepare(data: bytes, place: Path) -> dict[str, Any]:
-        """A byte for the path and how the body comes, then the body."""
+        """A byte for how the body comes, the path, what goes wrong and who is asked; the body."""
         how, body = (data[0], data[1:]) if data else (0, b"")
-        path = paths[(how >> 1) % len(paths)]
-        return {"method": "POST", "path": path, "headers": JSON, "body": body, "split": how & 1}
+        path = paths[(how >> 1 & 3) % len(paths)]
+        asked = {"way": WAYS[how >> 3 & 7], "site": how >> 6, "split": how & 1}
+        return {"method": "POST", "path": path, "headers": JSON, "body": body, **asked}
 
     return prepare
 
@@ -213,7 +373,8 @@ def _after_first(words: tuple[str, ...]) -> Any:
     change = of_json(words)
 
     def mutate(data: bytes, longest: int, seed: int) -> bytes:
-        head = bytes([seed >> 8 & 255]) if seed % 16 == 0 or not data else data[:1]
+        some = seed >> 8 & (255, 7, 7, 199)[seed >> 16 & 3]  # mostly nothing goes wrong
+        head = bytes([some]) if seed % 16 == 0 or not data else data[:1]
         return head + change(data[1:], longest - 1, seed)
 
     return mutate
@@ -221,7 +382,9 @@ def _after_first(words: tuple[str, ...]) -> Any:
 
 def _bodies(*values: Any) -> Any:
     def seeds() -> list[bytes]:
-        return [bytes([n]) + json.dumps(v).encode() for n in (0, 1) for v in values]
+        ways = [n << 3 for n in range(len(WAYS))]
+        heads = [1, 2, *ways, *(n << 6 for n in range(1, 4))]
+        return [bytes([n]) + json.dumps(v).encode() for n in heads for v in values]
 
     return seeds
 
@@ -245,10 +408,27 @@ CHAT = (
         **{"top_logprobs": 2, "stop": ["x"], "logit_bias": {"5": 1}, "presence_penalty": 0.5},
     },
 )
+BEFORE = b'"Well,"'  # what is answered to a question of few tokens
+THEN = [ASK, {"role": "assistant", "content": "Well,"}, ASK]
+CHAT += (
+    {"model": "tiny", "messages": [ASK], "max_tokens": 5},
+    {"model": "tiny", "messages": THEN, "tools": [TOOL], "tool_choice": "none"},
+    {"model": "tiny", "messages": THEN},
+    {"model": "tiny", "messages": [*THEN, {**THEN[1], "content": "x"}, ASK]},
+    {"model": "tiny", "messages": [ASK], "tools": [TOOL], "max_tokens": 99, "stop": ["so"]},
+    {"model": "tiny", "messages": [{"role": "user", "content": "no <|im_end|>"}], "stream": True},
+    {"model": "tiny@book", "messages": [TURNS[0], *THEN], "max_tokens": 99, "stream": True},
+    {"model": "tiny@book", "messages": [ASK], "tools": [TOOL]},
+    {"model": "tiny", "messages": [{**ASK, "content": "Why is it so? " * 9}], "max_tokens": 99},
+)
 COMPLETE = (
     {"model": "tiny", "prompt": "Once", "max_tokens": 9, "echo": True, "logprobs": 1},
     {"model": "tiny", "prompt": ["a", "b"], "stream": True, "n": 2, "suffix": None},
     {"model": "tiny@book", "prompt": [1, 2, 3], "stop": "x"},
+    {
+        **{"model": "tiny", "prompt": "Once upon a time. " * 9, "stream": True, "max_tokens": 99},
+        "stream_options": {"include_usage": True},
+    },
 )
 EARLIER = b"resp_0"  # stands for the response to FIRST
 FIRST = {"model": "tiny", "input": "Hi", "instructions": "Be brief."}
@@ -263,16 +443,31 @@ RESPOND = (
         ],
     },
     {"model": "tiny", "input": "Hi", "previous_response_id": EARLIER.decode(), "store": True},
+    {"model": "tiny", "input": "Hi there. " * 9, "max_output_tokens": 99, "stream": True},
+    {"model": "tiny", "input": "Hi there. ", "max_output_tokens": 99},
     {
         **{"model": "tiny", "input": "Hi", "max_output_tokens": 99, "tool_choice": "auto"},
         **{"tools": [{"type": "function", **TOOL["function"]}], "stream": True},
     },
 )
+USE = {"name": "f", "description": "x", "input_schema": {"type": "object"}}
 SPEAK = (
+    {"model": "tiny", "messages": [ASK]},
+    {"model": "tiny", "messages": [ASK], "tools": [USE], "max_tokens": 99},
+    {"model": "tiny", "messages": [ASK], "tools": [USE], "max_tokens": 99, "stream": True},
+    {"model": "tiny", "messages": [ASK], "stop_sequences": ["so"], "max_tokens": 99},
+    {"model": "tiny", "messages": [{**ASK, "content": "Why? " * 20}], "max_tokens": 99},
+    {
+        "model": "tiny",
+        "messages": [{**ASK, "content": "Why? " * 20}],
+        "max_tokens": 99,
+        "stream": True,
+    },
     {"model": "tiny", "messages": [ASK], "max_tokens": 9, "system": "Be brief."},
     {
         **{"model": "tiny", "max_tokens": 5, "stream": True, "stop_sequences": ["x"]},
-        **{"tools": [{"name": "f", "input_schema": {"type": "object"}}], "top_k": 3},
+        **{"tools": [USE]},
+        "top_k": 3,
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
             {
@@ -289,17 +484,17 @@ SPEAK = (
 
 # Whatever else a request may be
 
+FILE, JOB = "file-" + "0" * 32, "job-" + "0" * 32  # stand for what was uploaded or begun last
+BOOK = "the book"  # stands for a memory's file
 
-def _request(data: bytes, place: Path) -> dict[str, Any]:
+
+def _request(value: Any) -> dict[str, Any]:
     """JSON has method, path, headers and body; what is missing is as it should be."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
-    value = value if isinstance(value, dict) else {"body": data.decode("latin-1")}
+    value = value if isinstance(value, dict) else {"body": str(value)}
     headers = []
-    pairs = value.get("headers")
-    for pair in pairs if isinstance(pairs, list) else HEADERS:
+    pairs, body = value.get("headers"), value.get("body", "")
+    usual = JSON if "body" in value else HEADERS
+    for pair in pairs if isinstance(pairs, list) else usual:
         if isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair):
             # What h11 lets through.
             name = "".join(c for c in pair[0].lower() if c.isascii() and (c.isalnum() or c in "-_"))
@@ -307,33 +502,175 @@ def _request(data: bytes, place: Path) -> dict[str, Any]:
             if name == "content-length" and not (text.isascii() and text.isdigit()):
                 continue
             headers.append((name or "x", text))
-    body = value.get("body", "")
     raw = body.encode("utf-8", "replace") if isinstance(body, str) else json.dumps(body).encode()
-    method, path = value.get("method", "GET"), value.get("path", "/")
+    method, path, way = value.get("method", "GET"), value.get("path", "/"), value.get("way", "")
     method = method if isinstance(method, str) and method.isascii() and method.isalpha() else "GET"
     path = "/" + str(path).lstrip("/").encode("utf-8", "replace").decode()
-    return {"method": method, "path": path, "headers": headers, "body": raw, "split": False}
+    restart = value.get("restart")
+    raw = json.dumps(restart).encode() if isinstance(restart, dict) else raw
+    asked = {"way": way if way in WAYS else "", "restart": restart, "split": False}
+    return {"method": method, "path": path, "headers": headers, "body": raw, **asked}
 
 
-def _stored(given: dict[str, Any], place: Path, out: Path) -> None:
-    _, digests, kept, _ = _application()
-    jobs = len(digests.jobs)
+def _requests_of(data: bytes, place: Path) -> tuple[int, list[dict[str, Any]] | bytes]:
+    """Which site, and a request or a few, one after the other; or what comes over a socket."""
     try:
-        _answer(given, place, out)
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return (data[0] >> 1) % 4 if data else 0, data
+    steps = value.get("steps") if isinstance(value, dict) else None
+    steps = steps[:9] if isinstance(steps, list) else [value]
+    site = value.get("site") if isinstance(value, dict) else 0
+    return site % 4 if type(site) is int else 0, [_request(step) for step in steps]
+
+
+def _stored(given: tuple[int, list[dict[str, Any]] | bytes], place: Path, out: Path) -> None:
+    number, steps = given
+    site, loop = _site(number), _loop()
+    if isinstance(steps, bytes):
+        return _raw(site, steps)
+    known = {EARLIER: b"", FILE.encode(): b"", JOB.encode(): b""}
+    refused = None
+    try:
+        for step in steps:
+            if EARLIER in step["body"] and not known[EARLIER]:
+                known[EARLIER] = _first(site).encode()
+            for name, now in known.items():
+                step["body"] = step["body"].replace(name, now or name)
+                step["path"] = step["path"].replace(name.decode(), (now or name).decode())
+            if isinstance(step["restart"], dict):
+                _killed(site, json.loads(step["body"]))
+                continue
+            if step["body"] == BOOK.encode():
+                step["body"] = site.kept["book.ahn"]
+            site.engine.way, asked = step["way"], site.engine.asked
+            try:
+                status, headers, text = loop.run_until_complete(_ask(site.app, step))
+                site.settle()
+            finally:
+                site.engine.way, site.engine.asked = "", []
+            if not all(request.cancelled for request in asked):
+                raise Failed(f"{step['way']}: rows are not given back")
+            _judge(step, status, headers, text)
+            if status >= 400:
+                refused = Refused(f"{step['path']}: {status}")
+            elif found := re.search(rb'"id": ?"((?:file|job|resp)[-_])[0-9a-f]{32}"', text):
+                stands = {b"file-": FILE.encode(), b"job-": JOB.encode()}.get(found[1], EARLIER)
+                known[stands] = found[0].rpartition(b' "')[2].strip(b'"').rpartition(b'"')[2]
+        site.finish()
+        _look(site, any(step["way"] == "breaks" for step in steps))
     finally:
-        # Jobs run beside; then nothing is left for the next request.
-        if len(digests.jobs) != jobs:
-            digests._worker.submit(lambda: None).result()
-        if len(digests.jobs) > 20 or len(list((kept / "files").iterdir())) > 40:
-            for job in list(digests.jobs):
-                digests.delete(job)
-            shutil.rmtree(kept / "files")
-            (kept / "files").mkdir()
-        for file in kept.iterdir():
-            if file.suffix in (".part", ".ahn") and file.name != "book.ahn":
-                if file.suffix == ".part":
-                    raise Failed(f"{file.name} is left")
-                file.unlink()
+        site.clear()
+    if refused is not None:
+        raise refused
+
+
+def _look(site: Site, broke: bool) -> None:
+    """At what jobs have made. broke: whether the engine did."""
+    for job in site.digests.jobs.values() if site.digests is not None else ():
+        if job.error is not None and job.error.isidentifier() and not broke:
+            raise Failed(f"a job failed with {job.error}")
+        file = site.place / f"{job.name}.ahn"
+        if job.status == "done" and file.is_file():
+            memoryfile.verify(file)
+
+
+def _killed(site: Site, files: dict[str, Any]) -> None:
+    """The server begins again, where one that was killed has left files."""
+    for name, value in files.items():
+        folder, _, last = name.rpartition("/")
+        if folder not in ("", "jobs", "files") or "\0" in last or len(last.encode()) > 90:
+            continue
+        file = site.place / folder / last
+        if last and last not in site.kept and not file.is_dir():
+            text = value if isinstance(value, str) else json.dumps(value)
+            file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    site.begin()
+
+
+class _Transport(asyncio.Transport):
+    """Takes what is written."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__({"socket": _socket(), "peername": ("127.0.0.1", 5)})
+        self.written, self.closed = bytearray(), False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading, abort = pause_reading, close
+
+
+@cache
+def _socket() -> socket.socket:
+    return socket.socket()
+
+
+def _raw(site: Site, data: bytes) -> None:
+    """What comes over a socket. A byte first: whether it comes in two pieces, by whom it is
+    taken, and whether there are too many connections."""
+    how, data = (data[0], data[1:]) if data else (0, b"")
+    pieces = [data[: len(data) // 2], data[len(data) // 2 :]] if how & 1 else [data]
+    statuses: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def noted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            await send(message)
+
+        try:
+            await site.app(scope, receive, noted)
+        except Exception as e:
+            raise Failed(f"raised {e!r}") from e
+
+    async def talk() -> bytes:
+        server = _server(site)
+        server.config.loaded_app, state = app, ServerState()
+        state.connections |= set(range(guard.MAX_CONNECTIONS * (how >> 7)))
+        transport = _Transport(_loop())
+        protocol = guard.Protocol(server.config, state, {}, _loop())
+        protocol.connection_made(transport)
+        for piece in pieces:
+            if piece and not transport.is_closing():
+                protocol.data_received(piece)
+                await asyncio.sleep(0)
+        while state.tasks and not (protocol.cycle and protocol.cycle.more_body):
+            await asyncio.wait(set(state.tasks))
+        protocol.eof_received()
+        protocol.connection_lost(None)
+        if state.tasks:
+            await asyncio.wait(set(state.tasks))
+        return bytes(transport.written)
+
+    try:
+        said = _loop().run_until_complete(talk())
+        site.settle()
+    finally:
+        site.clear()
+    if said and not re.match(rb"HTTP/1\.1 [1-4]\d\d ", said):
+        raise Failed(f"{said[:300]!r}")
+    if any(status >= 500 for status in statuses):
+        raise Failed(f"{statuses}: {said[:500]!r}")
+    if not statuses or max(statuses) >= 400:
+        raise Refused(str(statuses))
+
+
+@cache
+def _server(site: Site) -> Server:
+    made = Server(site.app, site.service, "127.0.0.1", 0)
+    made.config.load()
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    return made
 
 
 UPLOAD = (
@@ -363,7 +700,83 @@ def _requests() -> list[bytes]:
     found.append({"method": "GET", "path": "/", "headers": [["host", "[::1]:80"], ["origin", "x"]]})
     cross = [["host", "127.0.0.1"], ["origin", "http://page"], ["x-api-key", "key"]]
     found.append({"method": "OPTIONS", "path": "/v1/models", "headers": cross})
-    return [json.dumps(x).encode() for x in found]
+    texts = [json.dumps(x).encode() for x in found]
+    texts += [json.dumps({"site": 3, **x}).encode() for x in found if "GET" in x["method"]]
+    return texts + [json.dumps(x).encode() for x in _stories()]
+
+
+def _stories() -> list[dict[str, Any]]:
+    """What clients do one after the other."""
+    form = [*HEADERS, ["content-type", "multipart/form-data; boundary=b"]]
+    put = {"method": "POST", "path": "/v1/files", "headers": form, "body": UPLOAD}
+    longer = {**put, "body": UPLOAD.replace("One", "One " * 30)}
+    odd = {**put, "body": UPLOAD.replace("a.txt", "a.json").replace("One", "%PDF-1.4")}
+    read = {"method": "POST", "path": "/v1/memories", "body": {"name": "new", "file_id": FILE}}
+    both = {**read, "body": {"name": "new", "file_ids": [FILE, FILE], "system": "Be brief."}}
+    job, asked = f"/v1/memory_jobs/{JOB}", {"model": "tiny@new", "messages": [ASK]}
+    again, stop = ({"method": "POST", "path": f"{job}/{x}"} for x in ("resume", "cancel"))
+    ask = {"method": "POST", "path": "/v1/chat/completions", "body": asked}
+    drop = [{"method": "DELETE", "path": x} for x in (job, f"/v1/files/{FILE}", "/v1/memories/new")]
+    respond = {"method": "POST", "path": "/v1/responses", "body": FIRST}
+    after = {**respond, "body": {**FIRST, "previous_response_id": "resp_0"}}
+    save = {"method": "POST", "path": "/v1/conversations/resp_0/save", "body": {"name": "talk"}}
+    back = {"method": "POST", "path": "/v1/conversations/x/restore", "body": {"name": "talk"}}
+    after_x = {**respond, "body": {"model": "tiny", "input": "Hi", "previous_response_id": "x"}}
+    upload = {"method": "PUT", "path": "/v1/memories/other", "headers": HEADERS, "body": BOOK}
+    of_file = {"id": FILE, "object": "file", "filename": "a.txt", "stored": f"{FILE}.txt"}
+    of_job = {"name": "book", "files": [FILE], "id": JOB, "status": "reading"}
+    left = {
+        f"files/{FILE}.json": of_file,
+        f"files/{FILE}.txt": "One two.",
+        f"files/file-{'1' * 32}.txt": "alone",
+        "files/.x.00.part": "",
+        f"jobs/{JOB}.json": of_job,
+        f"jobs/job-{'1' * 32}.json": "torn",
+        f"jobs/job-{'2' * 32}.json": {**of_job, "name": "new", "id": f"job-{'2' * 32}"},
+        f".job-{'3' * 32}.partial": "x",
+        "jobs/.x.00.part": "",
+    }
+    made = {f"jobs/{JOB}.json": {**of_job, "name": "new"}}
+    slow, other = {**read, "way": "slow"}, {**read, "body": {"name": "more", "file_id": FILE}}
+    jobs = {"path": "/v1/memory_jobs"}
+    resume = {"method": "POST", "path": f"/v1/memory_jobs/job-{'2' * 32}/resume"}
+    steps = [
+        [put, read, {"path": job}, {"path": "/v1/models/tiny@new"}, ask, *drop],
+        [longer, put, {**both, "way": "ends"}, again, {"path": "/v1/memory_jobs"}, stop],
+        [longer, {**read, "way": "ends"}, stop, {"restart": {}}, again, ask],
+        [longer, {**read, "way": "fails"}, {"path": job}, again],
+        [longer, {**read, "way": "breaks"}, odd, read, drop[0]],
+        [longer, slow, read, again, jobs, stop, again],
+        [longer, slow, other, stop, drop[0], drop[1], jobs],
+        [longer, slow, jobs, {"restart": {}}, jobs],
+        [put, read, {"restart": made}, jobs],
+        [put] * 9,
+        [respond, save, save, back, after, after_x],
+        [respond, {**save, "way": "breaks"}],
+        [upload, {**upload, "path": "/v1/memories/book"}, {"path": "/v1/memories/other/content"}],
+        [{"path": "/v1/memories"}, {"method": "DELETE", "path": "/v1/memories/torn"}],
+        [{"path": f"/v1/conversations/x/{x}", "method": "POST", "body": {"name": "plain"}}
+         for x in ("save", "restore")],
+        [{**ask, "body": {**asked, "model": f"tiny@{x}"}} for x in ("plain", "torn", "book")],
+        [{**put, "way": "gone"}, {**upload, "way": "late"}, {**ask, "way": "leaves"}],
+        [{"restart": left}, {"path": "/v1/memory_jobs"}, {"path": "/v1/files"}, resume],
+    ]  # fmt: skip
+    big = [["content-length", str(1 << 40)], *JSON]
+    steps.append([{**ask, "headers": big}, {**ask, "headers": [*HEADERS, ["content-length", "2"]]}])
+    return [{"site": site, "steps": some} for some in steps for site in range(3)]
+
+
+def _sockets() -> list[bytes]:
+    """Bytes of clients."""
+    head = b"Host: localhost\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n"
+    body = json.dumps(CHAT[0]).encode()
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
+    get = b"GET /health HTTP/1.1\r\n" + head + b"\r\n"
+    sized = head + b"Content-Length: %d\r\n\r\n%s"
+    post = b"POST /v1/chat/completions HTTP/1.1\r\n"
+    found = [get, get + get, post + sized % (len(body), body), post + sized % (99, b"{")]
+    found += [post + chunked % (len(body), body), b"GET / HTTP/1.0\r\n\r\n", get[:30], b"\0"]
+    return [bytes([n]) + x for n in (0, 1, 128) for x in found]
 
 
 PATHS = (
@@ -382,7 +795,9 @@ PATHS = (
     ),
     *("x-api-key", "Bearer key", "content-type", "content-length", "transfer-encoding", "chunked"),
     *("application/json", "multipart/form-data; boundary=b", "localhost", "[::1]", "..", "%2e%2e"),
-    *("book", "file-" + "0" * 32, "filename", "if-range", "range", "bytes=0-", "bytes=5-2", UPLOAD),
+    *(*WAYS, "way", "site", "steps", "restart", BOOK, FILE, JOB, "new", "talk", "jobs/", "files/"),
+    *("status", "queued", "reading", "paused", "done", "tokens_read", "stored", "resp_0"),
+    *("book", "filename", "if-range", "range", "bytes=0-", "bytes=5-2", UPLOAD),
     *(
         "name",
         "file_id",
@@ -423,14 +838,17 @@ TARGETS = [
     *(
         Target(
             name,
-            _request,
+            _requests_of,
             _stored,
-            _requests,
-            ("serve/app.py", "serve/guard.py", "serve/memories.py", "serve/digests.py"),
+            seeds,
+            ("serve/app.py", "serve/memories.py", "serve/digests.py", *SERVE),
             PATHS,
             mutate,
             refusals=(Refused,),
         )
-        for name, mutate in (("stored", of_json(PATHS)), ("paths", None))
+        for name, seeds, mutate in (
+            ("stored", _requests, of_json(PATHS)),
+            ("paths", lambda: [*_requests(), *_sockets()], None),
+        )
     ),
 ]
