@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from checkpoints import GDN, GOLDEN
+import numpy as np
+from checkpoints import GDN, GOLDEN, byte_tokenizer
 from mlx.utils import tree_flatten
 
 from ahn_mlx.checkpoints import card, directory, load, pickles, safetensors
-from ahn_mlx.checkpoints.baseconfig import check_quantization, check_same_base, read_config
+from ahn_mlx.checkpoints.baseconfig import (
+    check_quantization,
+    check_same_base,
+    has_own_window,
+    read_config,
+)
 from ahn_mlx.checkpoints.formats import Reader, describe, describe_config
 from ahn_mlx.model.augment import build, build_base
 from ahn_mlx.model.config import AHNConfig
+from ahn_mlx.model.division import Part
 
 from ..mutate import of_json, of_zip, product
 from ..oracle import Target, also
@@ -117,10 +124,15 @@ def _put(name: str) -> Any:
 
 
 def _config(data: bytes, place: Path, out: Path) -> None:
+    for missing in (place / "config.json", out):
+        with also():
+            read_config(missing)
     config = read_config(place)
+    has_own_window(config)
     for work in (
         lambda: check_quantization(place, config),
         lambda: check_same_base(place, config, place, _base()),
+        lambda: check_same_base(place, _base(), place, config),
         lambda: describe_config(place),
         lambda: load.built(place, AHNConfig.from_dict, config),
     ):
@@ -133,9 +145,14 @@ def _base() -> dict[str, Any]:
     return dict(json.loads((GDN / "base/config.json").read_text()))
 
 
-def _generation(data: bytes, place: Path) -> None:
-    shutil.copyfile(GDN / "base/config.json", place / "config.json")
-    (place / "generation_config.json").write_bytes(data)
+def _generation(data: bytes, place: Path) -> Path:
+    """Beside a tokenizer, or without one if it begins with white space."""
+    path = place / ("alone" if data[:1].isspace() else "told")
+    if not path.exists():
+        path.mkdir() if path.name == "alone" else byte_tokenizer(path)
+        shutil.copyfile(GDN / "base/config.json", path / "config.json")
+    (path / "generation_config.json").write_bytes(data)
+    return path
 
 
 def _settings(data: bytes, place: Path) -> Any:
@@ -161,7 +178,7 @@ def settings() -> list[bytes]:
 # Files of tensors
 
 
-def packed(data: bytes) -> bytes:
+def packed(data: bytes, fill: bytes = b"\0") -> bytes:
     """What begins as JSON is a header, which gets its length and as many bytes as it says."""
     if not data.startswith(b"{"):
         return data
@@ -173,12 +190,13 @@ def packed(data: bytes) -> bytes:
         size = min(max([x for x in ends if type(x) is int], default=0), 1 << 18)
     except (ValueError, RecursionError, KeyError, TypeError, IndexError):
         size = 8
-    return struct.pack("<Q", len(data)) + data + bytes(max(size, 0))
+    return struct.pack("<Q", len(data)) + data + fill * max(size, 0)
 
 
 def _tensors(data: bytes, place: Path) -> Path:
     file = place / "model.safetensors"
-    file.write_bytes(packed(data))
+    # A header with a space at its end is one of NaN.
+    file.write_bytes(packed(data, b"\xff" if data.endswith(b" ") else b"\0"))
     return file
 
 
@@ -191,7 +209,25 @@ def _read_tensors(file: Path, place: Path, out: Path) -> None:
     for name, x in arrays.items():
         assert x.shape == header[name].shape
         if x.dtype in safetensors.EXPONENT:
-            directory.check_finite(name, x)
+            with also():
+                directory.check_finite(name, x)
+    _again({n: x for n, x in arrays.items() if x.dtype in safetensors.WRITTEN}, out / "again")
+
+
+def _again(arrays: dict[str, mx.array], file: Path) -> None:
+    """Written by us, and read in parts as ranks do, it is the same."""
+    layout = {n: safetensors.Layout(x.dtype, x.shape) for n, x in arrays.items()}
+    with safetensors.TensorWriter(file, layout, {"format": "mlx"}) as writer:
+        for name, x in arrays.items():
+            writer.put(name, x)
+    for name, info in safetensors.read_header(file).items():
+        whole = np.array(safetensors.bits(arrays[name])).reshape(*arrays[name].shape, -1)
+        for axis, n in enumerate(info.shape[:2]):
+            part = Part(axis, n // 3, n - n // 3, n)
+            found = np.array(safetensors.bits(safetensors.read_part(file, info, part)))
+            held = np.take(whole, range(part.start, part.stop), axis)
+            found = np.take(found.reshape(whole.shape), range(len(range(*part[1:3]))), axis)
+            assert found.tobytes() == held.tobytes(), f"{name} {part}"
 
 
 def in_order(header: Any) -> Any:
@@ -227,25 +263,79 @@ def headers() -> list[bytes]:
         end += 6 * size
     small = text(header)
     lfs = b"version https://git-lfs.github.com/spec/v1\n"
-    return [*found, small, packed(small), text({}), lfs]
+    return [*found, small, small + b" ", packed(small), text({}), lfs]
 
 
-def _index(data: bytes, place: Path) -> None:
-    if not (place / "config.json").exists():
-        for file in (GDN / "merged_sharded").iterdir():
-            shutil.copyfile(file, place / file.name)
-    (place / directory.INDEX).write_bytes(data)
+def _index(data: bytes, place: Path) -> Path:
+    """An index beside shards; JSON with `files` has headers of a whole directory by their names, or
+    what a link of that name leads to. It lies as in huggingface-hub's cache."""
+    path = place / "models--a--b/snapshots/1"
+    if not path.exists():
+        shutil.copytree(GDN / "merged_sharded", path)
+    try:
+        files = json.loads(data)["files"]
+        files = dict(files) if isinstance(files, dict) else {}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        (path / directory.INDEX).write_bytes(data)
+        return path
+    path = place / "models--a--c/snapshots/1"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (place / "models--a--c/blobs").mkdir(exist_ok=True)
+    (place / "models--a--c/blobs/1").write_bytes(headers()[3])
+    for name, value in list(files.items())[:9]:
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > 90:
+            continue
+        if isinstance(value, str) and value and "\0" not in value and len(value) < 200:
+            (path / name).symlink_to(value)
+        else:
+            header = json.dumps(value).encode()
+            (path / name).write_bytes(packed(header) if "safe" in Path(name).suffix else header)
+    return path
 
 
-def _read_index(_: None, place: Path, out: Path) -> None:
-    directory.read_tensors(place)
-    load.describe(place)
+def _read_index(path: Path, place: Path, out: Path) -> None:
+    directory.read_unused(path)
+    arrays = directory.read_tensors(path)
+    with also():
+        directory.copy_files(("config.json", "x.json"), [path], out)
+    for name, x in arrays.items():
+        if x.dtype in safetensors.EXPONENT and x.size < 1 << 12:
+            with also():
+                directory.check_finite(name, x)
+    with also():
+        load.describe(path)
 
 
 def indexes() -> list[bytes]:
     whole = json.loads((GDN / "merged_sharded" / directory.INDEX).read_text())
     names = dict(list(whole["weight_map"].items())[:3])
-    return [text(whole), text({**whole, "weight_map": names}), text({"weight_map": {"a": "../b"}})]
+    found = [whole, {**whole, "weight_map": names}, {"weight_map": {"a": "../b"}}]
+    one = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    two = {"b": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [0, 4]}}
+    shards = [f"{n}-0000{i}-of-00002.safetensors" for n in ("model", "weights") for i in (1, 2)]
+    both = {shards[0]: one, shards[1]: two}
+    listed = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    map_a = {"weight_map": {"b": shards[1]}}
+    for files in (
+        both,
+        {**both, "config.json": {}, "unused.safetensors": one, "pytorch_model.bin": {}},
+        {shards[0]: one},
+        {**both, "model-00001-of-00003.safetensors": one},
+        {shards[0]: one, shards[1]: one},
+        {**both, directory.INDEX: listed},
+        {shards[0]: one, shards[1]: {**two, **one}, directory.INDEX: map_a},
+        {shards[0]: {**one, **two}, shards[1]: {}, directory.INDEX: listed},
+        {"weights.00.safetensors": one, "weights.01.safetensors": two},
+        {"weights.01.safetensors": two},
+        {"consolidated.safetensors": one, "config.json": "../../blobs/1"},
+        {"pytorch_model.bin": {}, "model.gguf": {}},
+        {"model.safetensors": "../../blobs/1", "config.json": {}},
+        {"model.safetensors": "/etc/passwd"},
+        {"model.safetensors": one, "config.json": "../../../out"},
+    ):
+        found.append({"files": files})
+    return list(map(text, found))
 
 
 def _model(data: bytes, place: Path) -> None:
@@ -314,16 +404,37 @@ def models() -> list[bytes]:
 # Cards
 
 
-def _card(data: bytes, place: Path, out: Path) -> None:
-    card.read_origins(place)
-    card.base_model(place)
-    card.origin("base", place)
+def _written_card(data: bytes, place: Path) -> Path:
+    """As in huggingface-hub's cache, where a directory's name says where it is from."""
+    path = place / "models--a--b/snapshots/1"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "README.md").write_bytes(data)
+    for name in ("plain", "packed"):
+        if not (place / name).exists():
+            (place / name).mkdir()
+            packed = {"quantization": {"group_size": 64, "bits": 4}} if name == "packed" else {}
+            config = json.loads((GDN / "merged/config.json").read_text())
+            (place / name / "config.json").write_bytes(text({**config, **packed}))
+    return path
+
+
+def _card(path: Path, place: Path, out: Path) -> None:
+    origins = [*card.read_origins(path), card.origin("base", path)]
+    card.base_model(path)
+    # What a conversion of it would say, and what is read of that.
+    for name in ("plain", "packed"):
+        card.write_card(place / name, name, origins)
+        assert card.read_origins(place / name) == origins, origins
+        named = [o.repo for o in origins if o.revision]
+        assert card.base_model(place / name) == (named or [""])[0]
 
 
 def cards() -> list[bytes]:
     return [
         b"---\nlicense: mit\nbase_model: [a/b]\nahn_sources:\n- part: base\n  repo: a/b\n---\n# x",
         b"---\nbase_model: Qwen/Qwen2.5-3B\nlicense_name: other\na: &a [1, 2]\nb: *a\n---\n",
+        b"---\nlicense: [mit]\nahn_sources:\n- part: base\n  repo: a|b\n  revision: '1'\n---\n",
+        b"---\na: " + b"[" * 600 + b"\n---\n",
         b"no front matter",
     ]
 
@@ -441,8 +552,11 @@ TARGETS = [
     Target(
         "generation",
         _generation,
-        lambda _, place, out: read_config(place),
-        lambda: [b'{"eos_token_id": [1, 2]}', b'{"eos_token_id": "x"}', b"{}"],
+        lambda path, place, out: read_config(path),
+        lambda: [
+            *(b'{"eos_token_id": [1, 2]}', b'{"eos_token_id": "x"}', b"{}"),
+            *(b' {"eos_token_id": ["x", 1]}', b'{"eos_token_id": "no such"}'),
+        ],
         ("checkpoints/baseconfig.py", "checkpoints/directory.py"),
         ("eos_token_id", "bos_token_id", "pad_token_id", "max_length"),
         of_json(("eos_token_id",)),
@@ -480,7 +594,7 @@ TARGETS = [
     ),
     Target(
         "card",
-        _put("README.md"),
+        _written_card,
         _card,
         cards,
         ("checkpoints/card.py",),
