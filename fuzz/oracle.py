@@ -149,11 +149,10 @@ class Oracle:
                     self.watch.on = False
         except self.target.refusals as e:
             refused = e
-        except Exception as e:
-            raise Broken(_where(e), "".join(traceback.format_exception(e))) from None
-        except BaseException as e:  # a panic of Rust code
+        except BaseException as e:  # also a panic of Rust code
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
+            self._empty()
             raise Broken(_where(e), "".join(traceback.format_exception(e))) from None
         self._judge(data, refused, said.getvalue(), used)
 
@@ -179,11 +178,8 @@ class Oracle:
         if self.watch.found:
             what = self.watch.found[0]
             raise Broken(f"write-{what.split()[0]}", "\n".join(self.watch.found))
-        left = sorted(os.listdir(self.out))
-        if left:
+        if left := self._empty():
             halves = [name for name in left if name.endswith((".part", ".old"))]
-            shutil.rmtree(self.out)
-            self.out.mkdir()
             if refused is not None or halves:
                 raise Broken("half-made", f"{refused}: left {left[:5]}")
         if refused is not None:
@@ -195,6 +191,13 @@ class Oracle:
         for line in said.splitlines():
             if not line.replace("\t", " ").isprintable() or len(line) > LONGEST:
                 raise Broken(f"note-{line[:20]!r}", f"{line!r:.3000}")
+
+    def _empty(self) -> list[str]:
+        """What is left in the directory for output, which is gone then."""
+        if left := sorted(os.listdir(self.out)):
+            shutil.rmtree(self.out)
+            self.out.mkdir()
+        return left
 
 
 def _where(error: BaseException) -> str:
