@@ -14,7 +14,9 @@ from checkpoints import chat_tokenizer
 
 import ahn_mlx
 from ahn_mlx.checkpoints.directory import load_safetensors
-from ahn_mlx.checkpoints.safetensors import STORED
+from ahn_mlx.checkpoints.safetensors import STORED, bits
+from ahn_mlx.model.augment import build_base
+from ahn_mlx.model.families import tiny_config
 from ahn_mlx.reading import inspect, memoryfile
 from ahn_mlx.reading.layout import FACTS, OPTIONAL, SINCE_2
 from ahn_mlx.reading.session import Session
@@ -35,12 +37,29 @@ WORDS = (
 SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
+# Which layers a model has, beside some with a memory.
+KINDS = {
+    "plain": ("", {}),
+    "wide": ("llama", {"fa_layer_ids": (1,)}),  # one that keeps all
+    "rings": ("gemma3_text", {}),  # windows of its own
+    "states": ("lfm2", {}),
+}
+
+
 @cache
-def model() -> Any:
+def model(kind: str = "plain") -> Any:
     """Small, with a memory that is heard, and the tokenizer of bytes."""
     import serving
 
-    return serving.model(window=12), chat_tokenizer()
+    family, layers = KINDS[kind]
+    if not family:
+        return serving.model(window=12), chat_tokenizer()
+    mx.random.seed(4)
+    base = build_base({**tiny_config(family), "vocab_size": 259})
+    made = ahn_mlx.augment(base, ahn_mlx.AHNConfig("deltanet", 12, 4, "clamped", **layers))
+    mx.eval(made.parameters())
+    made.eval()
+    return made, chat_tokenizer()
 
 
 def _described(file: Path) -> dict[str, Any]:
@@ -58,14 +77,21 @@ def _honest() -> dict[str, tuple[Path, dict[str, Any]]]:
     place = Path(tempfile.mkdtemp())
     for name, tokens, options in (
         *(("short", 9, {}), ("full", 64, {}), ("long", 75, {}), ("plain", 40, {"chat": False})),
+        ("packed", 75, {"kv_bits": 8, "kv_group_size": 32}),
+        *((f"{kind}-{n}", n, {}) for kind in ("wide", "rings", "states") for n in (9, 64, 75)),
     ):
-        session = Session(*model(), step=16, origin={"name": "model"}, **options)
+        session = Session(*model(_kind(name)), step=16, origin={"name": "model"}, **options)
         session.read_ids([7 * t % 256 for t in range(tokens)])
         session.preview = "It was"
         file = place / f"{name}.ahn"
         session.save(file)
         made[name] = (file, _described(file))
     return made
+
+
+def _kind(name: Any) -> str:
+    kind = str(name).partition("-")[0]
+    return kind if kind in KINDS else "plain"
 
 
 @cache
@@ -94,32 +120,38 @@ def _arrays(name: Any, given: Any) -> dict[str, mx.array]:
     return found
 
 
-def _memory(data: bytes, place: Path) -> Path:
-    """JSON is a file with a right checksum; anything else is the file itself."""
-    file = place / "book.ahn"
+def _memory(data: bytes, place: Path) -> tuple[Path, str]:
+    """JSON is a file with a right checksum; anything else is the file itself. Also which model it
+    is for."""
+    file, kind = place / "book.ahn", "plain"
     file.unlink(missing_ok=True)  # MLX may have mapped the one before
     try:
         given = json.loads(data)
         text = json.dumps(given["facts"], sort_keys=True)
-        arrays = _arrays(given.get("of"), given["arrays"])
+        arrays, kind = _arrays(given.get("of"), given["arrays"]), _kind(given.get("of"))
         metadata = {"format": "mlx", "ahn": text, "sha256": memoryfile._checksum(text, arrays)}
         mx.save_safetensors(str(place / "book"), arrays, metadata)
         (place / "book.safetensors").replace(file)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, AttributeError):
         file.write_bytes(data)
-    return file
+    return file, kind
 
 
-def _load(file: Path, place: Path, out: Path) -> None:
+def _load(given: tuple[Path, str], place: Path, out: Path) -> None:
+    file, kind = given
+    for other in (place, place / "none.ahn"):
+        with also():
+            memoryfile.read_facts(other)
     memoryfile.is_memory(file)
     memoryfile.read_facts(file)
     memoryfile.verify(file)
-    memoryfile.load(file, *model())
+    memoryfile.load(file, *model(kind))
 
 
-def _go_on(file: Path, place: Path, out: Path) -> None:
+def _go_on(given: tuple[Path, str], place: Path, out: Path) -> None:
     """What a user does with it: look, ask, read more, save."""
-    session = Session.load(file, *model())
+    file, kind = given
+    session = Session.load(file, *model(kind))
     with suppress(ahn_mlx.AHNError):
         inspect.page(session, file.name)
     if session.template is not None:
@@ -128,6 +160,22 @@ def _go_on(file: Path, place: Path, out: Path) -> None:
     session.fork().read("And then?", name="more")
     session.save(out / "again.ahn")
     memoryfile.verify(out / "again.ahn")
+    if file.stat().st_size % 4 == 0:
+        Session.load(out / "again.ahn", *model(kind)).save(out / "third.ahn")
+        _same(out / "again.ahn", out / "third.ahn")
+
+
+def _same(*files: Path) -> None:
+    """What is loaded and saved again is the same."""
+    facts, arrays = [], []
+    for file in files:
+        found, metadata = mx.load(str(file), format="safetensors", return_metadata=True)  # type: ignore[misc]
+        facts.append({**json.loads(metadata["ahn"]), "saved": 0})
+        arrays.append({name: bits(x).tobytes() for name, x in found.items()})
+    assert facts[0] == facts[1], facts
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, x in arrays[0].items():
+        assert x == arrays[1][name], name
 
 
 def memories() -> list[bytes]:
@@ -219,7 +267,7 @@ TARGETS = [
         _memory,
         _load,
         memories,
-        ("reading/memoryfile.py", "reading/layout.py"),
+        ("reading/memoryfile.py", "reading/layout.py", "checkpoints/safetensors.py"),
         WORDS,
         of_json(WORDS),
         longest=1 << 16,
@@ -229,7 +277,10 @@ TARGETS = [
         _memory,
         _go_on,
         memories,
-        ("reading/memoryfile.py", "reading/layout.py", "reading/tail.py"),
+        (
+            *("reading/memoryfile.py", "reading/layout.py", "reading/tail.py"),
+            "checkpoints/safetensors.py",
+        ),
         WORDS,
         of_json(WORDS),
         longest=1 << 16,

@@ -11,14 +11,14 @@ from checkpoints import CHATML, byte_tokenizer, chat_tokenizer
 from jinja2 import Environment, TemplateSyntaxError
 from serving import TOOLS
 
-from ahn_mlx.apps.tokenizer import NoTable, pack_tokenizer
+from ahn_mlx.apps.tokenizer import PATTERNS, NoTable, pack_tokenizer
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.reading import template
 from ahn_mlx.reading.template import Template
 from ahn_mlx.reading.tokens import Encoder
 
 from ..mutate import of_json
-from ..oracle import Target
+from ..oracle import Target, also
 
 _JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
 JINJA = (
@@ -103,7 +103,10 @@ def written() -> list[bytes]:
     return [x.encode() for x in (CHATML, TOOLS, plain, listed, llama, plain + "{{ 1/0 }}")]
 
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *("config.json", "chat_template.jinja"),
+)
 TABLES = (
     *("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "model"),
     *("post_processor", "decoder", "type", "BPE", "ByteLevel", "Sequence", "Split", "Regex", "NFC"),
@@ -139,6 +142,12 @@ def _load(path: Path, place: Path, out: Path) -> None:
     encoder = Encoder(tokenizer)
     ids = encoder("", "It is 42 \u00e9\n")
     tokenizer.decode(ids)
+    for token in list(encoder.controls.values())[:2]:
+        with also():  # in what a user says it is text, and no token
+            scaffolding = f" {token.content} \n"
+            said = [encoder(scaffolding, *more) for more in ((), (f"It {token.content} is",))]
+            first, second = ([i for i in ids if i in encoder.controls] for ids in said)
+            assert first == second, f"{token.content!r}: {first} {second}"
     with contextlib.suppress(NoTable):
         pack_tokenizer(tokenizer)
 
@@ -159,10 +168,58 @@ def _small() -> dict[str, Any]:
 
 
 def tables() -> list[bytes]:
+    """Of bytes, with and without merges; of other kinds, most of which no app reads."""
     small = _small()
     few = json.loads(json.dumps(small))
     few["tokenizer.json"]["model"]["vocab"] = {"a": 0, "b": 1, "ab": 2, "\u0120": 3}
-    return [json.dumps(x).encode() for x in (small, few)] + [b"M" + b"\n\x0b\n\x05<unk>"]
+    found = [small, few]
+
+    def other(**parts: Any) -> dict[str, Any]:
+        made: dict[str, Any] = json.loads(json.dumps(few))
+        made["tokenizer.json"] |= parts
+        found.append(made)
+        return made
+
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": next(iter(PATTERNS))}, "invert": False}
+    splits = [{**split, "behavior": "Isolated"}, {**byte_level, "use_regex": False}]
+    digits = [{"type": "Digits", "individual_digits": True}, {**byte_level, "use_regex": True}]
+    for parts in (splits, digits, [{**splits[0], "invert": True}, splits[1]], [splits[0]]):
+        other(pre_tokenizer={"type": "Sequence", "pretokenizers": parts})
+    other(normalizer={"type": "NFC"})
+    other(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})
+    for content in ("\u00c5", "x" * 600):
+        replace = {"type": "Replace", "pattern": {"String": "x"}, "content": content}
+        other(normalizer={"type": "Sequence", "normalizers": [replace, replace]})
+    words = {"[UNK]": 0, "It": 1, "##s": 2, "is": 3, "42": 4}
+    piece = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    whitespace = {"type": "Whitespace"}
+    other(model={**piece, "max_input_chars_per_word": 9, "vocab": words}, pre_tokenizer=whitespace)
+    scores = [["<unk>", 0.0], ["\u2581", -1.0], ["It", -2.0], ["<|end|>", -3.0]]
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+    other(model={"type": "Unigram", "unk_id": 0, "vocab": scores}, pre_tokenizer=space)
+    other(model={"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"})
+    begin = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+    }
+    template |= {"pair": template["single"], "special_tokens": {
+        "<|end|>": {"id": "<|end|>", "ids": [257], "tokens": ["<|end|>"]}
+    }}  # fmt: skip
+    other(post_processor=template)
+    bpe = few["tokenizer.json"]["model"]
+    other(model={**bpe, "byte_fallback": True, "unk_token": "a"})
+    other(model={**bpe, "unk_token": "a", "ignore_merges": True, "merges": []})
+    added = few["tokenizer.json"]["added_tokens"][0]
+    think = {**added, "id": 258, "content": "<think>", "special": False}
+    for change in ({"lstrip": True}, {"normalized": True}, {"single_word": True}, {"content": ""}):
+        other(added_tokens=[{**added, **change}, think], normalizer={"type": "NFC"})
+    bom = {**small, "config.json": {"eos_token_id": ["ab", 257], "model_type": "qwen2"}}
+    bom["tokenizer_config.json"] = "\ufeff" + json.dumps(small["tokenizer_config.json"])
+    bom["chat_template.jinja"] = "{{ messages[0].content }}<think>"
+    ends = {**small, "config.json": {"eos_token_id": "ab"}}
+    return [json.dumps(x).encode() for x in (*found, bom, ends)] + [b"M" + b"\n\x0b\n\x05<unk>"]
 
 
 TARGETS = [
