@@ -860,3 +860,16 @@ def test_pickles_of_one_number_with_any_stride(tmp_path: Path) -> None:
             found = pickles.to_mlx(y)
             assert found.shape == tuple(some[name].shape)
             assert found.astype(mx.float32).tolist() == some[name].tolist()
+
+
+def test_a_run_whose_words_are_no_text_is_refused(tmp_path: Path) -> None:
+    """Half a character is JSON, but can be neither written again nor shown."""
+    (tmp_path / "hotpotqa.jsonl").write_text('{"pred": "a", "answers": ["a"], "item": 0}\n')
+    run = {"data": {}, "deviations": [], "mixer": "memory", "protocol": "ahn", "model": "\ud83d"}
+    run["facts"] = {"memory": "deltanet", "size": "7b"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    result = CliRunner().invoke(cli, ["eval", "score", str(tmp_path), "--json"])
+    assert isinstance(result.exception, AHNError), result.exception
+    assert "run.json: cannot be read" in str(result.exception)
+    (tmp_path / "run.json").write_text(json.dumps({**run, "model": "\U0001f600"}))
+    assert CliRunner().invoke(cli, ["eval", "score", str(tmp_path), "--json"]).exit_code == 0

@@ -117,6 +117,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_bytes())
         check_depth(found)
+        json.dumps(found, ensure_ascii=False).encode()  # as it is written again, and shown
     except (OSError, ValueError, RecursionError) as e:
         raise AHNError(f"{file}: cannot be read ({show(str(e))}); choose another --out") from None
     if not isinstance(found, dict) or not all(fits(found.get(k)) for k, fits in _FACTS.items()):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ahn_mlx.reading.text import (
     read_each,
     read_file,
     read_texts,
+    readable,
     typed_line,
     typed_path,
     typed_paths,
@@ -93,15 +96,31 @@ def _texts(file: Path, place: Path, out: Path) -> None:
         kind_of(stream, ".txt")
     folder = place / "folder"
     inside = str(folder / typed.replace("/", "_").replace("..", "_"))
-    with also():
-        _read_all([(str(folder), inside)[crc32(typed.encode("utf-8", "surrogateescape")) % 2]])
-    _read_all([str(file)])
+    # A folder, what is in it, a pattern, a name that is not there, twice the same, and a pipe.
+    link = place / "link"
+    several = [str(file), *map(str, sorted(folder.iterdir()))]
+    again = [str(file), os.path.relpath(file), str(link)]
+    beside = [typed[:9], str(place / "?.txt"), f"{place}/**/*{typed[:2]}", str(place / "none.tx")]
+    for names in ([str(folder)], [inside], several, again, [f"{folder}/*"], ["-"], [], beside):
+        with also():
+            _read_all(names, file)
+    readable(typed)
+    readable(typed + "\ud83d" if typed.isascii() else typed)
+    for text in read_texts(file):
+        assert text == read_file(file)
+    _read_all([str(file)], file)
 
 
-def _read_all(names: list[str]) -> None:
+def _read_all(names: list[str], piped: Path) -> None:
+    """piped: what comes through a pipe."""
     find(names)
-    dict(read_each(names, read_file))
-    read_documents(names, has_prompt=False).encode()
+    dict(read_each([name for name in names if name != "-"], read_file))
+    real = sys.stdin
+    with piped.open() as sys.stdin:
+        try:
+            read_documents(names, has_prompt=False).encode()
+        finally:
+            sys.stdin = real
 
 
 def _folder(data: bytes, place: Path) -> Path:
@@ -109,6 +128,10 @@ def _folder(data: bytes, place: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for name, part in (("chapter 1.txt", data[: len(data) // 2]), ("a.html", data)):
         (folder / name).write_bytes(part)
+    for name in ("b.dat", "c.txt"):
+        (folder / name).write_bytes(b"\x89PNG\r\n" if name[0] == "b" else b"")
+    if not (place / "link").is_symlink():
+        (place / "link").symlink_to(place / "a.txt")
     (place / "a.txt").write_bytes(data)
     return place / "a.txt"
 
@@ -143,7 +166,16 @@ def pages() -> list[bytes]:
         papers.chapter("<h1>One</h1><p>It was</p><pre>a\n  b</pre><title/>").encode(),
         '<?xml version="1.0" encoding="utf-16"?><html><body>é</body></html>'.encode("utf-16"),
         b"<table><tr><td>a<td>b<tr><th>c</table><ul><li>x<li>y</ul><script>1</script>",
+        b"<div>" * 700 + b"x",
     ]
+
+
+def pdfs() -> list[bytes]:
+    """With text, without, of an owner, and with a page that is none."""
+    whole = papers.pdf("One two", "", "Three")
+    torn = whole.replace(b"/Type /Page\n", b"/Type /Pagx\n", 1)
+    found = [whole, torn, papers.pdf(""), papers.pdf("", ""), papers.pdf("x", password="y")]
+    return [*found, papers.pdf("x", password=""), whole[:-200], b"%PDF-1.4\n%%EOF"]
 
 
 def epubs() -> list[bytes]:
@@ -158,7 +190,10 @@ def documents() -> list[bytes]:
     table = "<w:tbl><w:tr><w:tc>" + papers.paragraph("cell") + "</w:tc></w:tr></w:tbl>"
     note = '<w:p><w:r><w:footnoteReference w:id="2"/></w:r></w:p>'
     whole = papers.docx(papers.paragraph("One") + table + note, footnote="Two")
-    return [unzipped(whole), papers.docx(papers.paragraph("x"))]
+    entity = json.loads(unzipped(whole))
+    kind = "<!DOCTYPE x [<!ENTITY y 'z'>]>"
+    entity["word/document.xml"] = kind + entity["word/document.xml"].rpartition("?>")[2]
+    return [unzipped(whole), papers.docx(papers.paragraph("x")), json.dumps(entity).encode()]
 
 
 def archives() -> list[bytes]:
@@ -211,7 +246,7 @@ TARGETS = [
         "pdf",
         _file("a.pdf"),
         _read,
-        lambda: [papers.pdf("One two", "", "Three"), papers.pdf("x", password="y")],
+        pdfs,
         ("reading/documents.py",),
         ("%PDF-1.4", "/Page", "/Kids", "/Count", "/Encrypt", "xref", "trailer", "stream", "endobj"),
     ),

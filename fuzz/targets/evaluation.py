@@ -1,5 +1,6 @@
 """Data of suites, and predictions of anybody's runs."""
 
+import inspect
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -9,13 +10,14 @@ from zlib import crc32
 import papers
 
 from ahn_mlx.errors import AHNError
-from ahn_mlx.evaluate.predictions import Predictions, is_whole, read_lines
-from ahn_mlx.evaluate.records import count_records, digest, read_records
-from ahn_mlx.evaluate.results import rows_of, score_directory
+from ahn_mlx.evaluate.predictions import Predictions, is_whole, read_lines, read_run
+from ahn_mlx.evaluate.records import count_records, digest, read_records, spaced
+from ahn_mlx.evaluate.results import find_predictions, rows_of, score_directory
+from ahn_mlx.evaluate.scorers import SCORERS
 from ahn_mlx.evaluate.suites import UNFIT, line_of
 
 from ..mutate import of_json, of_lines, of_zip
-from ..oracle import Target
+from ..oracle import Target, also
 
 PROTOCOLS = (None, "ahn", "published")
 FILES = {
@@ -54,7 +56,10 @@ def _records(data: bytes, place: Path) -> tuple[Path, str | None]:
 def _read(given: tuple[Path, str | None], place: Path, out: Path) -> None:
     file, member = given
     digest(file)
-    for number in range(min(count_records(file, member), 4)):
+    for beside in (place, place / "none"):
+        with also():
+            digest(beside)
+    for number in spaced(count_records(file, member), 4):
         for _, record in read_records(file, member, {number}):
             for suite in FILES:
                 for protocol in ("ahn", "published"):
@@ -104,15 +109,51 @@ def _directory(data: bytes, place: Path) -> tuple[Path, str | None]:
 
 def _score(given: tuple[Path, str | None], place: Path, out: Path) -> None:
     path, protocol = given
+    for beside in (path / "none", out / "none"):
+        with also():
+            find_predictions(beside)
     for file in sorted(path.glob("*.jsonl")):
         with suppress(AHNError):
             is_whole(file)
             for _ in read_lines(file):
                 pass
-        with suppress(AHNError):
-            Predictions(path, {"mixer": "memory"}).done(file.name)
+        size = file.stat().st_size
+        if size < 4096 and size % 2:
+            with also():
+                _go_on(path, file)
+        if size < 4096 and size % 8 == 1:
+            _by_name(file)
     json.dumps(rows_of(result := score_directory(path, protocol)))
     json.dumps(result)
+
+
+def _go_on(path: Path, file: Path) -> None:
+    """As a run that was killed goes on: nothing of what is whole is lost, and it is read again."""
+    run = read_run(path) or {}
+    mine = Predictions(path, {name: run[name] for name in run.keys() - {"data", "deviations"}})
+    mine.use_data(file.name, "0" * 64)
+    before, kept = mine.done(file.name), file.read_bytes()
+    with mine.working():
+        with mine.appending(file.name) as append:
+            append({"item": 1 << 40, "pred": "\ud83d x"})
+        after = mine.done(file.name)
+    assert {**before, 1 << 40: after[1 << 40]} == after and len(after) == len(before) + 1
+    again = read_run(path)
+    assert again == {**run, "data": mine.data, "deviations": mine.deviations}, again
+    file.write_bytes(kept)
+
+
+def _by_name(file: Path) -> None:
+    """Each scorer, of what a line has for it."""
+    with suppress(AHNError):
+        for _, line in read_lines(file):
+            said, wanted = line.get("pred", line.get("prediction")), line.get("answers", "a")
+            text = wanted[0] if isinstance(wanted, list) and wanted else wanted
+            given = {"predictions": [said], "prediction": said, "ground_truth": text, **line}
+            for scorer in SCORERS.values():
+                names = inspect.signature(scorer).parameters
+                with also():
+                    scorer(**{name: given.get(name, "a") for name in names})
 
 
 def predictions() -> list[bytes]:
@@ -137,6 +178,12 @@ def predictions() -> list[bytes]:
     more |= {f"preds_{n}.jsonl": [texts] for n in ("longbook_qa_eng", "longdialogue_qa_eng")}
     more |= {f"preds_{n}.jsonl": [texts] for n in ("longbook_qa_chn",)}
     more |= {f"preds_{n}.jsonl": [{**texts, "ground_truth": "b"}] for n in ("kv_retrieval",)}
+    # Lines of all lengths, as some are gone on with.
+    files = {
+        f"{name}.jsonl": [{"item": n, "pred": "a" * n, "answers": ["a"]}]
+        for n, name in enumerate(("hotpotqa", "trec", "lcc", "vcsum", "qasper", "dureader"))
+    }
+    found.append(json.dumps({"run.json": run, **files}).encode())
     return [*found, json.dumps(more).encode()]
 
 

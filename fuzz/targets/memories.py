@@ -152,6 +152,9 @@ def _go_on(given: tuple[Path, str], place: Path, out: Path) -> None:
     """What a user does with it: look, ask, read more, save."""
     file, kind = given
     session = Session.load(file, *model(kind))
+    if file.stat().st_size % 3 == 0:
+        with also():
+            session.read("More of it. " * 3, name="more")
     with suppress(ahn_mlx.AHNError):
         inspect.page(session, file.name)
     if session.template is not None:
