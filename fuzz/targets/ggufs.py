@@ -14,7 +14,9 @@ from ahn_mlx.checkpoints.baseconfig import normalise
 from ahn_mlx.checkpoints.formats import describe
 from ahn_mlx.checkpoints.ggufheader import ARRAY, KINDS, NUMBERS, STRING
 from ahn_mlx.checkpoints.ggufile import GGUFile
+from ahn_mlx.checkpoints.ggufmodels import ARCHITECTURES
 from ahn_mlx.checkpoints.load import load_plain
+from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 
 from ..mutate import of_json, product
 from ..oracle import Target
@@ -91,7 +93,17 @@ def _in_order(facts: Any) -> Any:
 
 
 def _file(data: bytes, place: Path) -> Path:
+    """JSON is a file, or the parts of one; anything else is the file itself."""
+    for part in place.glob("*.gguf"):
+        part.unlink()
     file = place / "model.gguf"
+    if data.startswith(b'{"parts"'):
+        with suppress(ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
+            parts = [encode(part) for part in json.loads(data)["parts"][:4]]
+            files = [place / f"model-{n + 1:05d}-of-{len(parts):05d}.gguf" for n in range(4)]
+            for path, part in zip(files, parts, strict=False):
+                path.write_bytes(part)
+            return files[0]
     if data.startswith(b"{"):
         with suppress(ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
             data = encode(json.loads(data))
@@ -106,7 +118,7 @@ def _read(file: Path, place: Path, out: Path) -> None:
         found.read(source.name)
     found.expanded()
     describe(file)
-    found.tokenizer()
+    load_tokenizer(file, {})
     load_plain(file)
 
 
@@ -170,8 +182,65 @@ def files() -> list[bytes]:
     split = json.loads(json.dumps(whole))
     split["entries"] += [["split.count", 2, 2], ["split.no", 2, 0], ["split.tensors.count", 5, 3]]
     small = {**whole, "entries": whole["entries"][:9], "tensors": whole["tensors"][:2]}
-    found = [json.dumps(x).encode() for x in (whole, llama, scaled, split, small)]
-    return [*found, encode(small)]
+    found = [json.dumps(x).encode() for x in (whole, llama, scaled, split, small, *_others(llama))]
+    found += [json.dumps({"parts": parts}).encode() for parts in _parts(whole)]
+    large = b"GGUF" + struct.pack("<IQQ", 3, 1 << 40, 1)
+    return [*found, encode(small), b"", b"GGUF" + struct.pack(">IQQ", 3, 0, 0), large]
+
+
+def _others(llama: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each architecture, with what it says beside; and quantized otherwise."""
+    found = []
+    for kind, known in ARCHITECTURES.items():
+        made = json.loads(json.dumps(llama).replace("llama.", f"{kind}."))
+        made["entries"][0][2] = kind
+        keys = [*known.settings.values(), known.epsilon[1], "attention.key_length"]
+        there = {name for name, _, _ in made["entries"]}
+        for key in keys:
+            if (name := f"{kind}.{key}") not in there:
+                real = "scale" in key or "epsilon" in key or "softcapping" in key
+                made["entries"].append([name, 6 if real else 4, 16])
+        if known.attending:
+            for entry in made["entries"]:
+                if entry[0].endswith("head_count_kv"):
+                    entry[1:] = [[ARRAY, 5], [1]]
+        found.append(made)
+    for key, kind, value in (
+        *(("rope.dimension_count", 4, 8), ("rope.dimension_sections", [ARRAY, 5], [1, 2])),
+        *(("rope.scaling.yarn_beta_fast", 6, 32.0), ("rope.scaling.attn_factor", 6, 2.0)),
+        ("attention.head_count_kv", [ARRAY, 5], [1, 1]),
+    ):
+        made = json.loads(json.dumps(llama))
+        made["entries"] = [x for x in made["entries"] if x[0] != f"llama.{key}"]
+        made["entries"] += [[f"llama.{key}", kind, value]]
+        made["entries"] += [
+            ["llama.rope.scaling.type", STRING, "yarn"],
+            ["llama.rope.scaling.factor", 6, 4.0],
+            ["llama.rope.scaling.original_context_length", 4, 128],
+        ]
+        found.append(made)
+    for number, of_type in KINDS.items():
+        if of_type.values == 32:
+            made = json.loads(json.dumps(llama))
+            for tensor in made["tensors"]:
+                if "ffn_up" in tensor[0]:
+                    tensor[2] = number
+            found.append(_in_order(made))
+    return found
+
+
+def _parts(whole: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """A split model; one whose parts have a tensor twice; and parts of two."""
+    count = len(whole["tensors"])
+    head, tail = whole["tensors"][:4], whole["tensors"][4:]
+
+    def part(n: int, tensors: Any, first: bool, said: int = count) -> dict[str, Any]:
+        entries = [["split.no", 2, n], ["split.count", 2, 2], ["split.tensors.count", 5, said]]
+        made = {**whole, "entries": [*(whole["entries"] if first else ()), *entries]}
+        return dict(_in_order(json.loads(json.dumps({**made, "tensors": tensors}))))
+
+    one, two = part(0, head, True), part(1, tail, False)
+    return [[one, two], [one, part(1, head, False)], [one, part(1, tail, False, 9)], [one]]
 
 
 def _metadata(data: bytes, place: Path) -> Any:
@@ -216,7 +285,10 @@ TARGETS = [
         _file,
         _read,
         files,
-        ("checkpoints/ggufheader.py", "checkpoints/ggufile.py", "checkpoints/gguf.py"),
+        (
+            *("checkpoints/ggufheader.py", "checkpoints/ggufile.py", "checkpoints/gguf.py"),
+            "checkpoints/tokenizer.py",
+        ),
         WORDS,
         of_json(WORDS, _in_order),
         longest=1 << 15,

@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from checkpoints import CHATML, byte_tokenizer, chat_tokenizer
@@ -15,7 +16,7 @@ from ahn_mlx.apps.tokenizer import PATTERNS, NoTable, pack_tokenizer
 from ahn_mlx.checkpoints.tokenizer import load_tokenizer
 from ahn_mlx.reading import template
 from ahn_mlx.reading.template import Template
-from ahn_mlx.reading.tokens import Encoder
+from ahn_mlx.reading.tokens import Encoder, check_ids
 
 from ..mutate import of_json
 from ..oracle import Target, also
@@ -142,6 +143,8 @@ def _load(path: Path, place: Path, out: Path) -> None:
     encoder = Encoder(tokenizer)
     ids = encoder("", "It is 42 \u00e9\n")
     tokenizer.decode(ids)
+    with also():
+        check_ids(ids, SimpleNamespace(args=SimpleNamespace(vocab_size=256)))  # type: ignore[arg-type]
     for token in list(encoder.controls.values())[:2]:
         with also():  # in what a user says it is text, and no token
             scaffolding = f" {token.content} \n"
