@@ -873,3 +873,9 @@ def test_a_run_whose_words_are_no_text_is_refused(tmp_path: Path) -> None:
     assert "run.json: cannot be read" in str(result.exception)
     (tmp_path / "run.json").write_text(json.dumps({**run, "model": "\U0001f600"}))
     assert CliRunner().invoke(cli, ["eval", "score", str(tmp_path), "--json"]).exit_code == 0
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(AHNError, match="standard input: is closed; pipe in"):
+        read_documents(["-"], has_prompt=True)

@@ -188,6 +188,8 @@ def _natural(path: Path | str) -> list[tuple[int, int, str]]:
 def _read_any(file: Path, progress: Progress | None) -> str:
     if file != STDIN:
         return read_file(file, progress)
+    if sys.stdin is None:  # a program that was started without
+        raise AHNError("standard input: is closed; pipe in a text, or give a document")
     try:
         stream = _all_of(sys.stdin.buffer, "standard input")
     except OSError as e:

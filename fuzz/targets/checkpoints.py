@@ -421,22 +421,25 @@ def _written_card(data: bytes, place: Path) -> Path:
 def _card(path: Path, place: Path, out: Path) -> None:
     origins = [*card.read_origins(path), card.origin("base", path)]
     card.base_model(path)
-    # What a conversion of it would say, and what is read of that.
-    for name in ("plain", "packed"):
-        card.write_card(place / name, name, origins)
-        assert card.read_origins(place / name) == origins, origins
-        named = [o.repo for o in origins if o.revision]
-        assert card.base_model(place / name) == (named or [""])[0]
+    # What a conversion of it would say, and what is read of that; it takes long.
+    if (size := (path / card.CARD).stat().st_size) % 8:
+        return
+    other = place / ("plain" if size % 16 else "packed")
+    card.write_card(other, other.name, origins)
+    assert card.read_origins(other) == origins, origins
+    named = [o.repo for o in origins if o.revision]
+    assert card.base_model(other) == (named or [""])[0]
 
 
 def cards() -> list[bytes]:
-    return [
+    found = [
         b"---\nlicense: mit\nbase_model: [a/b]\nahn_sources:\n- part: base\n  repo: a/b\n---\n# x",
         b"---\nbase_model: Qwen/Qwen2.5-3B\nlicense_name: other\na: &a [1, 2]\nb: *a\n---\n",
         b"---\nlicense: [mit]\nahn_sources:\n- part: base\n  repo: a|b\n  revision: '1'\n---\n",
         b"---\na: " + b"[" * 600 + b"\n---\n",
         b"no front matter",
     ]
+    return [text + b"\n" * n for text in found for n in range(16)]
 
 
 # Pickles of torch

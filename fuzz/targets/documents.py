@@ -79,7 +79,7 @@ def _file(name: str) -> Any:
 
 
 def _read(file: Path, place: Path, out: Path) -> None:
-    read_file(file)
+    read_file(file, lambda n, total: None)
 
 
 def _lines(file: Path, place: Path, out: Path) -> None:
@@ -96,12 +96,12 @@ def _texts(file: Path, place: Path, out: Path) -> None:
         kind_of(stream, ".txt")
     folder = place / "folder"
     inside = str(folder / typed.replace("/", "_").replace("..", "_"))
-    # A folder, what is in it, a pattern, a name that is not there, twice the same, and a pipe.
-    link = place / "link"
     several = [str(file), *map(str, sorted(folder.iterdir()))]
-    again = [str(file), os.path.relpath(file), str(link)]
+    again = [str(file), os.path.relpath(file), str(place / "link")]
     beside = [typed[:9], str(place / "?.txt"), f"{place}/**/*{typed[:2]}", str(place / "none.tx")]
-    for names in ([str(folder)], [inside], several, again, [f"{folder}/*"], ["-"], [], beside):
+    # Also, of one input this and of another that: what else may be given, or come through a pipe.
+    more = (several, again, [f"{folder}/*"], ["-"], [], beside, ["-", "-"], ["/dev/null"])
+    for names in ([str(folder)], [inside], more[file.stat().st_size % len(more)]):
         with also():
             _read_all(names, file)
     readable(typed)
@@ -112,15 +112,18 @@ def _texts(file: Path, place: Path, out: Path) -> None:
 
 
 def _read_all(names: list[str], piped: Path) -> None:
-    """piped: what comes through a pipe."""
+    """piped: what comes through a pipe, if anything does."""
     find(names)
     dict(read_each([name for name in names if name != "-"], read_file))
     real = sys.stdin
-    with piped.open() as sys.stdin:
-        try:
-            read_documents(names, has_prompt=False).encode()
-        finally:
-            sys.stdin = real
+    try:
+        for sys.stdin in (None, piped.open()):  # type: ignore[assignment]
+            with also():
+                read_documents(names, has_prompt=sys.stdin is None).encode()
+    finally:
+        if sys.stdin is not None:
+            sys.stdin.close()
+        sys.stdin = real
 
 
 def _folder(data: bytes, place: Path) -> Path:
