@@ -53,7 +53,9 @@ from ahn_mlx.reading.template import Template
 from ahn_mlx.reading.text import read_documents, read_file
 from ahn_mlx.reading.tokens import Encoder
 from ahn_mlx.serve import anthropic
+from ahn_mlx.serve.digests import Digests, Files
 from ahn_mlx.serve.guard import LOOPBACK, Guard
+from ahn_mlx.serve.memories import Library
 from ahn_mlx.train import loop
 
 NAN, ENDLESS = float("nan"), 10**400
@@ -879,3 +881,19 @@ def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(AHNError, match="standard input: is closed; pipe in"):
         read_documents(["-"], has_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": 5}, {"files": "x"}, {"files": [5]}, {"id": "../x"}, {"error": []}, {"tokens": "1"}],
+)
+def test_a_job_whose_file_says_other_things_is_none_of_ours(tmp_path: Path, change: Any) -> None:
+    known = {"name": "book", "files": [], "id": f"job-{'0' * 32}", "status": "reading"}
+    (tmp_path / "jobs").mkdir()
+    engine: Any = None
+    for said, jobs in ((known, [known["id"]]), ({**known, **change}, [])):
+        (tmp_path / f"jobs/{known['id']}.json").write_text(json.dumps(said))
+        files = Files(tmp_path / "files")
+        found = Digests(Library(tmp_path, engine, engine, 0), files, engine)
+        files.close()
+        assert list(found.jobs) == jobs

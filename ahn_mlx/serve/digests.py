@@ -157,6 +157,19 @@ class Job:
     error: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether each field is of its kind: a file may say anything."""
+        error = "" if self.error is None else self.error
+        texts = (self.name, self.system, self.id, self.status, error)
+        numbers = (self.tokens_read, self.tokens, self.created)
+        return (
+            isinstance(self.files, list)
+            and all(isinstance(x, str) for x in (*texts, *self.files))
+            and all(type(x) is int for x in numbers)
+            and ID.fullmatch(self.id) is not None
+        )
+
     def shown(self) -> dict[str, Any]:
         return {"object": "memory.job", **asdict(self)}
 
@@ -236,6 +249,8 @@ class Digests:
         for file in sorted(self.directory.glob("job-*.json")):
             if (job := _read_job(file)) is None:
                 continue  # not one of ours
+            if not job.is_sound or job.id != file.stem:
+                continue
             self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
                 self._after_a_death(job)

@@ -232,9 +232,11 @@ class Site:
         if self.digests is None:
             return
         self.finish()
-        for job in list(self.digests.jobs):
+        jobs = list(self.digests.jobs)
+        for job in jobs:
             self.digests.delete(job)
-        self.settle()
+        if jobs:
+            self.settle()
         left = [f for f in self.place.rglob("*") if f.name not in self.kept and not f.is_dir()]
         for file in left:
             file.unlink()
@@ -309,7 +311,6 @@ def _answer(given: dict[str, Any], place: Path, out: Path) -> None:
     site.engine.way = way
     try:
         status, headers, text = loop.run_until_complete(_ask(site.app, given))
-        site.settle()
     finally:
         site.engine.way, asked = "", site.engine.asked
         site.engine.asked = []
@@ -546,7 +547,8 @@ def _stored(given: tuple[int, list[dict[str, Any]] | bytes], place: Path, out: P
             site.engine.way, asked = step["way"], site.engine.asked
             try:
                 status, headers, text = loop.run_until_complete(_ask(site.app, step))
-                site.settle()
+                if step["method"] != "GET":
+                    site.settle()
             finally:
                 site.engine.way, site.engine.asked = "", []
             if not all(request.cancelled for request in asked):
@@ -554,13 +556,15 @@ def _stored(given: tuple[int, list[dict[str, Any]] | bytes], place: Path, out: P
             _judge(step, status, headers, text)
             if status >= 400:
                 refused = Refused(f"{step['path']}: {status}")
-            elif found := re.search(rb'"id": ?"((?:file|job|resp)[-_])[0-9a-f]{32}"', text):
-                stands = {b"file-": FILE.encode(), b"job-": JOB.encode()}.get(found[1], EARLIER)
-                known[stands] = found[0].rpartition(b' "')[2].strip(b'"').rpartition(b'"')[2]
-        site.finish()
-        _look(site, any(step["way"] == "breaks" for step in steps))
+            elif found := re.search(rb'"id": ?"((file-|job-|resp_)[0-9a-f]{32})"', text):
+                stands = {b"file-": FILE.encode(), b"job-": JOB.encode()}.get(found[2], EARLIER)
+                known[stands] = found[1]
+        if site.digests is not None and site.digests.jobs:
+            site.finish()
+            _look(site, any(step["way"] == "breaks" for step in steps))
     finally:
-        site.clear()
+        if any(step["method"] != "GET" or step["restart"] is not None for step in steps):
+            site.clear()
     if refused is not None:
         raise refused
 
@@ -577,12 +581,20 @@ def _look(site: Site, broke: bool) -> None:
 
 def _killed(site: Site, files: dict[str, Any]) -> None:
     """The server begins again, where one that was killed has left files."""
-    for name, value in files.items():
+    for name, value in files.items() if site.has_memories else ():
         folder, _, last = name.rpartition("/")
-        if folder not in ("", "jobs", "files") or "\0" in last or len(last.encode()) > 90:
+        if (
+            folder not in ("", "jobs", "files")
+            or not last.isprintable()
+            or len(last.encode("utf-8", "replace")) > 90
+        ):
             continue
+        # What is known of a document is there as a whole, or not at all.
+        facts = value if isinstance(value, dict) else {}
+        whole = all(isinstance(facts.get(x), str) for x in ("filename", "stored"))
         file = site.place / folder / last
-        if last and last not in site.kept and not file.is_dir():
+        torn = folder == "files" and last.endswith(".json") and not whole
+        if last and last not in site.kept and not file.is_dir() and not torn:
             text = value if isinstance(value, str) else json.dumps(value)
             file.write_bytes(text.encode("utf-8", "surrogatepass"))
     site.begin()
@@ -654,9 +666,9 @@ def _raw(site: Site, data: bytes) -> None:
 
     try:
         said = _loop().run_until_complete(talk())
-        site.settle()
     finally:
-        site.clear()
+        if statuses:  # else nothing has come to a route
+            site.clear()
     if said and not re.match(rb"HTTP/1\.1 [1-4]\d\d ", said):
         raise Failed(f"{said[:300]!r}")
     if any(status >= 500 for status in statuses):
