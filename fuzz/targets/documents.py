@@ -99,11 +99,11 @@ def _texts(file: Path, place: Path, out: Path) -> None:
     several = [str(file), *map(str, sorted(folder.iterdir()))]
     again = [str(file), os.path.relpath(file), str(place / "link")]
     beside = [typed[:9], str(place / "?.txt"), f"{place}/**/*{typed[:2]}", str(place / "none.tx")]
-    # Also, of one input this and of another that: what else may be given, or come through a pipe.
+    # Of one input this and of another that: what else may be given, or come through a pipe.
     more = (several, again, [f"{folder}/*"], ["-"], [], beside, ["-", "-"], ["/dev/null"])
-    for names in ([str(folder)], [inside], more[file.stat().st_size % len(more)]):
-        with also():
-            _read_all(names, file)
+    these = ([str(folder)], [inside], *more)
+    with also():
+        _read_all(these[crc32(typed.encode("utf-8", "surrogateescape")) % len(these)], file)
     readable(typed)
     readable(typed + "\ud83d" if typed.isascii() else typed)
     for text in read_texts(file):
