@@ -157,19 +157,6 @@ class Job:
     error: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether each field is of its kind: a file may say anything."""
-        error = "" if self.error is None else self.error
-        texts = (self.name, self.system, self.id, self.status, error)
-        numbers = (self.tokens_read, self.tokens, self.created)
-        return (
-            isinstance(self.files, list)
-            and all(isinstance(x, str) for x in (*texts, *self.files))
-            and all(type(x) is int for x in numbers)
-            and ID.fullmatch(self.id) is not None
-        )
-
     def shown(self) -> dict[str, Any]:
         return {"object": "memory.job", **asdict(self)}
 
@@ -182,7 +169,8 @@ def _read_job(file: Path) -> Job | None:
         return None
     usual = asdict(Job("", [], id=file.stem, error=job.error))
     fits = all(type(getattr(job, name)) is type(value) for name, value in usual.items())
-    texts = [*job.files, job.error or ""] if fits else [None]
+    error = "" if job.error is None else job.error
+    texts = [*job.files, error] if fits else [None]
     return job if all(isinstance(x, str) for x in texts) and job.id == file.stem else None
 
 
@@ -249,8 +237,6 @@ class Digests:
         for file in sorted(self.directory.glob("job-*.json")):
             if (job := _read_job(file)) is None:
                 continue  # not one of ours
-            if not job.is_sound or job.id != file.stem:
-                continue
             self.jobs[job.id] = job
             if job.status in ("queued", "reading"):
                 self._after_a_death(job)
