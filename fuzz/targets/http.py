@@ -7,7 +7,7 @@ import re
 import socket
 import tempfile
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ class Site:
             return
         beside = self.digests._worker.submit(lambda: None)
         while not beside.done() and self.engine.slow is None:
-            time.sleep(1e-4)
+            wait([beside], timeout=0.01)
 
     def finish(self) -> None:
         """What was slow, too."""
