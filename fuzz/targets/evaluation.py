@@ -118,10 +118,10 @@ def _score(given: tuple[Path, str | None], place: Path, out: Path) -> None:
             for _ in read_lines(file):
                 pass
         size = file.stat().st_size
-        if size < 4096 and size % 2:
+        if size < 4096 and size % 8 == 3:
             with also():
                 _go_on(path, file)
-        if size < 4096 and size % 8 == 1:
+        if size < 4096 and size % 16 == 1:
             _by_name(file)
     json.dumps(rows_of(result := score_directory(path, protocol)))
     json.dumps(result)
