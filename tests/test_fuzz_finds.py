@@ -331,6 +331,20 @@ def test_two_tokens_with_one_number(tmp_path: Path) -> None:
         pack_tokenizer(load_tokenizer(path, {}))
 
 
+@pytest.mark.parametrize("merged", ["ab", "ba"])
+def test_a_tokenizer_whose_copy_makes_its_library_panic(merged: str, tmp_path: Path) -> None:
+    """As of two tokens with one number it forgets one, and not its merges."""
+    path = byte_tokenizer(tmp_path / "model")
+    vocab, end = {"a": 2, "b": 1, merged: 2}, {"id": 3, "content": "<|end|>", "special": True}
+    sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    made = table(vocab=vocab, merges=[list(merged)], pre_tokenizer=None)
+    (path / "tokenizer.json").write_text(json.dumps({**made, "added_tokens": [{**end, **sides}]}))
+    encode = Encoder(load_tokenizer(path, {"eos_token_id": [3]}))
+    assert encode("<|end|>", "b", "<|end|>")[1:-1] == [1]
+    with pytest.raises(AHNError, match=r"the text has '<\|end\|>'.*take it out"):
+        encode("", "b <|end|>", "")
+
+
 def test_templates_that_are_no_text() -> None:
     tokenizer = chat_tokenizer()
     tokenizer._tokenizer.chat_template = {"default": 1, "tool_use": "<think>"}

@@ -38,6 +38,7 @@ from . import layout, own
 from .caches import Cache, Own, each, held, joined, make_caches
 from .penalty import Seen, pack, unpack
 from .tail import Before, Tail, before, changed, redo, undo
+from .tokens import encode
 
 T = TypeVar("T")
 
@@ -60,9 +61,7 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
 
 def tokenizer_identity(tokenizer: TokenizerWrapper) -> str:
     """Hash of the vocabulary and of what a probe becomes."""
-    probe = tokenizer.encode(
-        "Call me Ishmael. \n\n  42 \u2013 \u00e9t\u00e9", add_special_tokens=False
-    )
+    probe = encode(tokenizer, "Call me Ishmael. \n\n  42 \u2013 \u00e9t\u00e9")
     return hash_of([sorted(tokenizer.get_vocab().items()), probe])
 
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import AHNError, show
+from ..errors import AHNError, foreign, show
 from .text import readable
 
 
@@ -35,8 +35,8 @@ class Encoder:
         Raises AHNError if the tokenizer fails, or cannot tell the two apart.
         """
         pieces = tuple(readable(piece) for piece in pieces)
-        ids = _encode(self.tokenizer, "".join(pieces))
-        meant = [i for piece in pieces[::2] for i in self._said(_encode(self.tokenizer, piece))]
+        ids = encode(self.tokenizer, "".join(pieces))
+        meant = [i for piece in pieces[::2] for i in self._said(encode(self.tokenizer, piece))]
         if self._said(ids) == meant:
             return ids
         literal = self._literal
@@ -59,7 +59,8 @@ class Encoder:
     def _mark(self, scaffolding: str) -> str:
         """Scaffolding with a stand-in for each control token."""
         assert self._literal is not None
-        found = self.tokenizer.backend_tokenizer.encode(scaffolding, add_special_tokens=False)
+        with foreign(_unread):
+            found = self.tokenizer.backend_tokenizer.encode(scaffolding, add_special_tokens=False)
         parts, at = [], 0
         for i, (start, end) in zip(found.ids, found.offsets, strict=True):
             if i in self.controls:
@@ -76,10 +77,11 @@ class Encoder:
     def _literal(self) -> "_Literal | None":
         """None if the tokenizer is not of the kind that can be rebuilt."""
         try:
-            literal = _Literal.of(self.tokenizer.backend_tokenizer, self.controls)
-            probe = "One, two\n\n  3 \u2013 \u00e9t\u00e9"
-            same = literal.encode(probe) == _encode(self.tokenizer, probe)
-        except Exception:  # of many kinds: no backend, or one with parts in Python
+            with foreign(str):  # no backend, or one with parts in Python, or one that panics
+                literal = _Literal.of(self.tokenizer.backend_tokenizer, self.controls)
+                probe = "One, two\n\n  3 \u2013 \u00e9t\u00e9"
+                same = literal.encode(probe) == encode(self.tokenizer, probe)
+        except AHNError:
             return None
         return literal if same else None
 
@@ -112,7 +114,8 @@ class _Literal(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         # One text alone would be encoded with Python's lock held, and all threads wait.
-        (found,) = self.tokenizer.encode_batch([text], add_special_tokens=False)
+        with foreign(_unread):
+            (found,) = self.tokenizer.encode_batch([text], add_special_tokens=False)
         return [self.originals.get(i, i) for i in found.ids]
 
 
@@ -147,23 +150,22 @@ def _controls(tokenizer: TokenizerWrapper) -> dict[int, AddedToken]:
 
 
 def _begin(tokenizer: TokenizerWrapper) -> list[int]:
-    plain, whole = _encode(tokenizer, "a"), _encode(tokenizer, "a", add_special_tokens=True)
+    plain, whole = encode(tokenizer, "a"), encode(tokenizer, "a", add_special_tokens=True)
     for at in range(len(whole) - len(plain) + 1):
         if plain and whole[at : at + len(plain)] == plain:
             return whole[:at]
     return [i for i in whole[:1] if i == tokenizer.bos_token_id]
 
 
-def _encode(tokenizer: TokenizerWrapper, text: str, add_special_tokens: bool = False) -> list[int]:
+def encode(tokenizer: TokenizerWrapper, text: str, add_special_tokens: bool = False) -> list[int]:
     if not text:
         return []
-    try:
+    with foreign(_unread):
         return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as e:  # a panic of the library is not an Exception
-        reason = " ".join(str(e).split())[:200]
-        raise AHNError(f"the tokenizer cannot read this text ({reason})") from None
+
+
+def _unread(why: str) -> str:
+    return f"the tokenizer cannot read this text ({why})"
 
 
 def check_ids(ids: list[int], model: nn.Module) -> None:
