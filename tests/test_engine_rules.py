@@ -227,3 +227,25 @@ def test_an_engine_without_work_is_seen_to_live(engine) -> None:
     before = engine.beat
     wait_until(lambda: engine.beat > before + 0.5, 5)
     assert not engine.stuck
+
+
+def test_what_an_act_has_read_is_computed(engine, tmp_path) -> None:
+    acts, session = engine.acts, fresh(engine, None, 64, step=16)
+
+    def left(*arrays) -> bool:
+        """Whether something is still to be computed."""
+        states = [x for c in session.caches for x in c.state if isinstance(x, mx.array)]
+        mx.export_to_dot(str(tmp_path / "graph"), *arrays, *states)
+        return "shape=rectangle" in (tmp_path / "graph").read_text()
+
+    def work() -> list[bool]:
+        found = [left(acts.first(session, 65))]
+        acts.prefill(session, list(range(66, 90)))
+        found.append(left())
+        acts.read(session, list(range(60, 76)))
+        found.append(left())
+        found.append(left(acts.step([session], [65])))
+        return found
+
+    assert engine.call(work).result() == [False] * 4
+    assert acts.end() is None  # where there are no other ranks nobody is told

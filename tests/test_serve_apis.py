@@ -201,7 +201,9 @@ def test_health_and_metrics(site: Site):
     after = site.service.metrics.value("tokens_read_total")
     assert after - before == usage["prompt_tokens"] - 1 > 20
     health = site.ok("/health")
-    assert health["status"] == "ok" and health["heartbeat_seconds"] < 5
+    assert health["status"] == "ok" and 0 <= health["heartbeat_seconds"] < 5
+    beat = re.search(r"^ahn_heartbeat_seconds (\S+)$", site.client.get("/metrics").text, re.M)
+    assert beat and 0 <= float(beat[1]) < 5
     text = site.client.get("/metrics").text
     values = dict(re.findall(r"^(ahn_\w+(?:{[^}]*})?) (\S+)$", text, re.M))
     assert int(values["ahn_tokens_generated_total"]) >= 5
