@@ -89,6 +89,23 @@ def test_the_same_whatever_the_steps_and_after_a_file(loaded, tmp_path):
     np.testing.assert_allclose(trimmed[0][:whole], trimmed[1][:whole], rtol=1e-5)
 
 
+@pytest.mark.parametrize("number", [np.inf, np.nan, 0.0])
+def test_numbers_without_end_are_said(loaded, number):
+    session = read(loaded, 16)
+    cache = session.caches[1]
+    sums, counts = np.array(cache.trace.strengths)
+    heads = np.array(cache.trace.heads)
+    if number:
+        heads[2, 1] = number  # of what the memory says
+    else:
+        counts[:] = 0  # what is counted as nothing
+    cache.trace = cache.trace._replace(
+        strengths=mx.array(np.stack([sums, counts])), heads=mx.array(heads)
+    )
+    with pytest.raises(AHNError, match="the memory of layer 1 holds numbers without end"):
+        report.measure(session)
+
+
 @pytest.mark.parametrize(
     ("shares", "loud"),
     [

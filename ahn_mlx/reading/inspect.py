@@ -47,7 +47,7 @@ class Layer(NamedTuple):
 
 
 def measure(session: Session) -> list[Layer]:
-    """Raises AHNError if nothing has left the window, or nothing was counted."""
+    """Raises AHNError if nothing has left the window, nothing was counted, or numbers overflow."""
     layers: list[Layer] = []
     for i, attention in memory_layers(session.model):
         cache = memory_cache(session.caches[i])
@@ -63,9 +63,16 @@ def measure(session: Session) -> list[Layer]:
         strength, local, memory = np.array(cache.trace.heads).astype(float)
         blocks = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
         norm = np.array(mx.linalg.norm(cache.memory[0], axis=[-2, -1]))
-        share = memory / np.maximum(local + memory, 1e-30)
+        with np.errstate(all="ignore"):
+            share = memory / np.maximum(local + memory, 1e-30)
+            strength /= counts.sum()
         length = _length(attention.ahn, cache)
-        layers.append(Layer(i, norm, length, strength / counts.sum(), share, blocks))
+        known = (norm, strength, share, norm if length is None else length)
+        if not all(np.isfinite(x).all() for x in known):
+            raise AHNError(
+                f"the memory of layer {i} holds numbers without end; digest the text again"
+            )
+        layers.append(Layer(i, norm, length, strength, share, blocks))
     if not layers:
         raise AHNError("no layer of the model has a memory; take one with fewer fa_layer_ids")
     return layers
