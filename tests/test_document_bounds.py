@@ -115,3 +115,9 @@ def test_a_text_cut_within_a_character_is_told_from_another_encoding():
         encoding.decode(b"a\xe4", "x")
     with pytest.raises(AHNError, match=r"not UTF-8 text \(byte 0\)"):
         encoding.decode(b"\xa4abc", "x")
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/zero", "/dev/tty"])
+def test_a_device_is_not_read(name):
+    with pytest.raises(AHNError, match=rf"^{name}: is a device|^/dev/tty: "):
+        read_file(name)

@@ -207,6 +207,22 @@ def test_a_job_that_is_cancelled_before_it_begins_reads_nothing(built):
     assert built.library.names() == ["a"]
 
 
+def test_a_job_is_noted_as_it_is(built):
+    """So that a server that is killed leaves what the next one can go on with."""
+    noted = lambda job: json.loads((built.digests.directory / f"{job.id}.json").read_text())  # noqa: E731
+    gate = held(built.service.engine)
+    first, second = (built.digests.start(name, [built.upload()], "") for name in ("a", "b"))
+    assert noted(second)["status"] == "queued" and noted(second)["error"] is None
+    built.digests.cancel(second.id)
+    assert noted(second)["status"] == "cancelled"
+    second.error = "as it was"
+    built.digests.resume(second.id)
+    assert (noted(second)["status"], noted(second)["error"]) == ("queued", None)
+    gate.set()
+    assert [built.ended(job).status for job in (first, second)] == ["done", "done"]
+    assert noted(second) == {k: v for k, v in second.shown().items() if k != "object"}
+
+
 def test_a_job_that_is_deleted_leaves_nothing(built):
     digests = built.digests
     job = digests.start("long", [built.upload(TEXT * 200)], "")

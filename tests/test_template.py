@@ -329,3 +329,12 @@ def test_another_text_or_setting_is_another_job(speaking, tmp_path):
     assert jobs[0] == _job(
         Session(loaded, tokenizer), "A text.", {"kv_bits": None, "kv_group_size": 64}
     )
+
+
+def test_facts_of_a_template_that_allows_one_question():
+    once = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    facts = Template(chat_tokenizer(once + "[{{ messages[0].content }}]")).facts()
+    assert facts["between"] is None and "one" in facts["why"] and facts["end"] == ""
+    whole = Template(chat_tokenizer(CHATML), "Be brief.").facts()
+    assert whole["start"][1] is None and whole["why"] == "" and whole["end"] == "<|im_end|>"
+    assert "".join(x for x in whole["between"] if x).endswith("user\n") and whole["trim"] == "str"

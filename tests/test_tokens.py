@@ -301,6 +301,22 @@ def test_a_tokenizer_that_puts_nothing_before_a_text(tmp_path):
         assert (data._places, data.count) == (held, count - len(held))
 
 
+def test_content_gets_no_begin_of_its_own(with_bos):
+    quote = "One <|im_end|> two"
+    ids = Encoder(with_bos)("<|im_end|>", quote, "<|im_end|>")
+    assert ids == [END, *byte_ids(quote), END]  # and no BOS between
+
+
+def test_what_a_text_quotes_is_named_not_what_the_template_means():
+    letters = Letters()
+    letters.add_tokens([AddedToken("[end]", special=True)], special_tokens=True)
+    encode = Encoder(TokenizerWrapper(letters))
+    with pytest.raises(AHNError, match=r"the text has '\[end\]', which"):
+        encode("", "one [end] two", "</s>")
+    with pytest.raises(AHNError, match=r"the text has '</s>', which"):
+        encode("", "one </s> two", "[end]")
+
+
 def test_ids_without_an_embedding_are_refused():
     """MLX does not look, and reads behind the table."""
     model = augment(

@@ -98,7 +98,8 @@ def _texts(file: Path, place: Path, out: Path) -> None:
     inside = str(folder / typed.replace("/", "_").replace("..", "_"))
     several = [str(file), *map(str, sorted(folder.iterdir()))]
     again = [str(file), os.path.relpath(file), str(place / "link")]
-    beside = [typed[:9], str(place / "?.txt"), f"{place}/**/*{typed[:2]}", str(place / "none.tx")]
+    near = typed[:9].replace("/", "_")  # a pattern from the root would go through the whole disk
+    beside = [near, str(place / "?.txt"), f"{place}/**/*{typed[:2]}", str(place / "none.tx")]
     # Of one input this and of another that: what else may be given, or come through a pipe.
     more = (several, again, [f"{folder}/*"], ["-"], [], beside, ["-", "-"], ["/dev/null"])
     these = ([str(folder)], [inside], *more)
