@@ -89,44 +89,42 @@ def test_the_same_whatever_the_steps_and_after_a_file(loaded, tmp_path):
     np.testing.assert_allclose(trimmed[0][:whole], trimmed[1][:whole], rtol=1e-5)
 
 
-@pytest.mark.parametrize("number", [np.inf, np.nan, 0.0])
-def test_numbers_without_end_are_said(loaded, number):
+def test_numbers_without_end_are_said(loaded):
     session = read(loaded, 16)
     cache = session.caches[1]
-    sums, counts = np.array(cache.trace.strengths)
-    heads = np.array(cache.trace.heads)
-    if number:
+    trace = cache.trace
+    strengths, heads = np.array(trace.strengths), np.array(trace.heads)
+    for number in (np.inf, np.nan):
         heads[2, 1] = number  # of what the memory says
-    else:
-        counts[:] = 0  # what is counted as nothing
-    cache.trace = cache.trace._replace(
-        strengths=mx.array(np.stack([sums, counts])), heads=mx.array(heads)
-    )
+        cache.trace = trace._replace(heads=mx.array(heads))
+        with pytest.raises(AHNError, match="the memory of layer 1 holds numbers without end"):
+            report.measure(session)
+    strengths[1] = 0  # what is counted as nothing
+    cache.trace = trace._replace(strengths=mx.array(strengths))
     with pytest.raises(AHNError, match="the memory of layer 1 holds numbers without end"):
         report.measure(session)
 
 
-@pytest.mark.parametrize(
-    ("shares", "loud"),
-    [
-        *(((0.0, 0.0), "is hardly heard"), ((0.0, 0.002), "is hardly heard")),
-        *(((0.001, 0.0011), "speaks softly"), ((0.05, 0.15), "speaks softly")),
-        *(((0.1, 0.11), "is loud"), ((0.3, 0.7), "is loud")),
-        *(((0.5, 0.51), "drowns what the window says"), ((1.0, 1.0), "drowns what")),
-    ],
+LOUD = (
+    *(((0.0, 0.0), "is hardly heard"), ((0.0, 0.002), "is hardly heard")),
+    *(((0.001, 0.0011), "speaks softly"), ((0.05, 0.15), "speaks softly")),
+    *(((0.1, 0.11), "is loud"), ((0.3, 0.7), "is loud")),
+    *(((0.5, 0.51), "drowns what the window says"), ((1.0, 1.0), "drowns what")),
 )
-def test_how_loud_a_memory_is_in_words(loaded, shares, loud):
+
+
+def test_how_loud_a_memory_is_in_words(loaded):
     session, none = read(loaded, 16), np.zeros(1)
     held = report.places(session).memory
-    layers = [
-        report.Layer(n, none, np.array(lengths), none, np.array([share]), none)
-        for n, (share, lengths) in enumerate(
-            zip(shares, ([1, held], [held - 1, 9 * held]), strict=True)
-        )
-    ]
-    said = report._in_short(session, layers)
-    assert f"It {loud}" in said and f"{sum(shares) / 2:.2%} of the output" in said
-    assert f"for {held - 0.5:,.0f} tokens or longer; 50% of them last for all {held:,} " in said
+    lengths = (np.array([1, held]), np.array([held - 1, 9 * held]))
+    for shares, loud in LOUD:
+        layers = [
+            report.Layer(n, none, lengths[n], none, np.array([share]), none)
+            for n, share in enumerate(shares)
+        ]
+        said = report._in_short(session, layers)
+        assert f"It {loud}" in said and f"{sum(shares) / 2:.2%} of the output" in said
+        assert f"for {held - 0.5:,.0f} tokens or longer; 50% of them last for all {held:,} " in said
     forgets = [layer._replace(length=None) for layer in layers]
     assert "has no decay" in report._in_short(session, forgets)
     assert "has no decay" not in report._in_short(session, [layers[0], forgets[1]])
