@@ -93,10 +93,10 @@ def near_file(typed: Any, ending: str = "") -> str:
 @contextmanager
 def foreign(say: Callable[[str], str]) -> Iterator[None]:
     """Around a call of a library that raises whatever it likes: what it raises becomes an
-    AHNError that says say(reason). An AHNError stays, and so does Ctrl-C."""
+    AHNError that says say(reason). An AHNError stays, and so do Ctrl-C and too little memory."""
     try:
         yield
-    except AHNError:
+    except (AHNError, MemoryError):
         raise
     except BaseException as e:
         # A panic of Rust code is not even an Exception.

@@ -35,3 +35,18 @@ def place() -> Iterator[Any]:
     made = Place()
     yield made
     made.close()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved, and how."""
+    from matplotlib.figure import Figure
+
+    found, save = list[Any](), Figure.savefig
+
+    def noting(figure: Any, file: Any, **how: Any) -> Any:
+        found.append((figure, how))
+        return save(figure, file, **how)
+
+    monkeypatch.setattr(Figure, "savefig", noting)
+    return found

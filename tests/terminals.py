@@ -10,9 +10,11 @@ import termios
 import tty
 from types import SimpleNamespace
 
+from click.testing import CliRunner
 from tqdm import tqdm
 
-from ahn_mlx.cli import terminal
+from ahn_mlx import AHNError, Session
+from ahn_mlx.cli import cli, terminal
 
 FAST = SimpleNamespace(fast=True, name="")  # a BLAS
 
@@ -87,3 +89,40 @@ def pressed(monkeypatch, at, times=1):
 
     pressing.left = times
     monkeypatch.setattr(tqdm, "update", pressing)
+
+
+# A text, a memory of it, and commands on both
+
+TEXT = "It was the best of times, it was the worst of times. "  # 53 tokens, and 4 around them
+# As options of a command that draws three tokens have them.
+SAMPLING = {"max_tokens": 3, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+SAMPLING |= {"repetition_penalty": 1.0, "repetition_context_size": 20, "seed": None, "stop": ()}
+
+
+def remembered(loaded, model, file):
+    """A memory of the text, in a file."""
+    session = Session(*loaded, origin={"name": str(model)})
+    session.read(TEXT * 4, name="book.txt")
+    session.save(file)
+    return file
+
+
+def laid_out(place, monkeypatch, memory):
+    """A directory to work in, with a memory and a text. Returns it."""
+    monkeypatch.setattr(terminal, "BLAS", FAST)  # nothing is said of it
+    monkeypatch.chdir(place)
+    (place / "book.ahn").write_bytes(memory.read_bytes())
+    (place / "story.txt").write_text(TEXT * 2)
+    return place
+
+
+def run(*args, said="", code=0):
+    done = CliRunner().invoke(cli, list(map(str, args)), input=said)
+    assert done.exit_code == code, done.exception or done.output
+    return done
+
+
+def refused(*args, said=""):
+    done = CliRunner().invoke(cli, list(map(str, args)), input=said)
+    assert isinstance(done.exception, AHNError), done.exception or done.output
+    return str(done.exception)

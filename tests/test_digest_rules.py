@@ -10,19 +10,24 @@ import mlx.core as mx
 import pytest
 from checkpoints import make_base, memory_of, talking_model
 from click.testing import CliRunner
-from terminals import FAST, Typing, bars, pressed
+from terminals import (
+    TEXT,
+    Typing,
+    bars,
+    laid_out,
+    pressed,
+    refused,
+    remembered,
+    run,
+)
 
 from ahn_mlx import AHNError, Session, load
-from ahn_mlx.cli import cli, terminal, words
+from ahn_mlx.cli import cli, words
 from ahn_mlx.cli import digest as digesting
 from ahn_mlx.cli import generate as generating
 from ahn_mlx.cli.memory import _part
 from ahn_mlx.reading import inspect as report
 from ahn_mlx.reading import memoryfile
-
-TEXT = "It was the best of times, it was the worst of times. "  # 53 tokens, and 4 around them
-SAMPLING = {"max_tokens": 3, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-SAMPLING |= {"repetition_penalty": 1.0, "repetition_context_size": 20, "seed": None, "stop": ()}
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +42,12 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def kept(loaded, model, tmp_path_factory):
-    """A memory of a text."""
-    session = Session(*loaded, origin={"name": str(model)})
-    session.read(TEXT * 4, name="book.txt")
-    session.save(file := tmp_path_factory.mktemp("kept") / "book.ahn")
-    return file
+    return remembered(loaded, model, tmp_path_factory.mktemp("kept") / "book.ahn")
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(terminal, "BLAS", FAST)  # nothing is said of it
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.ahn").write_bytes(kept.read_bytes())
-    (tmp_path / "story.txt").write_text(TEXT * 2)
-    return tmp_path
-
-
-def run(*args, said="", code=0):
-    done = CliRunner().invoke(cli, list(map(str, args)), input=said)
-    assert done.exit_code == code, done.exception or done.output
-    return done
-
-
-def refused(*args, said=""):
-    done = CliRunner().invoke(cli, list(map(str, args)), input=said)
-    assert isinstance(done.exception, AHNError), done.exception or done.output
-    return str(done.exception)
+    return laid_out(tmp_path, monkeypatch, kept)
 
 
 # --- generate ---

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from checkpoints import GOLDEN, make_base
 from click.testing import CliRunner
-from matplotlib.figure import Figure
 
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.baseconfig import read_config
@@ -25,20 +24,6 @@ MERGED = GOLDEN / "qwen2-gdn" / "merged"
 @pytest.fixture(autouse=True)
 def nothing_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved, and how."""
-    found = []
-    save = Figure.savefig
-
-    def noting(figure, file, **how):
-        found.append((figure, how))
-        return save(figure, file, **how)
-
-    monkeypatch.setattr(Figure, "savefig", noting)
-    return found
 
 
 def run(*words):

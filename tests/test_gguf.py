@@ -299,6 +299,15 @@ def test_a_tensor_of_a_part_is_named_with_the_part(tmp_path):
     assert holder != parts[0] and str(error.value).startswith(f"{holder}: ")
 
 
+def of_numbers(parts):
+    """One entry more: a list of numbers for the kind of model. All else stays aligned to 32."""
+    whole, name = parts[1].read_bytes(), b"general.architecture"
+    entry = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 9, 0, 20) + bytes(20)
+    assert name not in whole and len(entry) % 32 == 0
+    count = struct.unpack_from("<Q", whole, 16)[0] + 1
+    parts[1].write_bytes(whole[:16] + struct.pack("<Q", count) + entry + whole[24:])
+
+
 def foreign(parts):
     other = split(parts[0].parent.with_name("other"), tensors=18)
     shutil.copyfile(other[1], parts[1])
@@ -310,6 +319,7 @@ def foreign(parts):
         (lambda parts: parts[1].unlink(), r"b-00002-of-0000\d\.gguf: missing; .* split model"),
         (lambda parts: shutil.copyfile(parts[2], parts[1]), "00002-of-.*: not part 2 of the split"),
         (foreign, "00002-of-.*: not part 2 of the split model"),
+        (of_numbers, "00002-of-.*: not part 2 of the split model"),
         (lambda parts: parts[1].write_bytes(b"GGUF"), "00002-of-.*: damaged GGUF file"),
         (lambda parts: parts[0].rename(parts[0].with_name("x.gguf")), "not named like NAME-00001"),
     ],

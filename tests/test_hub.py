@@ -796,3 +796,13 @@ def test_default_window(hub: StandIn, machine: Machine) -> None:
     machine.run("pull", NAME)
     ahn = read_json(machine.models / f"{NAME}-4bit")["ahn"]
     assert (ahn["window"], ahn["sinks"]) == (32_640, 128)
+
+
+def test_models_on_this_machine_are_whole_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert disk.on_disk() == []
+    place = tmp_path / "ahn-mlx" / "models"
+    for name in ("b", "a", ".c.0123abcd.part"):
+        (place / name).mkdir(parents=True)
+    (place / "notes").write_text("")
+    assert disk.on_disk() == [place / "a", place / "b"]

@@ -58,20 +58,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved, and how."""
-    found = []
-    save = Figure.savefig
-
-    def noting(figure, file, **how):
-        found.append((figure, how))
-        return save(figure, file, **how)
-
-    monkeypatch.setattr(Figure, "savefig", noting)
-    return found
-
-
 def run(*words, code=0, **more):
     done = CliRunner().invoke(cli, list(map(str, words)), **more)
     assert done.exit_code == code, done.exception or done.output
@@ -82,6 +68,18 @@ def refused(*words):
     done = CliRunner().invoke(cli, list(map(str, words)))
     assert isinstance(done.exception, AHNError), done.exception or done.output
     return str(done.exception)
+
+
+def window_asked(monkeypatch, commands):
+    """What a command asks of its model, which is as far as it comes."""
+    asked = {}
+
+    def load_model(options):
+        asked.update(options)
+        raise AHNError("as far as that")
+
+    monkeypatch.setattr(commands, "load_model", load_model)
+    return asked
 
 
 def cells(line):
@@ -556,13 +554,7 @@ def test_recall_is_asked_as_it_was_told(model, monkeypatch, drawn):
     [({}, (256, 32)), ({"window": 9}, (9, 32)), ({"sinks": 0}, (256, 0))],
 )
 def test_recall_has_a_short_window_unless_one_is_typed(given, window, monkeypatch):
-    asked = {}
-
-    def load_model(options):
-        asked.update(options)
-        raise AHNError("as far as that")
-
-    monkeypatch.setattr(synthetic, "load_model", load_model)
+    asked = window_asked(monkeypatch, synthetic)
     words = [x for name, value in given.items() for x in (f"--{name}", value)]
     assert refused("eval", "recall", *words) == "as far as that"
     assert (asked["window"], asked["sinks"]) == window
@@ -746,13 +738,7 @@ def test_a_suite_is_asked_as_it_was_told(invention, monkeypatch):
     ],
 )
 def test_published_models_have_the_papers_window(name, model, given, window, monkeypatch):
-    asked = {}
-
-    def load_model(options):
-        asked.update(options)
-        raise AHNError("as far as that")
-
-    monkeypatch.setattr(suites, "load_model", load_model)
+    asked = window_asked(monkeypatch, suites)
     words = [x for key, value in given.items() for x in (f"--{key}", value)]
     assert refused("eval", name, "--model", model, "-o", "out", *words) == "as far as that"
     assert (asked["window"], asked["sinks"]) == window
