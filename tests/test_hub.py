@@ -19,7 +19,7 @@ import httpx2
 import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
 from filelock import FileLock
-from huggingface_hub import constants, get_session
+from huggingface_hub import HfApi, constants, get_session
 from standin import StandIn
 
 from ahn_mlx import AHNError
@@ -250,6 +250,21 @@ def test_what_is_uploaded_is_as_private_as_was_asked(
     with pytest.raises(AHNError, match="not a converted model"):
         download.upload(GDN / "ahn_only", "me/other", private)
     assert "me/other" not in here.repos
+
+
+def test_what_is_replaced_while_it_is_uploaded(
+    here: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(GDN / "base", GDN / "ahn_only", tmp_path / "model")
+    upload_folder = HfApi.upload_folder
+
+    def slow(*args: object, **options: object) -> object:
+        convert(GDN / "base", GDN / "ahn_only", tmp_path / "model", force=True)
+        return upload_folder(*args, **options)
+
+    monkeypatch.setattr(HfApi, "upload_folder", slow)
+    with pytest.raises(AHNError, match=r"model: deleted or replaced while it was read"):
+        download.upload(tmp_path / "model", "me/mine")
 
 
 def test_what_a_directory_links_to_is_not_uploaded(here: StandIn, tmp_path: Path) -> None:

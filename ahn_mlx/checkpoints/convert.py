@@ -21,7 +21,7 @@ from ..model.names import is_memory
 from ..outputs.directories import check_out, replacing, reporting
 from .baseconfig import OWN, check_same_base, family
 from .card import origin, write_card
-from .directory import Source, copy_files, read_json
+from .directory import Source, copy_files, read_json, unreplaced
 from .formats import describe, is_gguf
 from .load import build_as, check_plain, fit
 from .safetensors import DTYPES, FLOATS, STORED
@@ -79,7 +79,7 @@ def convert(
     Raises AHNError, and then leaves everything as it was.
     """
     inputs = [ahn] if base is None else [base, ahn]
-    with reporting(out, inputs):
+    with reporting(out, inputs), unreplaced(*inputs) as check_inputs:
         out = check_out(out, inputs, force)
         checkpoint = _open(base, ahn, yarn)
         _name_dtype(checkpoint.config, dtype)
@@ -94,6 +94,7 @@ def convert(
             parts = ("model",) if base is None else ("base", "memory")
             origins = [origin(part, path) for part, path in zip(parts, inputs, strict=True)]
             write_card(directory, title or out.name, origins)
+            check_inputs()  # before it takes its name
 
 
 def _open(base: Path | None, ahn: Path, yarn: float | None) -> Checkpoint:

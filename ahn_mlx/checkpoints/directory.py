@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,33 @@ class Source(NamedTuple):
     name: str
     file: Path
     info: TensorInfo
+
+
+@contextmanager
+def unreplaced(*paths: Path) -> Iterator[Callable[[], None]]:
+    """Raise AHNError if one of these is deleted, or another put in its place, while it is read:
+    what was read is of two models then, or of none. Yields what looks before the end."""
+    before = [_identity(path) for path in paths]
+
+    def check() -> None:
+        for path, was in zip(paths, before, strict=True):
+            if was is not None and _identity(path) != was:
+                raise AHNError(f"{path}: deleted or replaced while it was read; try again")
+
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+    check()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..model.names import is_memory, published_name
 from ..outputs.directories import check_out, replacing, reporting
 from .baseconfig import has_own_window, read_config
 from .convert import BASE_WINDOW, RELEASE
-from .directory import INDEX, Source, copy_files, read_headers, read_unused
+from .directory import INDEX, Source, copy_files, read_headers, read_unused, unreplaced
 from .formats import Reader
 from .safetensors import FLOATS, STORED
 from .shards import Tensor, write_json, write_weights
@@ -46,7 +46,7 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
     """
     if layout not in LAYOUTS:
         raise AHNError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    with reporting(out, [path]):
+    with reporting(out, [path]), unreplaced(path) as check_input:
         out = check_out(out, [path], force)
         config = read_config(path)
         try:
@@ -62,6 +62,7 @@ def export_pytorch(path: Path, out: Path, layout: str = "merged", force: bool = 
                 (directory / INDEX).unlink()  # transformers writes one for shards only
             write_json(directory / "config.json", release_config(config, ahn, layout))
             copy_files(names, [path], directory)
+            check_input()  # before it takes its name
 
 
 def release_config(config: dict[str, Any], ahn: AHNConfig, layout: str) -> dict[str, Any]:

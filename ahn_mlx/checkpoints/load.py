@@ -23,7 +23,7 @@ from ..model.names import is_memory, published_name, rename_published
 from ..model.ranks import Ranks
 from ..platform import default_dtype
 from .claims import check_layers, check_size
-from .directory import Source
+from .directory import Source, unreplaced
 from .formats import Reader, describe
 from .identity import note_whole
 from .safetensors import DTYPES, FLOATS, STORED, WRITTEN, Layout, not_finite, read_part
@@ -89,8 +89,9 @@ def load(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """As load_model, with the tokenizer, as mlx_lm.load returns them."""
     path = Path(path)
-    model, config = load_model(path, window=window, sinks=sinks, dtype=dtype, ranks=ranks)
-    return model, load_tokenizer(path, config)
+    with unreplaced(path):
+        model, config = load_model(path, window=window, sinks=sinks, dtype=dtype, ranks=ranks)
+        return model, load_tokenizer(path, config)
 
 
 def built(path: Path, make: Callable[[Any], Any], config: Any) -> Any:

@@ -39,14 +39,19 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     without one."""
     if path.is_file():
         tokenizer = gguf_tokenizer(path)
-    elif not has_vocabulary(path):
-        # Without any vocabulary, transformers makes up an empty tokenizer.
-        raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
     else:
+        _check_vocabulary(path)
         _check_tables(path)
         tokenizer = _of_directory(path)
+        _check_vocabulary(path)  # it may have been deleted meanwhile
     tokenizer.eos_token_ids |= set(config.get("eos_token_id") or ())
     return tokenizer
+
+
+def _check_vocabulary(path: Path) -> None:
+    """Raise AHNError without any: transformers would make up an empty tokenizer."""
+    if not has_vocabulary(path):
+        raise AHNError(f"{path}: no usable tokenizer; copy tokenizer.json from the base model")
 
 
 def _check_tables(path: Path) -> None:

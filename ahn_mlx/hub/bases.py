@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints.baseconfig import check_same_base, read_config
 from ..checkpoints.card import Origin, base_model, origin
-from ..checkpoints.directory import Source
+from ..checkpoints.directory import Source, unreplaced
 from ..checkpoints.formats import Reader, describe, is_gguf
 from ..checkpoints.ggufile import GGUFile
 from ..checkpoints.load import load_plain
@@ -71,8 +71,9 @@ def load_base(name: str) -> Base:
         model, tokenizer = smollm2_base()
         config = {k: v for k, v in asdict(model.args).items() if v is not None}
         return Base(model, tokenizer, config, Origin("base", entry.repo, "", "apache-2.0"), path)
-    model, config = load_plain(path)
-    return Base(model, load_tokenizer(path, config), config, origin("base", path), path)
+    with unreplaced(path):
+        model, config = load_plain(path)
+        return Base(model, load_tokenizer(path, config), config, origin("base", path), path)
 
 
 def whole_name(name: str) -> str:

@@ -25,7 +25,7 @@ from huggingface_hub import (
 
 from ..checkpoints import card
 from ..checkpoints.baseconfig import read_config
-from ..checkpoints.directory import check_member
+from ..checkpoints.directory import check_member, unreplaced
 from ..checkpoints.formats import describe
 from ..errors import AHNError
 from ..model.config import AHNConfig
@@ -110,7 +110,10 @@ def upload(directory: Path, repo: str, private: bool = False) -> str:
                 f"--private has no effect on {repo}: it is there already; see its settings on"
                 " its page, and drop --private"
             )
-        api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"])
+        with unreplaced(directory):
+            api.upload_folder(
+                repo_id=repo, folder_path=directory, ignore_patterns=[card.CARD, ".*"]
+            )
         api.upload_file(repo_id=repo, path_in_repo=card.CARD, path_or_fileobj=text.encode())
     except AHNError:
         raise

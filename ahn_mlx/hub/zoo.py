@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoints import load as directories
 from ..checkpoints.baseconfig import read_config
+from ..checkpoints.directory import unreplaced
 from ..errors import AHNError
 from ..model.augment import augment
 from ..model.config import AHNConfig
@@ -74,7 +75,8 @@ def load(
         raise AHNError(f"--q-bits has no effect on {name_or_path}: {CONVERTED}")
     where = None if ahn is None else os.path.abspath(ahn)
     if where is not None:
-        model, tokenizer = _with_memory(name, Path(where), window, sinks, dtype, ranks)
+        with unreplaced(Path(where)):
+            model, tokenizer = _with_memory(name, Path(where), window, sinks, dtype, ranks)
         name = whole_name(name)
     elif build is not None:
         model, tokenizer = build(window, sinks, dtype, ranks)

@@ -81,6 +81,8 @@ class Run:
     _times: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        if not self.prompt:
+            raise AHNError("the tokenizer makes no token of the prompt; it knows none of this text")
         check_ids(self.prompt, self.model)
         self.cache = self.model.make_cache()
         if self.kv_bits is not None:
