@@ -38,6 +38,18 @@ def test_parts_are_as_large_as_chapters_can_be():
         packed.read("b")
 
 
+def test_a_part_is_no_larger_than_its_archive_whatever_its_directory_says():
+    """Here it says 10 MB of 15 million bytes, in an archive of 150,000 and of one byte less."""
+    for size in (150_000, 149_999):
+        archive = archive_of(zipfile.ZIP_STORED, a=bytes(size - 100))
+        assert archive.size == size
+        info = archive.archive.getinfo("a")
+        info.compress_size, info.file_size = 10**7, 15 * 10**6
+        why = "is a zip bomb" if size < 150_000 else "is damaged"
+        with pytest.raises(AHNError, match=f"a.epub: {why}"):
+            archive.read("a")
+
+
 def test_each_part_that_was_read_is_told(tmp_path):
     told = []
     pages = {f"{n}.xhtml": papers.chapter(f"<p>{n}") for n in range(3)}

@@ -1,5 +1,6 @@
 """What the engine's thread does at its edges: full rows, deadlines, what is cancelled or fails."""
 
+import queue
 import threading
 import time
 
@@ -181,6 +182,19 @@ def test_what_is_asked_in_the_last_turn_is_done(engine):
     engine.add(last)
     engine.thread.join(10)
     assert last.future.result(10) == 7 and last.ended == 1
+
+
+def test_an_engine_that_has_ended_waits_for_no_work(engine, monkeypatch):
+    waits, get = [], queue.SimpleQueue.get
+
+    class Commands(queue.SimpleQueue):
+        def get(self, block=True, timeout=None):
+            waits.append(engine._ended)
+            return get(self, block, timeout)
+
+    monkeypatch.setattr(engine, "_commands", Commands())
+    engine.stop()
+    assert not any(waits)
 
 
 def test_an_engine_without_work_waits_for_some(engine, monkeypatch):

@@ -115,6 +115,22 @@ def test_responses_call_tools(site: Site):
     assert "response.function_call_arguments.done" in kinds and kinds[-1] == "response.completed"
 
 
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/messages", {"messages": HI, "max_tokens": 2}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 2}),
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": HI, "max_tokens": 2}),
+    ],
+)
+def test_one_question_is_answered_once(path, body, site: Site):
+    before = site.service.metrics.value("answers_total")
+    site.ok(path, {"model": "tiny", **body})
+    site.idle()
+    assert site.service.metrics.value("answers_total") == before + 1
+
+
 def test_anthropic_messages(site: Site):
     body = {"model": "tiny", "max_tokens": 10, "messages": HI, "system": "Be."}
     answer = site.ok("/v1/messages", body)
