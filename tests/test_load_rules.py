@@ -3,6 +3,7 @@ refused."""
 
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,10 +11,15 @@ import pytest
 from checkpoints import GDN, GOLDEN, edit_config, edit_tensors, read_json
 from mlx.utils import tree_flatten
 
+import ahn_mlx
 from ahn_mlx.checkpoints.convert import convert
+from ahn_mlx.checkpoints.export import export_pytorch
 from ahn_mlx.checkpoints.load import load_model, load_plain
 from ahn_mlx.errors import AHNError
+from ahn_mlx.hub import download
+from ahn_mlx.hub.bases import base_of, load_base
 from ahn_mlx.model.names import is_memory
+from ahn_mlx.reading.text import read_file
 
 MERGED = next(path for path in sorted(GOLDEN.glob("*/merged")))
 
@@ -176,3 +182,34 @@ def test_tensors_must_be_those_of_the_model(copied):
         with pytest.raises(AHNError, match=said):
             load_model(copied)
         mx.save_safetensors(str(copied / "model.safetensors"), tensors)
+
+
+# Of the library's functions; the commands look at a name before they are called.
+READ = {
+    "load": ahn_mlx.load,
+    "load, the memory": lambda name: ahn_mlx.load(MERGED, ahn=name),
+    "load_model": load_model,
+    "load_plain": load_plain,
+    "load_base": load_base,
+    "base_of": lambda name: base_of(Path(name)),
+    "find": download.find,
+    "remove": download.remove,
+    "convert": lambda name: convert(None, Path(name), Path("out")),
+    "convert, the base": lambda name: convert(Path(name), GDN / "ahn_only", Path("out")),
+    "convert, to": lambda name: convert(None, MERGED, Path(name)),
+    "export_pytorch": lambda name: export_pytorch(Path(name), Path("out")),
+    "export_pytorch, to": lambda name: export_pytorch(MERGED, Path(name)),
+    "upload": lambda name: download.upload(Path(name), "a/b"),
+    "Session.load": lambda name: ahn_mlx.Session.load(name, load_model(MERGED)[0], None),
+    "read_file": read_file,
+}
+NAMES = ["a" * 5000, "/" + "b" * 300, "a\0b", "c" * 300 + ".gguf", "d/" * 3000, "e" * 300 + "/f"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:9]))
+@pytest.mark.parametrize("what", READ)
+def test_what_no_file_can_be_called_is_refused(what, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AHNError):
+        READ[what](name)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 and nothing of a directory that is gone."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ import ahn_mlx
 from ahn_mlx import AHNError
 from ahn_mlx.checkpoints.convert import convert
 from ahn_mlx.checkpoints.export import export_pytorch
+from ahn_mlx.checkpoints.load import load
 from ahn_mlx.cli import cli
 from ahn_mlx.train.output import load_base
 
@@ -112,6 +114,30 @@ def test_while_it_is_exported(deed, tmp_path, monkeypatch):
     with pytest.raises(AHNError, match=r"model: deleted or replaced while it was read"):
         export_pytorch(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def removed_and_made_anew(path: Path) -> None:
+    """The new one may get the number of the old one's inode."""
+    shutil.copytree(path, path.with_name("elsewhere"))
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("elsewhere"), path)
+
+
+@pytest.mark.parametrize("again", range(5))
+def test_one_that_gets_the_same_number(again, tmp_path, monkeypatch):
+    model = talking_model(GDN.name, tmp_path)
+    slow = first(removed_and_made_anew, model, AutoTokenizer.from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", slow)
+    with pytest.raises(AHNError, match=r"model: deleted or replaced while it was read"):
+        ahn_mlx.load(model)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "pipe", "nothing"])
+def test_what_is_no_model_is_told_as_before(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AHNError) as caught:
+        load(tmp_path / name)
+    assert "replaced" not in str(caught.value)
 
 
 def test_what_fails_by_itself_is_told_as_before(tmp_path):

@@ -49,8 +49,8 @@ SHARED_FIELDS = (
 def read_config(path: Path) -> dict[str, Any]:
     """The normal form of a directory's config.json: end tokens of generation_config.json
     included, numbers checked for sense. Raises AHNError on a bad file or setting."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
         raise AHNError(f"{path}: {what}; give a model directory")
     file = path / "config.json"
     if not os.path.lexists(file):

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,27 +45,38 @@ class Source(NamedTuple):
 def unreplaced(*paths: Path) -> Iterator[Callable[[], None]]:
     """Raise AHNError if one of these is deleted, or another put in its place, while it is read:
     what was read is of two models then, or of none. Yields what looks before the end."""
-    before = [_identity(path) for path in paths]
+    with ExitStack() as opened:
+        before = [(path, _open(path, opened)) for path in paths]
 
-    def check() -> None:
-        for path, was in zip(paths, before, strict=True):
-            if was is not None and _identity(path) != was:
-                raise AHNError(f"{path}: deleted or replaced while it was read; try again")
+        def check() -> None:
+            for path, was in before:
+                if was is not None and not _is(path, was):
+                    raise AHNError(f"{path}: deleted or replaced while it was read; try again")
 
-    try:
-        yield check
-    except Exception:
+        try:
+            yield check
+        except Exception:
+            check()
+            raise
         check()
-        raise
-    check()
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _open(path: Path, opened: ExitStack) -> int | None:
+    """Its descriptor, as nothing else gets the number of an inode that is open; None if it cannot
+    be opened, which whoever reads it says."""
     try:
-        found = path.stat()
-    except OSError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe too
+    except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A checkpoint in whatever format it is: a directory with safetensors or with pickles of
 torch, or a GGUF file. All are described alike, and read one tensor at a time."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def describe_config(path: Path) -> dict[str, Any]:
 
 
 def is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
+    return path.suffix == ".gguf" and os.path.isfile(path)
 
 
 def _tied(path: Path, stated: bool | None, sources: dict[str, Source]) -> bool:

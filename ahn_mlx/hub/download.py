@@ -43,7 +43,7 @@ PICKLES = "*.bin"
 def find(name_or_path: str) -> Path:
     """A directory as it is, or what `resolve` has for a name."""
     path = Path(name_or_path)
-    return path if path.is_dir() else resolve(name_or_path)
+    return path if os.path.isdir(path) else resolve(name_or_path)
 
 
 def resolve(name: str, q_bits: int | None = None) -> Path:

@@ -80,7 +80,7 @@ def load(
         name = whole_name(name)
     elif build is not None:
         model, tokenizer = build(window, sinks, dtype, ranks)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         name = os.path.abspath(path)
         model, tokenizer = directories.load(path, **settings)
     else:

@@ -120,14 +120,17 @@ def check_named(path: Path) -> None:
 
 def real_path(path: Path) -> Path:
     """Where a path leads: a link stays, and what it names is replaced."""
-    return Path(os.path.realpath(path))
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # of a NUL, which no file has in its name
+        return path
 
 
 def same_file(a: Path, b: Path) -> bool:
     """Whether both are there and one, whatever their spelling."""
     try:
         return os.path.samefile(a, b)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -232,8 +232,8 @@ def _which(file: Path) -> tuple[int, int, int] | None:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, layout.Found], dict[str, str]]:
     """Facts, dtype and shape of each array, and the header's metadata; nothing but the header
     is read."""
-    if not file.is_file():
-        if file.is_dir():
+    if not os.path.isfile(file):
+        if os.path.isdir(file):
             raise AHNError(f"{file}: is a directory, not a memory; ahn-mlx digest writes one")
         if os.path.lexists(file):
             raise AHNError(f"{file}: is not a regular file; ahn-mlx digest writes one")
