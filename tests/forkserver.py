@@ -5,7 +5,9 @@ As a program this is that parent: lines of JSON come in, lines of JSON go out. O
 compiler a library (faults.c) counts what a command does to the disk and sends.
 """
 
+import atexit
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -14,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +150,30 @@ class ForkServer:
         self.process.wait()
 
 
+@cache
+def _shared() -> ForkServer:
+    place = Path(tempfile.mkdtemp(prefix="ahn-mlx-forks-"))
+    server = ForkServer(place)
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    atexit.register(server.close)
+    return server
+
+
+def command(*words: object, **how: Any) -> "subprocess.CompletedProcess[str]":
+    """A command from its begin to its end, where it is its own process that counts, and not how a
+    shell starts it. how: as of ForkServer.run."""
+    run = _shared().run(*words, **how)
+    return subprocess.CompletedProcess(list(words), run.wait(), run.out, run.said)
+
+
 def _child(asked: dict[str, Any]) -> None:
     place = Path(asked["place"])
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
     os.dup2(os.open(asked.get("stdin", os.devnull), os.O_RDONLY), 0)
     os.environ.update(asked.get("env", {}))
+    if any(name.startswith("HF_") for name in asked.get("env", {})):
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))
     os.chdir(asked.get("cwd", place))
     operations = os.open(place / "operations", os.O_WRONLY | os.O_CREAT)
     for name, limit in asked.get("limits", {}).items():
@@ -184,7 +206,6 @@ def _child(asked: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    import importlib
     import pkgutil
 
     import ahn_mlx

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from forkserver import command
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "qwen2-gdn" / "merged"
@@ -14,16 +16,13 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 def refused(*args: str, stdin: bytes = b"") -> str:
     """Run the command, check the form of its complaint, return it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ahn_mlx", *args],
-        input=stdin,
-        env=ENV,
-        capture_output=True,
-        timeout=60,
-    )
-    said = done.stderr.decode()
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(stdin)
+        file.flush()
+        done = command(*args, stdin=file.name, cwd=os.getcwd())
+    said = done.stderr
     assert done.returncode == 2, said
-    assert done.stdout == b""
+    assert done.stdout == ""
     assert said.startswith("error: "), said
     assert said.count("\n") == 1, said
     return said

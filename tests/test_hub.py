@@ -19,6 +19,7 @@ import httpx2
 import pytest
 from checkpoints import GDN, REPO, Evil, byte_tokenizer, pickled, read_json, same
 from filelock import FileLock
+from forkserver import command
 from huggingface_hub import HfApi, constants, get_session
 from standin import StandIn
 
@@ -51,23 +52,22 @@ class Machine:
         }
 
     def start(self, *args: str, **env: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "ahn_mlx", *args]
+        words = [sys.executable, "-m", "ahn_mlx", *args]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env={**self.env, **env}, text=True, **pipes)
+        return subprocess.Popen(words, env={**self.env, **env}, text=True, **pipes)
 
     def run(self, *args: str, **env: str) -> str:
         """What a command that succeeds prints."""
-        process = self.start(*args, **env)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        return out
+        done = command(*args, env={**self.env, **env})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def refuse(self, *args: str, **env: str) -> str:
         """The one line of a command that does not, which makes no model."""
         before = self.there()
-        process = self.start(*args, **env)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (2, ""), err
+        done = command(*args, env={**self.env, **env})
+        err = done.stderr
+        assert (done.returncode, done.stdout) == (2, ""), err
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and err.endswith(errors[0] + "\n") and "Traceback" not in err
         assert self.there() == before

@@ -18,6 +18,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from checkpoints import GDN, byte_tokenizer, same
+from forkserver import command
 from mlx.utils import tree_flatten
 from mlx_lm.models import phi3, qwen3
 from mlx_lm.models.cache import KVCache
@@ -82,9 +83,7 @@ def held_out(place, tokenizer):
 
 
 def train(place, out, *args, **options):
-    """The command as a user starts it."""
-    command = [sys.executable, "-m", "ahn_mlx", *train_arguments(place, out, *args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
+    return command(*train_arguments(place, out, *args), **options)
 
 
 def train_arguments(place, out, *args):
@@ -271,8 +270,8 @@ def test_kill_ctrl_c_and_a_closed_terminal_change_no_loss(place, tmp_path):
     assert len(expected) == 14 and len(set(expected)) == 14
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGHUP):
         out = tmp_path / number.name
-        command = [sys.executable, "-m", "ahn_mlx", *train_arguments(place, out, *options)]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        words = [sys.executable, "-m", "ahn_mlx", *train_arguments(place, out, *options)]
+        child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         while len(losses_of(out)) < 5:
             assert child.poll() is None
             time.sleep(0.01)
@@ -398,8 +397,8 @@ def test_two_processes_are_one_with_twice_the_sequences(place, tmp_path):
         *(place, tmp_path / "two", "--steps", 3, "--layerwise", 2, "--lr", 1e-5),
         *("--batch-size", 2),
     )
-    command = [launch, "-n", "2", "--", sys.executable, "-m", "ahn_mlx", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    words = [launch, "-n", "2", "--", sys.executable, "-m", "ahn_mlx", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
@@ -469,7 +468,7 @@ def test_from_training_to_use(place, tmp_path):
     done = train(place, out, "--steps", 1, "--layerwise", 0, "--kind", "mamba2")
     assert done.returncode == 0, done.stderr
     short = ["train", "--data", place / "text.txt", "--out", out, "--resume", "--steps", 3]
-    done = ahn(*short)
+    done = command(*short)
     assert done.returncode == 0, done.stderr
     assert len(losses_of(out)) == 3
     settings, step = loop.read_settings(out)
@@ -483,15 +482,10 @@ def test_from_training_to_use(place, tmp_path):
         words = [{"FILE": str(text), "QUESTION": "Why?"}.get(word, word) for word in line[1:]]
         words = [str(tmp_path / "c.png") if word == "compare.png" else word for word in words]
         few = ["--max-tokens", 2] if words[0] == "generate" else ["--segments", 2, "--seq-len", 99]
-        done = ahn(*words, *few)
+        done = command(*words, *few)
         assert done.returncode == 0, done.stderr
     assert "The memory " in done.stdout or "No difference" in done.stdout
     assert f"wrote {tmp_path / 'c.png'}" in done.stderr
-
-
-def ahn(*args):
-    command = [sys.executable, "-m", "ahn_mlx", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
 def test_a_step_that_was_saved_but_not_measured_is_measured_on_the_way_on(place, tmp_path):
@@ -622,31 +616,18 @@ def test_compare_command(place, tmp_path):
     model = tmp_path / "model"
     convert(GDN / "base", GDN / "ahn_only", model)
     shutil.copytree(place / "tokenizer", model, dirs_exist_ok=True)
-    whole = [sys.executable, "-m", "ahn_mlx", "compare", "--model", model]
-    whole += ["--text", place / "held.txt"]
-    command = [*whole, "--segments", "3", "--seq-len", "128"]
-    done = subprocess.run(
-        [*map(str, command), "--json", "--out", str(tmp_path / "a.png")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    whole = ["compare", "--model", model, "--text", place / "held.txt"]
+    parts = [*whole, "--segments", 3, "--seq-len", 128]
+    done = command(*parts, "--json", "--out", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert len(facts["kl_ratio_by_segment"]) == 3
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100)
+    done = command(*parts)
     assert f"KL with memory is {facts['kl_ratio']:.3f}" in done.stdout
-    done = subprocess.run(
-        [*map(str, whole), "--stream", "1000", "--stream-from", "500"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = command(*whole, "--stream", 1000, "--stream-from", 500)
     assert "500 to 999" in done.stdout, done.stderr
-    done = subprocess.run(
-        [*map(str, command), "--seq-len", "4096"], capture_output=True, text=True, timeout=100
-    )
+    done = command(*parts, "--seq-len", 4096)
     assert done.returncode == 2 and "fewer than 3 segments of 4,096 tokens" in done.stderr
 
 
