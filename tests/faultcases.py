@@ -284,7 +284,8 @@ CASES = {
 
 needs_counts = pytest.mark.skipif(not COUNTS, reason="needs Linux and a C compiler")
 # The others take long, and write through the same doors.
-HEAVY = ("export-app", "eval recall", "compare", "estimate", "train", "train --resume")
+HEAVY = ("export-app", "eval recall", "eval longbench", "compare", "estimate")
+HEAVY += ("train", "train --resume")
 QUICK = [pytest.param(n, marks=pytest.mark.slow) if n in HEAVY else n for n in CASES]
 
 

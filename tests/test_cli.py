@@ -11,6 +11,7 @@ from pathlib import Path
 import pexpect
 import pytest
 from checkpoints import talking_model
+from forkserver import command
 
 from ahn_mlx import __version__
 from ahn_mlx.cli import COMMANDS
@@ -37,23 +38,23 @@ def test_version() -> None:
     assert __version__ in done.stdout.decode()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(command: str) -> None:
-    done = run(command, "--help")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples(name: str) -> None:
+    done = command(name, "--help")
     assert done.returncode == 0
-    usage = done.stdout.decode().split("Options:")[0]
-    assert f"{command} --" in usage or f"\n  ahn-mlx {command}" in usage
+    usage = done.stdout.split("Options:")[0]
+    assert f"{name} --" in usage or f"\n  ahn-mlx {name}" in usage
 
 
 def test_overview_lists_the_commands() -> None:
-    done = run("--help")
-    assert all(f"  {name} " in done.stdout.decode() for name in COMMANDS)
+    done = command("--help")
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
 
 
 def test_doctor() -> None:
-    done = run("doctor")
+    done = command("doctor")
     assert done.returncode == 0
-    assert "GFLOP/s" in done.stdout.decode()
+    assert "GFLOP/s" in done.stdout
 
 
 @needs_model
@@ -196,8 +197,8 @@ def test_streams_may_be_closed(tmp_path: Path) -> None:
     # Then a file that is opened would get the number of a stream.
     model = talking_model("qwen2-gdn", tmp_path / "model")
     ask = f"generate --model {model} --prompt Hi --max-tokens 1"
-    for command in (f"{ask} <&-", f"{ask} >&-", f"chat --model {model} </dev/null >&-"):
-        line = ["sh", "-c", f"exec {sys.executable} -m ahn_mlx {command}"]
+    for words in (f"{ask} <&-", f"{ask} >&-", f"chat --model {model} </dev/null >&-"):
+        line = ["sh", "-c", f"exec {sys.executable} -m ahn_mlx {words}"]
         done = subprocess.run(line, env=ENV, capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr.decode()
 

@@ -113,6 +113,23 @@ def test_a_text_is_wide_by_its_begin():
         encoding.decode(b"abcd" * 1024 + b"a\0" * 99_000, "x")
 
 
+def test_what_a_page_says_is_looked_for_at_its_beginning():
+    meta, said = b'<meta charset="koi8-r', '">\u0434'
+    found = encoding.decode_page(b" " * (4096 - len(meta)) + meta + said.encode("koi8-r"), "x")
+    assert found.endswith(said)
+    with pytest.raises(AHNError, match="it is in 'koi8-', which is no known encoding"):
+        encoding.decode_page(b" " * (4097 - len(meta)) + meta + said.encode("koi8-r"), "x")
+
+
+def test_a_text_may_begin_within_any_character():
+    for sign in ("\xc0", "\xc1", "\u20ac", "\u2041", "\U0001f601", "\U0001f642"):
+        whole = (sign + "\xe9.").encode()
+        for n in range(1, len(sign.encode())):
+            cut = f"begins within a character of UTF-8; cut off {len(sign.encode()) - n} bytes"
+            with pytest.raises(AHNError, match=cut):
+                encoding.decode(whole[n:], "x")
+
+
 def test_a_text_cut_within_a_character_is_told_from_another_encoding():
     whole = "a\u20ac\u00e4b".encode()
     for n, said in ((2, "begins within a character of UTF-8; cut off 2 bytes"), (3, "1 bytes")):

@@ -14,6 +14,7 @@ import pytest
 import suites
 from checkpoints import REPO
 from click.testing import CliRunner, Result
+from forkserver import command
 from standin import StandIn
 from suites import SUITES, lines
 
@@ -86,8 +87,8 @@ def test_keywords_and_first_answers_reach_the_scorer(whole) -> None:
 def killed(place: Path, suite: str, out: Path, after: int) -> None:
     """A run that is killed when so many items are written, and a line it was at."""
     env = {**os.environ, "PYTHONPATH": str(REPO), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ahn_mlx", *arguments(place, suite, out)]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "ahn_mlx", *arguments(place, suite, out)]
+    process = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         if sum(f.read_bytes().count(b"\n") for f in out.glob("*.jsonl")) >= after:
             process.send_signal(signal.SIGKILL)
@@ -99,7 +100,9 @@ def killed(place: Path, suite: str, out: Path, after: int) -> None:
         f.write('{"pred": "是'.encode()[:-1])
 
 
-@pytest.mark.parametrize(("suite", "after"), [("longbench", 4), ("lveval", 7)])
+@pytest.mark.parametrize(
+    ("suite", "after"), [("longbench", 4), pytest.param("lveval", 7, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_killed_goes_on(place, whole, tmp_path, suite, after) -> None:
     out = tmp_path / "out"
     killed(place, suite, out, after)
@@ -118,15 +121,13 @@ def test_data_come_from_the_hub_at_one_revision(place, whole, tmp_path) -> None:
         repo = suites.REPOS["infinitebench"]
         hub.repos[repo] = suites.files_of("infinitebench")
         commit = hub.commit(repo)
-        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(REPO)}
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
         words = [
             x
             for x in arguments(place, "infinitebench", tmp_path / "out")
             if x not in ("--data", str(place / "infinitebench"))
         ]
-        command = [sys.executable, "-m", "ahn_mlx", *words]
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        done = subprocess.run(command, env={**kept, **env}, capture_output=True, text=True)
+        done = command(*words, env=env)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "out/run.json").read_text())["data"]["revision"] == commit
         asked = [path for _, path, _ in hub.downloads()]
@@ -135,12 +136,8 @@ def test_data_come_from_the_hub_at_one_revision(place, whole, tmp_path) -> None:
         assert strip == [[x["pred"] for x in v] for v in lines(whole["infinitebench"]).values()]
     finally:
         hub.close()
-    gone = subprocess.run(
-        [*command[:-1], str(tmp_path / "other")],
-        env={**kept, **env, "HF_HOME": str(tmp_path / "none")},
-        capture_output=True,
-        text=True,
-    )
+    env["HF_HOME"] = str(tmp_path / "none")
+    gone = command(*words[:-1], tmp_path / "other", env=env)
     assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and "--data" in gone.stderr
 
 

@@ -632,7 +632,7 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("name", TOMORROW)
+@pytest.mark.parametrize("name", ["dawn", pytest.param("dusk", marks=pytest.mark.slow)])
 def test_a_family_of_tomorrow_needs_no_line_here(name, tmp_path, monkeypatch):
     tomorrow = str(Path(__file__).parent / "tomorrow")
     monkeypatch.setattr(mlx_lm.models, "__path__", [*mlx_lm.models.__path__, tomorrow])

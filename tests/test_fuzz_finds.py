@@ -605,6 +605,7 @@ MADE = [
         "{% for i in range(99999) %}{% set n.l = n.l + [n.x[1:]] %}{% endfor %}",
         "{% for i in range(99999) | _counted(-9**9) %}{% for j in range(99999) %}{% endfor %}"
         "{% endfor %}",
+        "{% for m in messages * 99999 %}{{ m.role }}{{ m.content | trim }}{% endfor %}" * 9,
         *(f"{{{{ {made} }}}}" for made in MADE),
     ],
 )
@@ -685,6 +686,12 @@ def test_long_conversations_with_many_tools_are_written(template: str) -> None:
     said = sandbox.render(tokenizer, messages, tools=tools)
     assert all(m["content"].strip() in said for m in messages[1:])
     assert "tools" not in template or said.count("1735689600") >= 100
+
+
+def test_a_width_may_be_a_text_among_the_values() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer._tokenizer.chat_template = "{{ '{:>{}}'.format('a', '3') }}{{ messages[0].content }}"
+    assert sandbox.render(tokenizer, [{"role": "user", "content": "b"}]) == "  ab"
 
 
 def test_templates_of_other_programs_are_not_counted() -> None:

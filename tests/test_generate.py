@@ -68,7 +68,7 @@ def test_numbers_of_a_run(loaded: Any) -> None:
 
 def test_full_attention_is_what_mlx_lm_would_hold(loaded: Any) -> None:
     model, tokenizer = loaded
-    run = Run(model, tokenizer, [])
+    run = Run(model, tokenizer, [0])
     run.read = 512  # a multiple of the step in which mlx-lm's caches grow
     plain, _ = zoo.smollm2_base()
     import mlx.core as mx

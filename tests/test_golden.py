@@ -47,7 +47,9 @@ def same_states(cache, golden, name):
         assert mx.abs(layer.memory - golden[f"{name}.{i}"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("step", [1, 3, 7, 16, 40])
+@pytest.mark.parametrize(
+    "step", [1, 7, 16, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 40))]
+)
 def test_prefill_and_decode(case, step):
     model, golden = case
     cache = model.make_cache()

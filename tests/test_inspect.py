@@ -194,6 +194,11 @@ def test_nothing_written_yet(loaded):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(
+    "loaded",
+    ["qwen2-mamba2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2-gdn", "qwen2-dn"))],
+    indirect=True,
+)
 def test_in_a_browser(loaded, tmp_path):
     read(loaded, 16).save(tmp_path / "book.ahn")
     (tmp_path / "book.txt").write_text(TEXT)

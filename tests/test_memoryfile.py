@@ -464,7 +464,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("options", "bits"), KINDS.values(), ids=KINDS)
+FEW = ("mamba2, 8 bits", "bfloat16, 4 bits", "router, 3 bits", "query projection")
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [pytest.param(*of, marks=[] if n in FEW else pytest.mark.slow) for n, of in KINDS.items()],
+    ids=KINDS,
+)
 def test_whatever_is_saved_comes_back_bit_for_bit(loaded, tmp_path, options, bits):
     """Fresh, mid-window, just full, and long."""
     come_back(small(**options), loaded[1], tmp_path, 4, (0, 3, 8, 16, 17, 62), bits)

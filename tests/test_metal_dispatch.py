@@ -61,7 +61,10 @@ def follow_golden(variant, tmp_path):
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow) if v.startswith("qwen3") else v for v in VARIANTS],
+)
 def test_a_whole_model(emulated_metal, variant, tmp_path):
     model = follow_golden(variant, tmp_path)
     used = {name for name, _ in emulated_metal.calls}

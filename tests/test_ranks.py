@@ -153,6 +153,7 @@ def check_stopped(stopped: list[Any], killed: list[Any]) -> None:
         assert told.splitlines()[-1].startswith("error: another rank has ended"), said
 
 
+@pytest.mark.slow
 def test_answers_and_scores_are_those_of_one(directory, place):
     check_scores(directory, place)
 

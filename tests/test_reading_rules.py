@@ -244,6 +244,15 @@ def test_a_run_keeps_its_window_in_so_many_bits() -> None:
     assert {c.bits for c in Run(serving.model(), chat_tokenizer(), [1]).cache} == {None}
 
 
+def test_full_attention_would_hold_what_layers_of_their_own_do() -> None:
+    run = Run(serving.model(window=8), chat_tokenizer(), [1], step=16)
+    run.read = 100
+    both = run.full_attention_bytes
+    assert both == 2 * 2 * 100 * 64 * 4  # keys and values of two layers, 64 wide, float32
+    run.cache[1] = states(mx.zeros((1, 5)))
+    assert run.full_attention_bytes == both // 2 + 5 * 4
+
+
 def test_a_session_is_named(tmp_path: Path) -> None:
     session = Session(serving.model(), chat_tokenizer(CHATML), step=16)
     assert repr(session) == "<Session of a model without a name: 0 tokens, turn 'start'>"

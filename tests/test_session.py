@@ -69,7 +69,7 @@ def same(a: Session, b: Session) -> bool:
 
 
 @pytest.fixture(params=["gated_deltanet", "deltanet", "mamba2"])
-def wide(request, loaded):
+def wide(request, directories):
     """A model with heads that can be quantized, and a layer of full attention."""
     args = llama.ModelArgs("llama", 64, 3, 64, 2, rms_norm_eps=1e-5, vocab_size=256)
     mx.random.seed(0)
@@ -78,7 +78,7 @@ def wide(request, loaded):
     for layer in (model.layers[0], model.layers[2]):
         projection = layer.self_attn.ahn.o_proj
         projection.weight = mx.random.normal(projection.weight.shape)
-    return model, loaded[1], "wide"
+    return model, load_tokenizer(directories[VARIANTS[0]]), "wide"
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -69,7 +69,10 @@ def written(session: Session, file: Path) -> tuple[dict[str, Any], dict[str, Any
     return contents(file)
 
 
-@pytest.mark.parametrize("options", [{}, {"fa_layer_ids": (0, 2)}, {"memory": "mamba2"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": "mamba2"}, {"fa_layer_ids": (0, 2)}, pytest.param({}, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 def test_a_file_holds_what_its_description_says(window, sinks, options, tmp_path):
     model = made(window=window, sinks=sinks, **options)

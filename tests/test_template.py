@@ -99,6 +99,14 @@ WHOLE = {
 }
 
 
+def test_a_template_that_fails_for_a_text_may_take_a_list_of_parts():
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{% if m.content is string %}{{ raise_exception('a list') }}"
+        "{% endif %}[{{ m.content[0].text }}]{% endfor %}"
+    )
+    assert "".join(Template(tokenizer, "").question("start", "Why?")) == "[Why?]"
+
+
 @pytest.mark.parametrize("system", ["", "Be brief.", " Be\nbrief. \n"])
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_parts_are_what_the_template_says(name, system):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from checkpoints import CHATML, byte_tokenizer, chat_tokenizer
-from jinja2 import Environment, TemplateSyntaxError
 from serving import TOOLS
 
 from ahn_mlx.apps.tokenizer import PATTERNS, NoTable, pack_tokenizer
@@ -21,7 +20,6 @@ from ahn_mlx.reading.tokens import Encoder, check_ids
 from ..mutate import of_json
 from ..oracle import Target, also
 
-_JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
 JINJA = (
     *(
         "{% for m in messages %}",
@@ -67,28 +65,14 @@ def _take_apart(text: str, place: Path, out: Path) -> None:
     tokenizer = _tokenizer()
     tokenizer._tokenizer.chat_template = text
     tokenizer.has_chat_template = bool(text)
-    for system in ("", "Be brief."):
-        try:
-            found = Template(tokenizer, system)
-        except template.AHNError:
-            if system or not _parses(text):  # a message before it changes nothing then
-                raise
-            continue
-        json.dumps(found.facts())
-        for turn in ("start", "read", "answered", "cut"):
-            with contextlib.suppress(template.TemplateError):
-                found.opening(turn)
-                Encoder(tokenizer)(*found.question(turn, "Why?"))
-        found.begin(" x ")
-        found.end(" x ")
-
-
-def _parses(text: str) -> bool:
-    try:
-        _JINJA.parse(text)
-    except TemplateSyntaxError:
-        return False
-    return True
+    found = Template(tokenizer, "Be brief." if len(text) % 2 else "")
+    json.dumps(found.facts())
+    for turn in ("start", "read", "answered", "cut"):
+        with contextlib.suppress(template.TemplateError):
+            found.opening(turn)
+            Encoder(tokenizer)(*found.question(turn, "Why?"))
+    found.begin(" x ")
+    found.end(" x ")
 
 
 def written() -> list[bytes]:
