@@ -83,6 +83,10 @@ def test_all_that_counts_names_a_conversation():
     more = {"name": "f", "arguments": {"a": 2}}
     changed = {**CALL, "tool_calls": [{"id": "1", "function": more}]}
     assert talk(WHO, changed, AND).keys()[-1] != calls[0].keys()[-1]
+    swapped = dict(reversed(NAME.items()))
+    assert list(swapped) != list(NAME) and swapped == NAME
+    tools = [[{"type": "function", "function": of}] for of in (NAME, swapped)]
+    assert talk(WHO, tools=tools[0]).keys() == talk(WHO, tools=tools[1]).keys()
     assert known.keys()[0] == talk(WHO).keys()[0] and len(known.keys()) == 3
     assert talk(WHO).then(HE) == talk(WHO, HE).keys()[-1]
     assert (talk(SYSTEM, WHO).system, known.system) == ("Be brief.", "")
