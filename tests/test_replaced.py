@@ -1,6 +1,7 @@
 """A model that is deleted, or replaced by another, while it is read: nothing is made of two halves,
 and nothing of a directory that is gone."""
 
+import io
 import json
 import os
 import shutil
@@ -89,6 +90,20 @@ def test_while_its_files_are_deleted_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", slow)
     with pytest.raises(AHNError, match=r"model: no usable tokenizer"):
         ahn_mlx.load(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_while_one_of_its_files_is_opened(name, tmp_path, monkeypatch):
+    base, whole = make_base(tmp_path / "base"), io.open
+
+    def slow(file, *args, **options):
+        if Path(str(file)).name == name:
+            os.unlink(file)
+        return whole(file, *args, **options)
+
+    monkeypatch.setattr(io, "open", slow)
+    with pytest.raises(AHNError, match=rf"base/{name}: deleted while it was read; try again"):
+        load_base({**TRAINING, "base": str(base)})
 
 
 @pytest.mark.parametrize("deed", [gone, another])

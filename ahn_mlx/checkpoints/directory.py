@@ -55,10 +55,16 @@ def unreplaced(*paths: Path) -> Iterator[Callable[[], None]]:
 
         try:
             yield check
-        except Exception:
+        except Exception as e:
             check()
+            if isinstance(e, FileNotFoundError) and _lies_in(e.filename, paths):
+                raise AHNError(f"{e.filename}: deleted while it was read; try again") from None
             raise
         check()
+
+
+def _lies_in(name: Any, paths: Iterable[Path]) -> bool:
+    return isinstance(name, str | Path) and any(Path(name).is_relative_to(p) for p in paths)
 
 
 def _open(path: Path, opened: ExitStack) -> int | None:
