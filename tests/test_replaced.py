@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from checkpoints import (
     GDN,
@@ -62,6 +63,14 @@ def test_while_a_model_is_loaded(deed, tmp_path, monkeypatch):
         ahn_mlx.load(model)
     if deed is another:
         ahn_mlx.load(model)
+
+
+@pytest.mark.parametrize("deed", [gone, another])
+def test_while_its_tensors_are_read(deed, tmp_path, monkeypatch):
+    model = talking_model(GDN.name, tmp_path)
+    monkeypatch.setattr(mx, "load", first(deed, model, mx.load))
+    with pytest.raises(AHNError, match=r"model: deleted or replaced while it was read; try again"):
+        ahn_mlx.load_model(model)
 
 
 @pytest.mark.parametrize("deed", [gone, another])

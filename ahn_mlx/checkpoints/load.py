@@ -63,20 +63,21 @@ def load_model(
     >>> model, config = ahn_mlx.load_model("path/to/converted/model", window=4096)
     """
     path = Path(path)
-    config, sources = describe(path)
-    ahn = built(path, AHNConfig.from_dict, config)
-    if all(map(is_memory, sources)):
-        raise AHNError(f"{path}: holds only AHN tensors; convert it with its base model first")
-    ahn = replace(
-        ahn,
-        window=ahn.window if window is None else window,
-        sinks=ahn.sinks if sinks is None else sinks,
-    )
-    config["ahn"] = ahn.to_dict()
-    model = build_as(path, config, sources)
-    _fill(model, config, sources, path)
-    finish(model, dtype, path, ranks)
-    return model, config
+    with unreplaced(path):
+        config, sources = describe(path)
+        ahn = built(path, AHNConfig.from_dict, config)
+        if all(map(is_memory, sources)):
+            raise AHNError(f"{path}: holds only AHN tensors; convert it with its base model first")
+        ahn = replace(
+            ahn,
+            window=ahn.window if window is None else window,
+            sinks=ahn.sinks if sinks is None else sinks,
+        )
+        config["ahn"] = ahn.to_dict()
+        model = build_as(path, config, sources)
+        _fill(model, config, sources, path)
+        finish(model, dtype, path, ranks)
+        return model, config
 
 
 def load(
