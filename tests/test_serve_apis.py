@@ -71,6 +71,23 @@ def test_a_response_says_what_was_asked(site: Site):
     assert after["previous_response_id"] == made["id"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"format": {"type": "json_object"}},
+        {"format": {"type": "text", "strict": True}},
+        {"format": {"type": "text"}, "verbosity": "low"},
+        {"verbosity": "low"},
+    ],
+)
+def test_a_response_is_text(text, site: Site):
+    asked = {"model": "tiny", "input": "Hi", "max_output_tokens": 1}
+    refused = site.post("/v1/responses", {**asked, "text": text})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "text"
+    for plain in ({}, {"format": None}, {"format": {"type": "text"}}):
+        assert site.ok("/v1/responses", {**asked, "text": plain})["object"] == "response"
+
+
 def test_responses_stream(site: Site):
     body = {"model": "tiny", "input": HI, "max_output_tokens": 10}
     events = site.stream("/v1/responses", body)

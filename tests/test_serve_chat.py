@@ -220,6 +220,17 @@ def force(site: Site, text: str):
     return lambda: setattr(engine, "take", step)
 
 
+@pytest.mark.parametrize("said", ["a <tool", "<tool_call", "a <"])
+def test_what_might_have_begun_a_call_is_said_at_the_end(said, site: Site):
+    undo = force(site, said)
+    try:
+        answer = site.chat("Weather?", max_tokens=200, tools=[WEATHER])
+    finally:
+        undo()
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (said, "stop")
+
+
 def test_tools_are_called_and_their_results_read(site: Site):
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     undo = force(site, f"Let me see. {call}")

@@ -1,13 +1,15 @@
 """What the three APIs take: bounds as the server's document has them, bodies, and errors."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from ahn_mlx.serve import anthropic, responses
 from ahn_mlx.serve.openapi import ROUTES, document
 from ahn_mlx.serve.parameters import APIError, Field, parse_json, plain_json
-from ahn_mlx.serve.stream import openai_error, openai_failure
+from ahn_mlx.serve.stream import SSE, openai_error, openai_failure
 
 LONG = 1 << 25
 # By endpoint: name, type ("!" if it must be there), bounds or what is allowed.
@@ -125,6 +127,24 @@ def test_the_document_says_all_that_is_taken_and_its_bounds(path):
     assert streams is ("stream boolean" in TABLES[path])
 
 
+def test_what_fails_on_the_way_is_the_last_event():
+    async def lines(error):
+        yield "data: 1\n\n"
+        if error is not None:
+            raise error
+
+    async def told(error, *failure):
+        stream = SSE(SimpleNamespace(cancel=lambda: None), lines(error), *failure)
+        return [piece async for piece in stream.body_iterator]
+
+    assert asyncio.run(told(None)) == ["data: 1\n\n"]
+    error = APIError("no more", status=503, code="stopping")
+    assert asyncio.run(told(error)) == ["data: 1\n\n", openai_failure(error)]
+    assert asyncio.run(told(error, lambda e: e.message)) == ["data: 1\n\n", "no more"]
+    (_, last) = asyncio.run(told(KeyError("secret")))
+    assert "secret" not in last and last.endswith("[DONE]\n\n")
+
+
 def test_the_document_says_what_comes_and_goes():
     paths = document()["paths"]
 
@@ -141,6 +161,9 @@ def test_the_document_says_what_comes_and_goes():
     binary = {"type": "string", "format": "binary"}
     body = {"content": {"application/octet-stream": {"schema": binary}}, "required": True}
     assert put["requestBody"] == body
+    operations = [x for path in paths.values() for x in path.values()]
+    taken = [x["requestBody"] for x in operations if "requestBody" in x]
+    assert len(taken) == 10 and all(body["required"] is True for body in taken)
     (file,) = of("post", "/v1/files")[2]["requestBody"]["content"].items()
     assert file[0] == "multipart/form-data" and file[1]["schema"]["required"] == ["file"]
     assert file[1]["schema"]["properties"] == {"file": binary, "purpose": {"type": "string"}}

@@ -73,7 +73,7 @@ class Files:
             _write(self._known(file_id), {"filename": name[:200], "created_at": int(time.time())})
         except BaseException:  # nobody would know of it
             with suppress(OSError):  # what cannot be removed the next server clears
-                target.unlink(missing_ok=True)
+                target.unlink()
             raise
         return self._facts(target)
 
@@ -318,7 +318,6 @@ class Digests:
 
     def stop(self) -> None:
         """After the engine has ended: what was being read is kept."""
-        self.stopping = True
         self._worker.shutdown(wait=True, cancel_futures=True)
         self.files.close()
 
