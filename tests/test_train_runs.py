@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
+from forkserver import command
 from hypothesis import given
 from hypothesis import strategies as st
 from test_batch import loud
-from test_training import SETTINGS, ahn, base_model, losses_of, place, sequences  # noqa: F401
+from test_training import SETTINGS, base_model, losses_of, place, sequences  # noqa: F401
 
 from ahn_mlx import AHNConfig, AHNError, augment
 from ahn_mlx.cli import cli
@@ -151,18 +152,18 @@ def test_the_command_by_the_clock(place, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     common = ["--out", out, "--data", place / "text.txt"]
     first = ["train", *common, "--model", place / "base", "--window", "12+4@64", "--layerwise", 0]
-    done = ahn(*first, "--window", "8+2@32", "--batch-size", 2, "--minutes", 0.01)
+    done = command(*first, "--window", "8+2@32", "--batch-size", 2, "--minutes", 0.01)
     assert done.returncode == 0, done.stderr
     made = len(losses_of(out))
     settings, step = loop.read_settings(out)
     assert step == made >= 1 and settings["minutes"] == 0.01
     assert settings["windows"] == "12+4@64 8+2@32" and settings["batch_size"] == 2
     assert "sequence" not in done.stderr and "held out: KL" in done.stderr
-    done = ahn("train", *common, "--resume")
+    done = command("train", *common, "--resume")
     assert done.returncode == 0 and len(losses_of(out)) == made, done.stderr
-    done = ahn("train", *common, "--resume", "--steps", made + 2)
+    done = command("train", *common, "--resume", "--steps", made + 2)
     assert done.returncode == 0 and len(losses_of(out)) == made + 2, done.stderr
-    done = ahn("train", *common, "--resume", "--window", "12+4@64")
+    done = command("train", *common, "--resume", "--window", "12+4@64")
     assert done.returncode == 2 and "--window '12+4@64 8+2@32', not 12" in done.stderr
 
 
