@@ -148,6 +148,15 @@ def test_one_question_is_answered_once(path, body, site: Site):
     assert site.service.metrics.value("answers_total") == before + 1
 
 
+def test_what_an_api_has_no_word_for_leaves_an_answer_to_chance(site: Site):
+    plain = {"model": "tiny", "temperature": 1}
+    messages = {**plain, "messages": HI, "max_tokens": 20}
+    said = {site.ok("/v1/messages", messages)["content"][0]["text"] for _ in range(3)}
+    assert len(said) == 3
+    asked = {**plain, "input": "Hi", "max_output_tokens": 20}
+    assert len({text_of(site.ok("/v1/responses", asked)) for _ in range(3)}) == 3
+
+
 def test_anthropic_messages(site: Site):
     body = {"model": "tiny", "max_tokens": 10, "messages": HI, "system": "Be."}
     answer = site.ok("/v1/messages", body)
