@@ -285,7 +285,10 @@ def test_a_word_document_with_table_and_footnote(tmp_path):
         + f"<w:tbl><w:tr>{cells}</w:tr></w:tbl>"
         + '<w:p><w:r><w:t>Noted</w:t></w:r><w:r><w:footnoteReference w:id="2"/></w:r></w:p>'
     )
-    text = read_file(file(tmp_path, papers.docx(body, "At the foot."), "a.docx"))
+    told: list[tuple[int, int]] = []
+    name = file(tmp_path, papers.docx(body, "At the foot."), "a.docx")
+    text = read_file(name, lambda *of: told.append(of))
+    assert told == [(1, 1)]
     assert text.startswith("First, \u4e16\u754c.\n\nleft\tright\n\nNoted")
     assert "At the foot." in text and "](" not in text
 

@@ -472,6 +472,15 @@ def test_a_ring_goes_on_at_one_of_its_own_slots(slot, tmp_path):
         Session.load(tmp_path / "b.ahn", model, tokenizer)
 
 
+def test_a_ring_goes_on_from_any_length(tmp_path):
+    model, tokenizer = talking("gpt_oss", tmp_path)
+    for n in (2, 5, 7, 13, 33):
+        session = Session(model, tokenizer, step=5)
+        session.read_ids(list(range(n)))
+        session.save(tmp_path / "a.ahn")
+        assert contents(Session.load(tmp_path / "a.ahn", model, tokenizer)) == contents(session)
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_what_is_false_of_an_own_cache_is_refused_in_one_line(lie, tmp_path):
     family, change, message = LIES[lie]
