@@ -99,6 +99,17 @@ WHOLE = {
 }
 
 
+def test_a_template_that_writes_a_book_of_its_own_is_refused():
+    most = 1 << 20
+    for n, fits in ((most // 1000, True), (most, False)):
+        tokenizer = chat_tokenizer("{{ 'x' * %d }}[{{ messages[-1].content }}]" % n)
+        if fits:
+            assert len("".join(Template(tokenizer, "").question("start", "Why?"))) == n + 6
+            continue
+        with pytest.raises(TemplateError, match=r"the chat template writes 1,048,\d{3} characters"):
+            Template(tokenizer, "")
+
+
 def test_a_template_that_fails_for_a_text_may_take_a_list_of_parts():
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{% if m.content is string %}{{ raise_exception('a list') }}"

@@ -99,6 +99,10 @@ def test_white_space_goes_with_the_tokens_that_take_it():
     assert encode("x <|user|>\n", "  hello") == [*byte_ids("x"), 256, *byte_ids("hello")]
     found = encode("x <|user|>\n", "  hello <|user|> ")
     assert found == [*byte_ids("x"), 256, *byte_ids("hello <|user|> ")]
+    # White space of the scaffolding stays where nothing takes it, also at its very beginning.
+    for begin in ("", "x "):
+        mark = encode._mark(f"{begin}<|user|> \n")
+        assert mark == f"{begin}{encode._literal.stand_ins[256]} \n"
 
 
 def test_tokens_that_are_found_after_normalisation_or_as_single_words():

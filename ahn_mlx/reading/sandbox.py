@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 # Characters that a rendering may make, and for each that it is given: whoever adds message after
 # message to one text copies the first as often as there are others.
-MOST, FOR_EACH = 1 << 25, 1 << 10
+MOST, FOR_EACH = 1 << 26, 1 << 10
 TURN, ITEM = 1 << 6, 1 << 3  # what costs as much
 BITS = 1 << 13  # of a whole number
 WIDEST = 1 << 16  # a number that says how wide something is to be
