@@ -102,7 +102,7 @@ WHOLE = {
 def test_a_template_that_writes_a_book_of_its_own_is_refused():
     most = 1 << 20
     for n, fits in ((most // 1000, True), (most, False)):
-        tokenizer = chat_tokenizer("{{ 'x' * %d }}[{{ messages[-1].content }}]" % n)
+        tokenizer = chat_tokenizer(f"{{{{ 'x' * {n} }}}}[{{{{ messages[-1].content }}}}]")
         if fits:
             assert len("".join(Template(tokenizer, "").question("start", "Why?"))) == n + 6
             continue
