@@ -579,3 +579,29 @@ def test_the_normal_form_is_one(tmp_path):
             assert normalise(file, once) == once
             assert once["rope_scaling"] == scaling and once["note"] == 1
             assert not {"dtype", "rope_parameters"} & set(once)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *[("model_type", "qwen3"), ("hidden_size", 65), ("num_hidden_layers", 3)],
+        *[("num_attention_heads", 4), ("num_key_value_heads", 2), ("head_dim", 16)],
+        *[("intermediate_size", 97), ("rope_theta", 1e4), ("rope_scaling", {"rope_type": "yarn"})],
+    ],
+)
+def test_a_memory_is_of_the_base_that_it_was_trained_on(name, other, tmp_path):
+    base = {**read_json(make_base(tmp_path / "base")), "head_dim": 32}
+    check = baseconfig.check_same_base
+    check(Path("b"), base, Path("a"), base)
+    with pytest.raises(AHNError, match=rf"^a: was trained for another base, {name} is "):
+        check(Path("b"), base, Path("a"), {**base, name: other})
+    for one, two in (({name: None}, {}), ({}, {name: None})):  # one says nothing of it
+        check(Path("b"), {**base, **one}, Path("a"), {**base, **two})
+
+
+def test_a_file_by_itself_ends_where_it_says(tmp_path):
+    """What lies beside a GGUF file is not its own."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    config = read_json(make_base(tmp_path / "base", eos_token_id=7))
+    assert normalise(tmp_path / "a.gguf", config)["eos_token_id"] == [7]
+    assert normalise(tmp_path / "config.json", config)["eos_token_id"] == [7, 9]

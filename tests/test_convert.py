@@ -49,6 +49,12 @@ def test_merged(variant, tmp_path):
     assert mx.abs(logits - golden["prefill_logits"]).max().item() < 1e-3
 
 
+def test_a_card_has_the_title_that_was_given_or_the_name(tmp_path):
+    for title, said in (("A model of mine", "A model of mine"), ("", "out")):
+        convert(None, GOLDEN / VARIANTS[0] / "merged", tmp_path / "out", force=True, title=title)
+        assert f"\n# {said}\n" in (tmp_path / "out/README.md").read_text()
+
+
 @pytest.mark.parametrize("variant", WITH_BASE)
 def test_base_and_ahn_are_the_merged_model(variant, tmp_path):
     path = GOLDEN / variant

@@ -593,6 +593,8 @@ def test_convert_load_export_is_bit_exact(family, tmp_path):
     assert same(mx.load(str(tmp_path / "whole/model.safetensors")), tensors | released)
     assert json.loads((tmp_path / "whole/config.json").read_text())["sliding_window"] == WINDOW
     convert(None, tmp_path / "whole", tmp_path / "again")
+    configs = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("model", "again"))
+    assert next(configs).keys() == next(configs).keys()
     again, _ = load_model(tmp_path / "again", dtype="float32")
     assert mx.array_equal(chunked(again, [20]), wanted)
 

@@ -135,7 +135,10 @@ def test_gguf(variant, kind, tmp_path):
     config, other = read_json(tmp_path / "out"), read_json(tmp_path / "p")
     for key in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "tie_word_embeddings"):
         assert config[key] == other[key]
-    dtypes = {i.info.dtype for n, i in read_headers(tmp_path / "out").items() if ".ahn." not in n}
+    headers = read_headers(tmp_path / "out")
+    memory = {i.info.dtype for n, i in headers.items() if ".ahn." in n}
+    assert memory == {i.info.dtype for i in read_headers(source / "ahn_only").values()} | {"F32"}
+    dtypes = {i.info.dtype for n, i in headers.items() if ".ahn." not in n}
     small = {"F32": "F32", "BF16": "BF16"}.get(kind, "F16")
     assert dtypes == ({"U32", small} if kind in ("Q4_0", "Q4_1", "Q8_0") else {small})
     if "U32" in dtypes:
