@@ -303,11 +303,12 @@ def test_a_member_is_in_its_directory_or_where_the_hub_keeps_it(tmp_path):
     for directory in (snapshot, plain, tmp_path / "a/blobs", tmp_path / "b/model-other"):
         directory.mkdir(parents=True)
     blobs = [tmp_path / "a/blobs/x", tmp_path / "a/refs", tmp_path / "b/model-other/x"]
-    for n, file in enumerate((*blobs, tmp_path / "b/blobs", plain / "own")):
+    for n, file in enumerate((*blobs, tmp_path / "b/blobs", plain / "own", tmp_path / "blobs")):
         file.write_text(str(n))
     for place, leads, good in (
         *((snapshot, blobs[0], True), (snapshot, blobs[1], False), (snapshot, blobs[2], False)),
         *((plain, blobs[0], False), (plain, blobs[2], False), (plain, tmp_path / "b/blobs", False)),
+        (plain, tmp_path / "blobs", False),
         (plain, plain / "own", True),
     ):
         link = place / "link"

@@ -602,6 +602,7 @@ def test_convert_load_export_is_bit_exact(family, tmp_path):
 def test_experts_that_mlx_lm_would_stack_are_refused(tmp_path):
     model, config = base("mixtral"), tiny_config("mixtral")
     tensors = write_base(model, config, tmp_path / "base")
+    assert loaded_base(tmp_path / "base").keys() == tensors.keys()
     apart = {}
     for name, x in tensors.items():
         if ".switch_mlp." not in name:

@@ -297,3 +297,26 @@ def test_a_memory_is_told_by_its_header(metadata, memory, tmp_path):
     for raw in (header, b'{"__metadata__":{}}'):
         (tmp_path / "b").write_bytes(len(raw).to_bytes(8, "little") + raw + b'{"ahn":1}')
         assert memoryfile.is_memory(tmp_path / "b") is False
+
+
+def test_a_file_is_the_same_in_whatever_order_facts_are_given(new, tmp_path):
+    session = new()
+    session.read("One two three.")
+    session.save(tmp_path / "a.ahn", job="1" * 64, done=3)
+    session.save(tmp_path / "b.ahn", done=3, job="1" * 64)
+    assert (tmp_path / "a.ahn").read_bytes() == (tmp_path / "b.ahn").read_bytes()
+
+
+def test_a_trace_may_grow_by_a_block_within_the_tail(new, tmp_path):
+    """Of 64 tokens that have left the window; 128 had before the tail, 138 with it."""
+    session = new(chat=False)
+    session.read_ids([65] * (64 + 64 + 60 + 4))
+    session.read_ids([65] * 10)
+    session.save(tmp_path / "a.ahn")
+    again = Session.load(tmp_path / "a.ahn", session.model, session.tokenizer)
+    sizes = []
+    for i, _ in memory_layers(session.model):
+        trace, same = (s.caches[i].trace for s in (session, again))
+        assert mx.array_equal(trace.strengths, same.strengths)
+        sizes.append(trace.strengths.shape[1])
+    assert set(sizes) == {3}
