@@ -184,19 +184,6 @@ def test_tensors_must_be_those_of_the_model(copied):
         mx.save_safetensors(str(copied / "model.safetensors"), tensors)
 
 
-def test_a_base_is_unpacked_in_the_mode_that_its_settings_say(tmp_path):
-    base = shutil.copytree(GDN / "base", tmp_path / "base")
-    model, _ = load_plain(base)
-    settings = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    nn.quantize(model, **settings, class_predicate=lambda _, m: isinstance(m, nn.Linear))
-    mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    (base / "model.safetensors.index.json").unlink(missing_ok=True)
-    edit_config(base, quantization=settings)
-    again, _ = load_plain(base)
-    tokens = mx.arange(8)[None]
-    assert mx.array_equal(again(tokens), model(tokens))
-
-
 # Of the library's functions; the commands look at a name before they are called.
 READ = {
     "load": ahn_mlx.load,
