@@ -214,3 +214,14 @@ def test_bytes_typed_at_a_prompt_and_a_terminal_of_ascii(tmp_path):
     assert run("ask", "--memory", "c.ahn", "--interactive", stdin=b"\xff\xfe?\n").returncode == 0
     info = run("memory", "info", "c.ahn")
     assert (info.returncode, info.stderr) == (0, b"")
+
+
+def test_of_files_that_are_named_none_is_left_out(tmp_path, capsys):
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("Good.")
+    bad.write_bytes(b"caf\xe9")
+    for names in ([good, bad], [bad, good]):
+        with pytest.raises(AHNError, match=r"bad\.txt: not UTF-8 text"):
+            read_documents(list(map(str, names)), has_prompt=True)
+    assert "Good." in read_documents([str(tmp_path)], has_prompt=True)  # of a folder one may be
+    assert "left out" in capsys.readouterr().err
