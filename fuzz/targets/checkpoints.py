@@ -590,7 +590,7 @@ TARGETS = [
         _model,
         _load_model,
         models,
-        ("checkpoints/load.py", "checkpoints/formats.py", "checkpoints/baseconfig.py"),
+        tuple(f"checkpoints/{name}.py" for name in ("load", "formats", "baseconfig", "directory")),
         (*CONFIG, *SETTINGS, *HEADER),
         of_json((*CONFIG, *SETTINGS, *HEADER), _mended),
         longest=1 << 15,
