@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from serving import Site, serving, wait_until
+from test_serve_memories import digest, upload
 
 from ahn_mlx.serve.app import GRACE
 from ahn_mlx.serve.openapi import ROUTES
@@ -26,19 +27,6 @@ def site(tmp_path_factory):
 def bare():
     with serving() as site:
         yield site
-
-
-def upload(site: Site, text: bytes = b"One two three.", name: str = "book.txt") -> str:
-    answer = site.client.post("/v1/files", files={"file": (name, text)}, data={"purpose": "x"})
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["id"])
-
-
-def digested(site: Site, name: str, **body: object) -> dict[str, object]:
-    job = site.ok("/v1/memories", {"name": name, "file_id": upload(site), **body})
-    path = f"/v1/memory_jobs/{job['id']}"
-    wait_until(lambda: site.ok(path)["status"] not in ("queued", "reading"))
-    return dict(site.ok(path))
 
 
 def removed(site: Site, path: str) -> object:
@@ -95,7 +83,7 @@ def test_what_is_no_document(site: Site):
 
 
 def test_a_job(site: Site):
-    answer = site.post("/v1/memories", {"name": "job", "file_id": upload(site)})
+    answer = site.post("/v1/memories", {"name": "job", "file_id": upload(site, b"One two three.")})
     assert answer.status_code == 202
     name = answer.json()["id"]
     path = f"/v1/memory_jobs/{name}"
@@ -119,7 +107,7 @@ def test_a_job_without_documents(body, site: Site):
 
 
 def test_a_memory(site: Site, tmp_path: Path):
-    assert digested(site, "one", system="Be brief.")["status"] == "done"
+    assert digest(site, "one", b"One two three.", system="Be brief.")["status"] == "done"
     facts = site.ok("/v1/memories/one")
     listed = site.ok("/v1/memories")
     assert listed["object"] == "list" and facts in listed["data"]
