@@ -222,6 +222,8 @@ def test_there_must_be_room_for_what_is_to_come(listed, monkeypatch, have, free,
     if fits:
         listed.get()
         assert listed.fetched
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        listed.get()  # nothing is to come
     else:
         with pytest.raises(AHNError, match=r"needs 0\.00 GB in .* free some"):
             listed.get()
