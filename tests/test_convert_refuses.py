@@ -1,15 +1,17 @@
 """What conversion refuses is one line that names the culprit, and leaves no trace."""
 
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import GDN, REPO, copies, edit_config, edit_tensors, read_json
+from checkpoints import GDN, REPO, copies, edit_config, edit_tensors, read_json, run
 from forkserver import command
 
 from ahn_mlx.checkpoints import convert as convert_module
@@ -282,16 +284,23 @@ def test_interrupted_between_renames(parts, monkeypatch):
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("kilobytes", [1, 300, 526])
+@pytest.mark.parametrize("kilobytes", [0, 2, 300, 526])
 def test_disk_full(parts, kilobytes):
     """A limit on file size fails in a write, as a full disk does; the last at the file's end."""
     base, ahn, out = parts
     convert(base, ahn, out, "bfloat16")
     before = {p: p.read_bytes() for p in out.iterdir()}
-    limits = {"RLIMIT_FSIZE": kilobytes << 10}
+    limit = kilobytes << 10
+
+    def limited(*words):
+        """What it says goes into a file, too, which a limit of nothing would not let it."""
+        if limit:
+            return command("convert", *words, limits={"RLIMIT_FSIZE": limit})
+        bound = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
+        return run(*words, preexec_fn=bound)
+
     for force, target in ((["--force"], out), ([], out.parent / "new/model")):
-        words = ("convert", "--base", base, "--ahn", ahn, "--out", target, *force)
-        result = command(*words, limits=limits)
+        result = limited("--base", base, "--ahn", ahn, "--out", target, *force)
         assert result.returncode == 2, result.stderr
         assert result.stderr == f"error: {target}: File too large; nothing was written\n"
     assert {p: p.read_bytes() for p in out.iterdir()} == before

@@ -141,3 +141,10 @@ KINDS = {
 def test_what_lines_hold_is_of_its_kind(kind: Kind) -> None:
     taken, refused = KINDS[kind]
     assert all(map(kind.fits, taken)) and not any(map(kind.fits, refused))
+
+
+@pytest.mark.parametrize("mark", list(":.,?!{}\"'\n"))
+def test_marks_around_a_word_are_not_of_it(mark):
+    for task, label in (("infinitebench_kv", "a-b"), ("infinitebench_dialogue", ["A-B"])):
+        for said, right in ((f"is{mark}a-b{mark}so", 1.0), (f"is{mark}a-c", 0.0), ("isa-b", 0.0)):
+            assert SCORERS[task](said, label) == right

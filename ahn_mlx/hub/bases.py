@@ -51,7 +51,7 @@ def find_base(name: str) -> Path:
     """The directory or GGUF file of a base: itself, a repository ORG/NAME, which is downloaded,
     or a name of ours, which stands for the base that it has. Raises AHNError if it is none."""
     path = Path(name)
-    if name in MODELS and not (MODELS[name].repo and os.path.isdir(path)):
+    if name in MODELS and not (MODELS[name].repo and path.is_dir()):
         entry = MODELS[name]
         return hub.download(entry.base.repo) if entry.repo else smollm2_gguf()
     if os.path.exists(path):

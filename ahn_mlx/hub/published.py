@@ -202,7 +202,7 @@ CONVERTED = "it is converted already and has the bits it has"
 
 def has_bits_to_choose(name: str) -> bool:
     """Whether what is loaded by this name is converted here, from a published base."""
-    return name in MODELS and bool(MODELS[name].repo) and not os.path.isdir(name)
+    return name in MODELS and bool(MODELS[name].repo) and not Path(name).is_dir()
 
 
 def on_base(repo: str) -> Published | None:
