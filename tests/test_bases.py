@@ -159,6 +159,7 @@ def test_the_small_base_by_name():
     assert base.path == bases.find_base(DEFAULT) and base.config["num_hidden_layers"] == 30
     assert None not in base.config.values()
     assert base.tokenizer.eos_token_ids == {0, 2}
+    assert not mx.all(base.model.model.norm.weight == 1)  # as it begins
 
 
 def test_on_a_gpu_a_base_stays_as_it_is_stored(place, monkeypatch):

@@ -94,6 +94,12 @@ def test_shards_without_index(tmp_path):
         read_tensors(tmp_path)
 
 
+def test_the_first_shard_is_missing_of_those_that_say_no_number_of_all(tmp_path):
+    mx.save_safetensors(str(tmp_path / "weights.01.safetensors"), {"a": mx.zeros(1)})
+    with pytest.raises(AHNError, match=r"shard 1 is missing; fetch it again"):
+        read_tensors(tmp_path)
+
+
 def test_cache_of_huggingface_hub(tmp_path):
     """Snapshots are links to ../../blobs, which is no escape."""
     snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"

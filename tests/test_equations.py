@@ -403,6 +403,13 @@ def test_a_query_projection_begins_as_none():
     assert all(x.dtype == mx.float32 for x in (memory.q_proj.weight, plain(IDS)))
 
 
+@pytest.mark.parametrize("name", ["b_proj", "g_proj"])
+def test_a_bias_of_one_projection_alone(name):
+    memory = MEMORIES["deltanet"](10, 3, 4)
+    memory[name].bias = mx.ones(3)
+    assert memory.derive().bias.tolist() == [n == name for n in ("b_proj", "g_proj") for _ in "012"]
+
+
 def test_what_follows_from_parameters_is_made_once_while_they_stay():
     """In each thread of its own: what one has not computed yet another cannot."""
     memory, kept = MEMORIES["mamba2"](10, 3, 4), Kept()

@@ -11,8 +11,9 @@ import pytest
 from emulator import EmulatedMetal
 from kernel_clock import Clock
 
-from ahn_mlx.ops import kernels
+from ahn_mlx.ops import kernels, window
 from ahn_mlx.ops.kernels import Sizes, chosen
+from ahn_mlx.ops.ring import Place
 
 SIZES = Sizes(64, mx.float32, heads=8, kv_heads=2, window=1000, sinks=64, chunk=300)
 
@@ -107,6 +108,47 @@ def test_a_form_that_fails_at_the_sizes_asked_for(clock, recwarn):
         assert not chosen(check, SIZES)
     (warning,) = recwarn
     assert "could not be timed (out of memory); MLX's own operations serve" in str(warning.message)
+
+
+def test_an_error_is_told_in_short(clock, recwarn):
+    def change(x, sizes):
+        raise RuntimeError("word " * 1000)
+
+    assert not chosen(clock.check(0.01, 0.02, change=change), SIZES)
+    (warning,) = recwarn
+    assert str(warning.message).count("word") == 40
+
+
+@pytest.mark.parametrize(("D", "serves"), [(8, False), (16, True), (128, True), (129, False)])
+def test_of_the_head_sizes_that_there_are(clock, D, serves):
+    assert chosen(clock.check(0.01, 0.02), SIZES._replace(D=D)) == serves
+
+
+def test_not_where_the_processor_is_the_device(clock, monkeypatch):
+    check = clock.check(0.01, 0.02)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert not chosen(check, SIZES)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert not chosen(check, SIZES)
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_a_kernel_is_tried_with_the_sinks_queries_that_it_will_have(clamped):
+    sizes = SIZES._replace(clamped=clamped, chunk=1)
+    assert (window._decode_example(sizes, 9)[3] is not None) == clamped
+    assert (window._prefill_example(sizes, 9)[3] is not None) == clamped
+
+
+def test_a_decoding_kernel_is_timed_for_the_slots_that_there_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr(window, "chosen", lambda check, sizes: asked.append(sizes))
+    sizes = Sizes(64, mx.float32, window=37, sinks=5, chunk=1, clamped=True)
+    q, buffers, scale, far, sinks, filled, following, seen = window._decode_example(sizes, 100)
+    other = mx.zeros(1)
+    place = Place(*(other,) * 4, following, other, None, filled, seen)
+    window.attend_to_all(q, buffers, scale, far, sinks, place)
+    assert asked == [sizes]
 
 
 def test_sizes_that_are_alike_are_timed_once(clock):

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_strict import check_strictly
 
-from ahn_mlx.memory import MEMORIES
+from ahn_mlx.memory import MEMORIES, forms
 from ahn_mlx.ops import delta, kernels, mamba2, memory_kernels
 from ahn_mlx.ops.window_kernels import Shares, whole
 
@@ -130,6 +130,19 @@ def test_heads_that_are_whole(any_metal, kind):
     expected = oracle(kind, memory, *first, local, h, rates, router)
     found = kernel(kind, memory, *first, whole(heads), h, rates, router)
     close(found, expected, 1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_step_is_the_same_without_the_kernel(any_metal, kind, routed):
+    """Of more rows than heads, before there is a state and after."""
+    memory, (q, k, v, gates, _, state, local, h, _, _) = case(kind, B=3, G=1, D=32, slots=1)
+    z, rates = h @ memory.g_proj.weight.T, memory.derive().rates
+    loudness = mx.random.uniform(shape=(3, 1, 1, 1)) if routed else None
+    for before in (None, state):
+        options = (memory, q, (k, v, gates), before)
+        expected = forms._step_ops(*options, together(local), z, rates, loudness)
+        close(forms._step_kernel(*options, local, z, rates, loudness), expected, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from checkpoints import talking_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 from several import random_model
 
 from ahn_mlx import AHNConfig, AHNError, augment
+from ahn_mlx.checkpoints.load import load_model
 from ahn_mlx.model import pipeline
 from ahn_mlx.model.division import heads_of_each, part_of, rows_of_each
 from ahn_mlx.model.families import tiny_config
@@ -366,6 +368,15 @@ def test_heads_of_two_ranks_compute_what_the_whole_does(kind):
         return chunks_of(model)
 
     for found in each(2, work):
+        assert not isinstance(found, BaseException), found
+        assert mx.abs(found - wanted).max().item() < 1e-3 * mx.abs(wanted).max().item()
+
+
+@pytest.mark.parametrize("kind", ["qwen2-gdn", "qwen2-mamba2"])
+def test_two_ranks_read_what_is_theirs_of_a_model(kind, tmp_path):
+    path = talking_model(kind, tmp_path)
+    wanted = chunks_of(load_model(path)[0])
+    for found in each(2, lambda ranks: chunks_of(load_model(path, ranks=ranks)[0])):
         assert not isinstance(found, BaseException), found
         assert mx.abs(found - wanted).max().item() < 1e-3 * mx.abs(wanted).max().item()
 

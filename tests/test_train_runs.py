@@ -289,6 +289,22 @@ def test_a_window_is_what_it_says_or_refused(text):
 
 DAMAGE = {
     "windows that are none": ({"windows": "12+4@96 8+"}, {}, "--window must be"),
+    "a window that nothing leaves": (
+        {"windows": "12+4@96 79+16@96"},
+        {},
+        "nothing leaves a window",
+    ),
+    "a window of nothing": (
+        {"windows": "0+4@96 12+4@96"},
+        {},
+        "--window must be at least 1, not 0",
+    ),
+    "random windows of a few tokens": (
+        {"windows": "", "random_window": True, "seq_len": 63},
+        {},
+        "--random-window needs --seq-len of at least 64, not 63",
+    ),
+    "windows of both kinds": ({"random_window": True}, {}, "draws windows of its own"),
     "windows that are a number": ({"windows": 8}, {}, "its windows is 8"),
     "minutes that are a word": ({"minutes": "1"}, {}, "its minutes is '1'"),
     "a time that is none": ({}, {"seconds": "nan"}, "has taken nan seconds"),

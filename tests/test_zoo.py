@@ -62,6 +62,17 @@ def test_a_damaged_base_is_named(
     assert "\n" not in str(error.value)
 
 
+@needs_model
+def test_a_damaged_memory_of_ours_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = f"{zoo.DEFAULT}.safetensors"
+    memory: Any = mx.load(str(zoo.WEIGHTS / name))
+    memory[max(memory)] = memory[max(memory)] * mx.nan
+    mx.save_safetensors(str(tmp_path / name), memory)
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    with pytest.raises(AHNError, match=rf"{tmp_path}/{name}: tensor .* holds NaN or infinity"):
+        zoo.load(zoo.DEFAULT)
+
+
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(AHNError, match=zoo.DEFAULT):
         ahn_mlx.load("ahn-gdn-nonsense")

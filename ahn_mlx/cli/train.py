@@ -5,7 +5,7 @@ import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from ..platform import enough_memory
 from .command import Several, Word
 from .options import complete_file, complete_model, is_given, no_effect, quiet_option
 from .terminal import progress_bar, say, stop_between_steps
+
+if TYPE_CHECKING:
+    from ..train.settings import Settings
 
 KINDS = ("gated_deltanet", "deltanet", "mamba2")
 
@@ -139,7 +142,6 @@ def train(**options: Any) -> None:
     from ..model.ranks import join, share
     from ..train import loop, output
     from ..train.data import Sequences
-    from ..train.settings import Settings
 
     typed = options.pop("windows")
     if options["resume"]:
@@ -159,8 +161,7 @@ def train(**options: Any) -> None:
     if options["ahn"]:
         bases.put_memory(base, options["ahn"])
         options["layerwise"] = 0
-    names = Settings.__dataclass_fields__
-    settings = Settings(**{k: v for k, v in options.items() if k in names})
+    settings = _settings(options)
     data = Sequences(options["data"], base.tokenizer, settings.seq_len, settings.seed)
     trainer = loop.Trainer(base.model, data, settings, out if options["resume"] else None)
     if trainer.explained is not None:
@@ -320,7 +321,7 @@ def _say_what_next(out: Path, measured: str) -> None:
 
 
 def _check(options: dict[str, Any]) -> None:
-    from ..train.settings import Window
+    from ..train.settings import choices
 
     lows = {"window": 1, "sinks": 0, "seq_len": 2, "layerwise": 0, "steps": 0, "warmup": 0}
     lows |= {"accumulate": 1, "batch_size": 1, "save_every": 1, "seed": 0}
@@ -338,19 +339,13 @@ def _check(options: dict[str, Any]) -> None:
         raise AHNError(f"--weight-decay must be at least 0 and finite, not {found}")
     if is_given("minutes") and not 0 < options["minutes"] < math.inf:
         raise AHNError(f"--minutes must be above 0, not {options['minutes']:g}")
-    first = Window(options["window"], options["sinks"], options["seq_len"])
-    several = [Window.spelled(text, *first[1:]) for text in options["windows"].split()]
-    if several and options["random_window"]:
-        raise AHNError("--random-window draws windows of its own; give one --window")
+    several = len(choices(_settings(options))) > 1
     if several and options["steps"] == 0 and not options["minutes"]:
         raise AHNError("with --steps 0, which trains no step, one --window has an effect; give one")
-    for window, sinks, length in several or [first]:
-        if not options["random_window"] and length <= window + sinks + 1:
-            raise AHNError(
-                f"--seq-len {length}: nothing leaves a window of {window + sinks} tokens;"
-                " take longer sequences or a smaller --window"
-            )
-        if window < 1:
-            raise AHNError(f"--window must be at least 1, not {window}")
-    if options["random_window"] and options["seq_len"] < 64:
-        raise AHNError(f"--random-window needs --seq-len of at least 64, not {options['seq_len']}")
+
+
+def _settings(options: dict[str, Any]) -> "Settings":
+    from ..train.settings import Settings
+
+    names = Settings.__dataclass_fields__
+    return Settings(**{k: v for k, v in options.items() if k in names})

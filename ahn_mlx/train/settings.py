@@ -70,10 +70,27 @@ class Settings:
 def choices(settings: Settings) -> tuple[Window, ...]:
     """The windows that a step draws from; one that is there twice is drawn twice as often.
 
-    Raises AHNError if they are not spelled so.
+    Raises AHNError if they are not spelled so, or nothing leaves one.
     """
     own = Window(settings.window, settings.sinks, settings.seq_len)
-    return tuple(Window.spelled(text, *own[1:]) for text in settings.windows.split()) or (own,)
+    several = tuple(Window.spelled(text, *own[1:]) for text in settings.windows.split())
+    if settings.random_window:
+        if several:
+            raise AHNError("--random-window draws windows of its own; give one --window")
+        if settings.seq_len < 64:
+            raise AHNError(
+                f"--random-window needs --seq-len of at least 64, not {settings.seq_len}"
+            )
+        return (own,)
+    for window, sinks, length in several or (own,):
+        if length <= window + sinks + 1:
+            raise AHNError(
+                f"--seq-len {length}: nothing leaves a window of {window + sinks} tokens;"
+                " take longer sequences or a smaller --window"
+            )
+        if window < 1:
+            raise AHNError(f"--window must be at least 1, not {window}")
+    return several or (own,)
 
 
 def draw_window(settings: Settings, step: int) -> Window:

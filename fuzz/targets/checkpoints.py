@@ -29,6 +29,7 @@ from ahn_mlx.checkpoints.formats import Reader, describe, describe_config
 from ahn_mlx.model.augment import build, build_base
 from ahn_mlx.model.config import AHNConfig
 from ahn_mlx.model.division import Part
+from ahn_mlx.model.ranks import Ranks
 
 from ..mutate import of_json, of_zip, product
 from ..oracle import Target, also
@@ -290,7 +291,9 @@ def _index(data: bytes, place: Path) -> Path:
             (path / name).symlink_to(value)
         else:
             header = json.dumps(value).encode()
-            (path / name).write_bytes(packed(header) if "safe" in Path(name).suffix else header)
+            mark = b"\xef\xbb\xbf" if value == {"": "mark"} else b""
+            is_header = "safe" in Path(name).suffix
+            (path / name).write_bytes(packed(header) if is_header else mark + header)
     return path
 
 
@@ -319,6 +322,8 @@ def indexes() -> list[bytes]:
     map_a = {"weight_map": {"b": shards[1]}}
     for files in (
         both,
+        {**both, "config.json": {"": "mark"}, "x.json": {}},
+        {shards[0]: {**one, **two}, shards[1]: two, directory.INDEX: listed},
         {**both, "config.json": {}, "unused.safetensors": one, "pytorch_model.bin": {}},
         {shards[0]: one},
         {**both, "model-00001-of-00003.safetensors": one},
@@ -339,7 +344,10 @@ def indexes() -> list[bytes]:
 
 
 def _model(data: bytes, place: Path) -> None:
-    """config, header and index of one directory, in one JSON."""
+    """config, header and index of one directory, in one JSON; and a tokenizer."""
+    if not (place / "tokenizer.json").exists():
+        shutil.copytree(byte_tokenizer(place / "t"), place, dirs_exist_ok=True)
+        shutil.rmtree(place / "t")
     for name in (directory.INDEX, "generation_config.json"):
         (place / name).unlink(missing_ok=True)
     try:
@@ -358,6 +366,10 @@ def _load_model(_: None, place: Path, out: Path) -> None:
     config, _ = describe(place)
     if "ahn" in config or "_ahn_implementation" in config:
         model, _ = load.load_model(place)
+        with also():  # which judges a tokenizer too
+            load.load(place, dtype="float32")
+        with also():
+            load.load_model(place, ranks=Ranks(mx.distributed.init()))
     else:
         model, _ = load.load_plain(place)
         load.finish(model, None, place)
@@ -501,6 +513,10 @@ def _read_pickle(file: Path, place: Path, out: Path) -> None:
     for source in sources.values():
         if source.info.dtype in safetensors.FLOATS:
             read(source)
+    if not (place / "config.json").exists():
+        shutil.copyfile(GDN / "base/config.json", place / "config.json")
+    with also():
+        describe(place)
 
 
 def _pickles() -> list[bytes]:
@@ -608,7 +624,7 @@ TARGETS = [
         _pickle,
         _read_pickle,
         _pickles,
-        ("checkpoints/pickles.py",),
+        ("checkpoints/pickles.py", "checkpoints/formats.py"),
         PICKLED,
         _packed,
     ),

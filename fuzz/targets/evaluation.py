@@ -132,6 +132,12 @@ def _go_on(path: Path, file: Path) -> None:
     run = read_run(path) or {}
     mine = Predictions(path, {name: run[name] for name in run.keys() - {"data", "deviations"}})
     mine.use_data(file.name, "0" * 64)
+    assert mine.done("none") == {}
+    with also():
+        Predictions(path, {**mine.identity, "model": "another"})
+    (path / "folder").mkdir(exist_ok=True)
+    with also(), mine.appending("folder"):
+        raise AssertionError("a directory was written to")
     before, kept = mine.done(file.name), file.read_bytes()
     with mine.working():
         with mine.appending(file.name) as append:

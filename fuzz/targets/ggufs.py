@@ -287,7 +287,7 @@ TARGETS = [
         files,
         (
             *("checkpoints/ggufheader.py", "checkpoints/ggufile.py", "checkpoints/gguf.py"),
-            "checkpoints/tokenizer.py",
+            *("checkpoints/tokenizer.py", "checkpoints/formats.py"),
         ),
         WORDS,
         of_json(WORDS, _in_order),

@@ -21,7 +21,7 @@ from ahn_mlx.reading import inspect, memoryfile
 from ahn_mlx.reading.layout import FACTS, OPTIONAL, SINCE_2
 from ahn_mlx.reading.session import Session
 from ahn_mlx.train import loop, metrics, validation
-from ahn_mlx.train.settings import Settings, Window
+from ahn_mlx.train.settings import Settings, Window, draw_window
 
 from ..mutate import of_json, of_lines
 from ..oracle import Target, also
@@ -238,7 +238,10 @@ def _state(data: bytes, place: Path) -> Path:
 
 def _resume(file: Path, place: Path, out: Path) -> None:
     trainer, _, _ = _trained()
-    loop.read_settings(place)
+    plan = Settings(**loop.read_settings(place)[0])
+    for step in range(3):
+        drawn = draw_window(plan, step)
+        assert drawn.window > 0 <= drawn.sinks and drawn.window + drawn.sinks < drawn.seq_len
     with also():
         trainer._resume(place)
 
