@@ -105,6 +105,9 @@ class _Literal(NamedTuple):
         other.no_truncation()
         other.no_padding()
         other.encode_special_tokens = True  # as the text that they are
+        # The words that a thread has met would stay with it when this copy is gone.
+        if resize_cache := getattr(other.model, "_resize_cache", None):
+            resize_cache(0)
         for i, name in stand_ins.items():
             was = controls[i]
             sides = {"lstrip": was.lstrip, "rstrip": was.rstrip, "normalized": was.normalized}
