@@ -2,6 +2,7 @@
 bounded time and memory, and nothing written but where it was told to."""
 
 import io
+import logging
 import os
 import resource
 import shutil
@@ -106,6 +107,11 @@ class Watch:
             self.found.append(f"{event} {real!r:.200}")
 
 
+class _Aloud(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
 class Oracle:
     """root: an empty directory, for what a target reads and writes."""
 
@@ -125,6 +131,9 @@ class Oracle:
         import tempfile
 
         tempfile.tempdir = str(temporary)
+        # What libraries log goes to a terminal too, and past what is redirected.
+        for name in (None, "transformers", "huggingface_hub"):
+            logging.getLogger(name).addHandler(_Aloud())
         self.watch = Watch(os.path.realpath(root))
         sys.addaudithook(self.watch)
 

@@ -185,6 +185,15 @@ def test_a_head_is_kept(family, stated, tmp_path, capsys):
     assert not estimate(base)["tied"] and not estimate(tmp_path / "out")["tied"]
 
 
+def test_a_head_of_its_own_that_is_missing_is_not_made_of_the_embedding(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    for stated, tied in ((None, True), (True, True), (False, False)):
+        edit_config(base, tie_word_embeddings=stated)
+        assert describe(base)[0]["tie_word_embeddings"] is tied
+    with pytest.raises(AHNError, match=r"lm_head.weight.* is missing"):
+        load_plain(base)
+
+
 def test_a_head_that_is_a_copy_costs_nothing(tmp_path, capsys):
     base = make_base(tmp_path / "base", "llama")
     logits = expected(base)

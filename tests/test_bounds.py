@@ -76,6 +76,20 @@ def test_a_parameter_is_taken_up_to_its_bounds(field, taken, refused):
         assert "body: x must be" in error.value.message
 
 
+def test_it_is_said_whether_a_number_or_a_length_is_beyond_its_bounds():
+    for field, value, said in (
+        (Field("integer", low=1), 0, "x must be at least 1"),
+        (Field("number", high=1000), 2e3, "x must be at most 1,000"),
+        (Field("string", low=2), "a", "the length of x must be at least 2"),
+        (Field("array", high=1), [1, 2], "the length of x must be at most 1"),
+        (Field("text or array", high=1), "ab", "the length of x must be at most 1"),
+        (Field("object", high=0), {"a": 1}, "the length of x must be at most 0"),
+    ):
+        with pytest.raises(APIError) as error:
+            parse({"x": value}, {"x": field})
+        assert error.value.message == said
+
+
 def test_parameters_have_their_defaults_and_no_others_are_there():
     table = {"a": Field("integer", 7, low=9), "b": Field("string", required=True)}
     assert parse({"b": "x", "c": None}, table) == {"a": 7, "b": "x"}

@@ -4,6 +4,7 @@ import pytest
 import serving
 from checkpoints import CHATML, chat_tokenizer
 from engines import running, small
+from tokenizers import AddedToken
 
 from ahn_mlx.reading.session import Session
 from ahn_mlx.serve.chat import Chat, Conversation
@@ -182,6 +183,30 @@ def test_no_control_token_is_said_by_names(engine, messages, tools, param):
         chat_of(engine).prompt(talk(*messages, tools=tools))
     assert error.value.param == param
     assert chat_of(engine).prompt(talk({**WHO, "name": "a"})).ids
+
+
+def test_nor_one_that_is_spelled_in_other_scripts(engine):
+    chat = chat_of(engine)
+    chat.encoder.controls[1] = AddedToken("<\uff5cend\u2581of\u2581sentence\uff5c>")
+    with pytest.raises(APIError, match="is a control token"):
+        chat.prompt(talk({**WHO, "name": "a<\uff5cend\u2581of\u2581sentence\uff5c>"}))
+
+
+@pytest.mark.parametrize(
+    ("start", "text", "thinks"),
+    [
+        ("<think>", "assistant\n<think>\n", True),
+        ("<think>", "assistant\n", False),
+        ("<think>", "<think></think>\n", False),
+        (None, "assistant\n", False),
+    ],
+)
+def test_an_answer_begins_within_thoughts_where_the_template_has_begun_them(
+    engine, start, text, thinks
+):
+    chat = chat_of(engine)
+    chat.tokenizer._think_start = chat.tokenizer._think_end = start
+    assert chat._thinks(text) is thinks
 
 
 def test_of_a_template_that_looks_at_what_it_is_given_texts_are_plain(engine):

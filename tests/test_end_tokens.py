@@ -2,12 +2,15 @@
 or without. None is lost, in our own loading and in stock mlx-lm."""
 
 import json
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx_lm.utils
 import pytest
-from checkpoints import BOM, TRAINING, edit_config, make_base, memory_of, read_json
+from checkpoints import BOM, TRAINING, byte_tokenizer, edit_config, make_base, memory_of, read_json
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from transformers.utils import logging as transformers_logging
 
 from ahn_mlx import AHNError, load
 from ahn_mlx.checkpoints.baseconfig import read_config
@@ -101,6 +104,38 @@ def test_end_tokens_that_are_none(value, tmp_path):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(AHNError, match=r"generation_config.json: eos_token_id must be"):
         describe(base)
+
+
+@pytest.mark.parametrize("kind", ["\x1b[31mred\nEVIL", "llama", "qwen3"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_nobody_hears_a_config_in_its_own_words(kind, damaged, tmp_path, monkeypatch, recwarn):
+    """transformers warns of what is there twice, is old, or of another family, and quotes it."""
+    base = byte_tokenizer(tmp_path / "base")
+    rope = {"rope_scaling": {"type": kind, "factor": 2.0}, "rope_theta": 1e4}
+    config = {"model_type": kind, "bos_token_id": 10**6, "vocab_size": 3, **rope}
+    (base / "config.json").write_text(json.dumps(config))
+    if damaged:
+        (base / "tokenizer.json").write_text("{}")
+    heard: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()))
+    logger = transformers_logging.get_logger("transformers")
+    logger.addHandler(handler)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
+    try:
+        if not damaged:
+            load_tokenizer(base, {"trust_remote_code": False})
+            assert heard
+        heard.clear()
+        recwarn.clear()
+        with pytest.raises(AHNError) if damaged else nullcontext():
+            load_ours(base, {})
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+    finally:
+        transformers_logging.set_verbosity(before)
+        logger.removeHandler(handler)
+    assert not heard and not recwarn.list
 
 
 def test_json_with_a_bom_is_read_everywhere(tmp_path):

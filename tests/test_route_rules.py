@@ -172,6 +172,23 @@ def test_who_says_a_message_is_said(path, site: Site):
     assert answer.status_code == 400 and "role" in answer.json()["error"]["message"]
 
 
+def test_messages_are_answered_as_chat_is_where_it_does_not_mind_repetition(site: Site):
+    asked = {"model": "tiny", "max_tokens": 40, "messages": HI}
+    answer = site.ok("/v1/messages", asked)["content"][0]["text"]
+    chat = site.chat("Hi", max_tokens=40)["choices"][0]["message"]["content"]
+    minds = site.chat("Hi", max_tokens=40, frequency_penalty=1)["choices"][0]["message"]["content"]
+    assert answer == chat != minds
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/v1/completions"])
+def test_streams_are_events(path, site: Site):
+    said = {"/v1/responses": {"input": "Hi"}, "/v1/completions": {"prompt": "Hi"}}
+    asked = {"model": "tiny", "stream": True, **said.get(path, {"messages": HI, "max_tokens": 2})}
+    with site.client.stream("POST", path, json=asked) as response:
+        assert response.headers["content-type"].partition(";")[0] == "text/event-stream"
+        assert response.headers["cache-control"] == "no-cache"
+
+
 def test_seeds_of_64_bits_are_different(site: Site):
     drawn = {
         site.chat("Hi", seed=seed, temperature=1.5, max_tokens=20)["choices"][0]["message"][

@@ -2,13 +2,16 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load
+from transformers.utils import logging
 
 from ..errors import AHNError, foreign
 from .directory import check_member, copy_files, has_bom, read_json
@@ -100,7 +103,11 @@ def _of_directory(path: Path) -> TokenizerWrapper:
         if file.suffix in READ:  # by transformers, which looks at no link and waits for any pipe
             check_member(file)
     names = (*TOKENIZER_FILES, "config.json")
-    with foreign(lambda why: f"{path}: no usable tokenizer ({why}); copy the base's files"):
+
+    def unusable(why: str) -> str:
+        return f"{path}: no usable tokenizer ({why}); copy the base's files"
+
+    with foreign(unusable), _unheard():
         if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):
             return mlx_lm_load(path, NO_CODE)
         # Files that transformers would not read.
@@ -110,6 +117,19 @@ def _of_directory(path: Path) -> TokenizerWrapper:
                 kind = {"model_type": read_json(path / "config.json").get("model_type")}
                 (Path(directory) / "config.json").write_text(json.dumps(kind))
             return mlx_lm_load(Path(directory), NO_CODE)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """transformers warns in the words of a stranger's files, which a terminal may obey."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _has_text_ends(path: Path) -> bool:

@@ -21,6 +21,9 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 
+# transformers warns about absent frameworks and long inputs, which are normal here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 # Name -> (module, attribute, line in the overview).
 COMMANDS = {
     "generate": (".cli.generate", "generate", "Read a document and answer a question."),

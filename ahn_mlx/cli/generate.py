@@ -1,7 +1,6 @@
 """ahn-mlx generate: a document and a question in, a streamed answer out."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -30,9 +29,6 @@ from .options import (
 from .ranks import OnRanks, pipeline_option, share
 from .terminal import Answer, is_piped_in, progress_bar, say, stop_between_steps, warn_slow
 from .words import files_and_question, looks_like_file, read_typed
-
-# transformers warns about absent frameworks and long inputs, which are normal here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @click.command(cls=OnRanks)
