@@ -63,6 +63,13 @@ def test_calls_too_short_to_time_alone_are_timed_together(clock, recwarn):
     assert len(clock.asked) > 100 and not recwarn
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(1e-5, 2e-5), (3e-5, 1e-5), (0.01, 0.02)])
+def test_what_is_found_are_seconds_of_one_call(clock, ours, theirs):
+    """And little of what all calls together take to begin."""
+    clock.launch = 2e-5
+    assert clock.check(ours, theirs).times(SIZES) == pytest.approx((ours, theirs), rel=0.1)
+
+
 def test_a_round_that_is_disturbed_does_not_count(clock):
     check = clock.check(0.01, 0.02)
     lost = itertools.cycle([0.05, 0.0])

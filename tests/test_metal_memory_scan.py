@@ -146,6 +146,18 @@ def test_traffic(emulated_metal, kind, splits):
     assert c.buffers["new_state"].written_per_threadgroup == H * D * D * 4
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "D", "splits"), [(1, 16, 1), (1, 32, 2), (1, 128, 4), (16, 64, 2), (32, 64, 1)]
+)
+def test_a_head_is_split_until_there_is_work_for_a_gpu(emulated_metal, kv_heads, D, splits):
+    """Each part reads all queries of its head."""
+    emulated_metal.mode = "count"
+    _, update, q, state, _ = case("deltanet", offset=9, L=3, window=4, sinks=2, Hkv=kv_heads, D=D)
+    mx.eval(memory_kernels.scan("deltanet", q, update, state, None))
+    read = emulated_metal.last.counters.buffers["q"].read_per_threadgroup
+    assert read == splits * q.size * 4
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(mx.float32, 28.5), (mx.bfloat16, 16.5)])
 def test_threadgroup_memory(emulated_metal, dtype, limit):
     """Tokens of 16 bits are staged in 16 bits."""
