@@ -4,7 +4,10 @@ import asyncio
 import io
 import json
 import os
+import shlex
 import struct
+import subprocess
+import sys
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -17,6 +20,7 @@ import papers
 import pytest
 import resident
 from checkpoints import (
+    REPO,
     byte_bpe,
     byte_tokenizer,
     chat_tokenizer,
@@ -329,6 +333,45 @@ def test_two_tokens_with_one_number(tmp_path: Path) -> None:
     (path / "tokenizer.json").write_text(json.dumps(made))
     with pytest.raises(AHNError, match=r"merges have 'a[ab]', which has no number"):
         pack_tokenizer(load_tokenizer(path, {}))
+
+
+PIECES = [{"SpecialToken": {"id": "<\x1b[31mgone>", "type_id": 0}}]
+PIECES += [{"Sequence": {"id": "A", "type_id": 0}}]
+PANICS: dict[str, dict[str, Any]] = {
+    "a text that begins with a token that is not there": {
+        "post_processor": {"type": "TemplateProcessing", "single": PIECES, "special_tokens": {}}
+        | {"pair": [*PIECES, {"Sequence": {"id": "B", "type_id": 1}}]},
+    },
+    "pieces shorter than what they begin with": {
+        "vocab": {"a": 0, "b": 1, "ab": 2},
+        "merges": [["a", "b"]],
+        "continuing_subword_prefix": "####",
+    },
+    "two that are one piece": {"merges": [["a", "b"]], "continuing_subword_prefix": "##"},
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_a_panic_of_a_library_is_one_line(name: str, tmp_path: Path, capfd: Any) -> None:
+    """And not a hundred more, which Rust writes by itself."""
+    path = byte_tokenizer(tmp_path / "model")
+    (path / "tokenizer.json").write_text(json.dumps(table(**PANICS[name])))
+    with pytest.raises(AHNError, match=r"model: no usable tokenizer \(.*\); copy the base's"):
+        load_tokenizer(path, {})
+    assert capfd.readouterr().err == ""
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_a_process_without_stderr_reads_tokenizers(tmp_path: Path) -> None:
+    """Its number is that of a file then."""
+    path = byte_tokenizer(tmp_path / "model")
+    words = "import os, sys; f = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT); assert f == 2"
+    words += "; from pathlib import Path; from ahn_mlx.checkpoints.tokenizer import load_tokenizer"
+    words += "; load_tokenizer(Path(sys.argv[1]), {}); os.write(f, b'mine')"
+    command = shlex.join([sys.executable, "-c", words, str(path), str(tmp_path / "file")])
+    subprocess.run(f"{command} 2>&-", shell=True, cwd=REPO, check=True, timeout=120)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("merged", ["ab", "ba"])

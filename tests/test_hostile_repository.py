@@ -25,7 +25,7 @@ def evil(place: Place) -> dict[str, bytes]:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__ }}"
     out = "../" * 9 + str(place.path / "secret.json").lstrip("/")
     config = {
-        **{"model_type": "../../evil", "auto_map": {"AutoConfig": "evil.Config"}},
+        **{"model_type": "../../\x1b[31mevil\n", "auto_map": {"AutoConfig": "evil.Config"}},
         **{"architectures": ["evil.Model"], "hidden_size": 1 << 60, "num_hidden_layers": -1},
         **{"model_file": "evil.py", "ahn": {"memory": "__class__", "window": 1e308}},
         **{"eos_token_id": [-1, "\x1b[2J"], "name\x1b]0;owned\x07\n": "\n" * 99},
@@ -111,6 +111,26 @@ def taken(place: Place, name: str, kind: str) -> Path:
     else:
         (at / name).symlink_to(place.path / "secret.json")
     return at
+
+
+def test_files_that_make_libraries_speak(place: Place) -> None:
+    """transformers of a kind of model that it does not know, and Rust of a panic."""
+    place.clear()
+    model = place.out / "given"
+    shutil.copytree(place.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "\x1b[31mevil\n"}))
+    (model / "generation_config.json").write_text('{"eos_token_id": "none such"}')
+    for words in (("generate", "Why?"), ("chat",), ("bench",), ("estimate",), ("serve",)):
+        assert "'none such'" in refused(place, *words, "--model", model)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copyfile(place.model / name, model / name)
+    table = json.loads((model / "tokenizer.json").read_text())
+    table["model"]["continuing_subword_prefix"] = "##"
+    table["model"]["merges"] = [["a", "b"]]
+    (model / "tokenizer.json").write_text(json.dumps(table))
+    for words in (("generate", "Why?"), ("chat",), ("serve",)):
+        assert "no usable tokenizer" in refused(place, *words, "--model", model)
 
 
 NAMES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json")

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ NO_CODE = {"trust_remote_code": False}
 # mlx-lm keeps a list as long as the largest number of a token.
 MOST_TOKENS = 1 << 24
 MOST_GROWTH = 1 << 12  # characters that are made of one
+_ALONE = threading.RLock()  # what is silent for one thread is for all
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -41,12 +45,15 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """That of a directory or a GGUF file, which ends where config says, too. Raises AHNError
     without one."""
     if path.is_file():
-        tokenizer = gguf_tokenizer(path)
+        with unheard():
+            tokenizer = gguf_tokenizer(path)
     else:
         _check_vocabulary(path)
         _check_tables(path)
         tokenizer = _of_directory(path)
         _check_vocabulary(path)  # it may have been deleted meanwhile
+    with _reading(path):
+        tokenizer.encode("", add_special_tokens=True)  # some fail at anything
     tokenizer.eos_token_ids |= set(config.get("eos_token_id") or ())
     return tokenizer
 
@@ -103,11 +110,7 @@ def _of_directory(path: Path) -> TokenizerWrapper:
         if file.suffix in READ:  # by transformers, which looks at no link and waits for any pipe
             check_member(file)
     names = (*TOKENIZER_FILES, "config.json")
-
-    def unusable(why: str) -> str:
-        return f"{path}: no usable tokenizer ({why}); copy the base's files"
-
-    with foreign(unusable), _unheard():
+    with _reading(path):
         if not any(has_bom(path / name) for name in names) and not _has_text_ends(path):
             return mlx_lm_load(path, NO_CODE)
         # Files that transformers would not read.
@@ -120,16 +123,45 @@ def _of_directory(path: Path) -> TokenizerWrapper:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """transformers warns in the words of a stranger's files, which a terminal may obey."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL + 1)
+def _reading(path: Path) -> Iterator[None]:
+    def unusable(why: str) -> str:
+        return f"{path}: no usable tokenizer ({why}); copy the base's files"
+
+    with foreign(unusable), unheard():
+        yield
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Around what reads a stranger's tokenizer: transformers warns in the words of its files, which
+    a terminal may obey, and Rust tells of each panic in a hundred lines."""
+    with _ALONE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL + 1)
+        try:
+            with _no_stderr():
+                yield
+        finally:
+            logging.set_verbosity(before)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Of the process, as Rust has no other."""
+    if sys.__stderr__ is None:  # it began without; its number may be any file's by now
+        yield
+        return
+    sys.__stderr__.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.set_verbosity(before)
+        sys.__stderr__.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _has_text_ends(path: Path) -> bool:

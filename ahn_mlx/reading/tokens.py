@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer
 
+from ..checkpoints.tokenizer import unheard
 from ..errors import AHNError, foreign, show
 from .text import readable
 
@@ -77,7 +78,10 @@ class Encoder:
     def _literal(self) -> "_Literal | None":
         """None if the tokenizer is not of the kind that can be rebuilt."""
         try:
-            with foreign(str):  # no backend, or one with parts in Python, or one that panics
+            with (
+                foreign(str),
+                unheard(),
+            ):  # no backend, or one with parts in Python, or one that panics
                 literal = _Literal.of(self.tokenizer.backend_tokenizer, self.controls)
                 probe = "One, two\n\n  3 \u2013 \u00e9t\u00e9"
                 same = literal.encode(probe) == encode(self.tokenizer, probe)
