@@ -11,7 +11,6 @@ import mlx_lm.utils
 import pytest
 from checkpoints import BOM, TRAINING, byte_tokenizer, edit_config, make_base, memory_of, read_json
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from tokenizers import Tokenizer, models
 from transformers.utils import logging as transformers_logging
 
 from ahn_mlx import AHNError, load
@@ -106,14 +105,6 @@ def test_end_tokens_that_are_none(value, tmp_path):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(AHNError, match=r"generation_config.json: eos_token_id must be"):
         describe(base)
-
-
-def test_a_tokenizer_need_not_know_every_letter(tmp_path):
-    """One of amino acids, say, or of digits."""
-    base = byte_tokenizer(tmp_path / "base")
-    letters = models.BPE({"M": 0, "K": 1}, [], unk_token="[UNK]")
-    Tokenizer(letters).save(str(base / "tokenizer.json"))
-    assert load_ours(base, {}).encode("K") == [1]
 
 
 @pytest.mark.parametrize("kind", ["\x1b[31mred\nEVIL", "llama", "qwen3"])
