@@ -8,7 +8,7 @@ from engines import PROMPTS, running, small, start
 
 from ahn_mlx.reading.penalty import note, nothing_seen
 from ahn_mlx.reading.sampling import Sampling
-from ahn_mlx.serve.answers import Done, Failed, Piece
+from ahn_mlx.serve.answers import Done, Failed, Piece, Read
 from ahn_mlx.serve.parameters import APIError
 
 END = 258  # <|im_end|>
@@ -88,6 +88,15 @@ def test_what_was_read_and_said_is_known_afterwards(engine, base):
     fresh = [piece.token.id for piece in again]
     assert len({*fresh, *said, *ids, 1}) == len({*said, *ids, 1}) + len(fresh)
     assert Sampling(**everything).penalty(done.session.seen) is not None
+
+
+def test_how_much_of_a_prompt_is_read_is_told(engine, base):
+    """But for its last token, which goes in with the first step."""
+    _, told = start(engine, base, PROMPTS[3], max_tokens=1)
+    read = []
+    while not isinstance(event := told.get(timeout=60), Done):
+        read += [event] if isinstance(event, Read) else []
+    assert read == [Read(n, 70) for n in (16, 32, 48, 64, 69)]
 
 
 def test_what_is_counted(engine, base):

@@ -200,6 +200,8 @@ def test_a_job_needs_its_documents_and_a_name_that_is_free(built):
 def test_a_job_that_is_cancelled_before_it_begins_reads_nothing(built):
     gate = held(built.service.engine)
     first, second = (built.digests.start(name, [built.upload()], "") for name in ("a", "b"))
+    wait_until(lambda: first.status == "reading")
+    assert second.status == "queued"
     assert built.digests.cancel(second.id).status == "cancelled"
     gate.set()
     assert built.ended(first).status == "done"

@@ -36,7 +36,7 @@ COUNT: Table = _ASKED
 _TEXT_BLOCK: Table = {
     "type": Field("string", required=True),
     "text": Field("string", required=True, high=TEXT),
-    "cache_control": Field("object", note="ignored: conversations are kept anyway"),
+    "cache_control": Field("object"),  # ignored: conversations are kept anyway
     "citations": Field("any"),
 }
 
