@@ -131,6 +131,7 @@ class Oracle:
         import tempfile
 
         tempfile.tempdir = str(temporary)
+        self.aloud = os.open(root / "aloud", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         # What libraries log goes to a terminal too, and past what is redirected.
         for name in (None, "transformers", "huggingface_hub"):
             logging.getLogger(name).addHandler(_Aloud())
@@ -150,7 +151,7 @@ class Oracle:
         said, refused = io.StringIO(), None
         self.watch.found.clear()
         try:
-            with redirect_stderr(said), redirect_stdout(said):
+            with self._heard(), redirect_stderr(said), redirect_stdout(said):
                 self.watch.on = True
                 try:
                     self.target.parse(given, self.given, self.out)
@@ -197,9 +198,25 @@ class Oracle:
                 raise Broken(
                     f"message-{_where(refused)}", f"{len(text)} characters: {text!r:.3000}"
                 )
+        if heard := os.pread(self.aloud, LONGEST, 0):  # one line at most is ours to say
+            raise Broken("heard", f"{heard!r}")
         for line in said.splitlines():
             if not line.replace("\t", " ").isprintable() or len(line) > LONGEST:
                 raise Broken(f"note-{line[:20]!r}", f"{line!r:.3000}")
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """What is written past Python's streams, by libraries in C and Rust."""
+        os.ftruncate(self.aloud, 0)
+        kept = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(self.aloud, number)
+            yield
+        finally:
+            for number, was in enumerate(kept, 1):
+                os.dup2(was, number)
+                os.close(was)
 
     def _empty(self) -> list[str]:
         """What is left in the directory for output, which is gone then."""

@@ -92,13 +92,21 @@ def test_mamba2_is_its_equation(size, length):
     close(mamba2.at_once(q, k, v, dt, A, M, 8), expected)
 
 
-def test_nothing_is_learned_from_a_key_of_zeros():
-    q, k, v, g, gate, M = drawn(9)
-    k = mx.zeros_like(k)
-    _, state = mamba2.ssd(q, k, v, gate, -mx.ones(H))
-    assert not mx.any(state)
-    _, state = delta.delta_rule(q, k, v, gate, M)
-    assert mx.array_equal(state, M)
+@pytest.mark.parametrize("length", [1, 9])
+def test_nothing_is_learned_from_a_key_of_zeros_or_said_to_such_a_query(length):
+    q, k, v, g, gate, M = drawn(length)
+    A = -mx.ones(H)
+    for rule in (
+        lambda q, k, M: mamba2.ssd(q, k, v, gate, A, M),
+        lambda q, k, M: mamba2.sequential(q, k, v, gate, A, M),
+        lambda q, k, M: delta.delta_rule(q, k, v, gate, M),
+        lambda q, k, M: delta.gated_delta_rule(q, k, v, g, gate, M),
+        lambda q, k, M: delta.sequential(q, k, v, g, gate, M),
+    ):
+        assert not mx.any(rule(q, 0 * k, 0 * M)[1])
+        said, state = rule(0 * q, k, M)
+        assert not mx.any(said) and mx.array_equal(state, rule(q, k, M)[1])
+    assert mx.array_equal(delta.delta_rule(q, 0 * k, v, gate, M)[1], M)
 
 
 @pytest.mark.parametrize("length", [1, 2, T])

@@ -34,7 +34,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serving import serving
 from test_training import SETTINGS
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ahn_mlx import AHNConfig, AHNError
 from ahn_mlx.apps.tokenizer import pack_tokenizer
@@ -358,19 +358,38 @@ def test_a_panic_of_a_library_is_one_line(name: str, tmp_path: Path, capfd: Any)
     (path / "tokenizer.json").write_text(json.dumps(table(**PANICS[name])))
     with pytest.raises(AHNError, match=r"model: no usable tokenizer \(.*\); copy the base's"):
         load_tokenizer(path, {})
-    assert capfd.readouterr().err == ""
-    os.write(2, b"heard")
-    assert capfd.readouterr().err == "heard"
+    assert capfd.readouterr() == ("", "")
+    os.write(1, b"heard")
+    os.write(2, b"too")
+    assert capfd.readouterr() == ("heard", "too")
 
 
-def test_a_process_without_stderr_reads_tokenizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["\x1b[31mred", "two\nlines"])
+def test_what_a_token_has_no_setting_for_is_not_said(
+    option: str, tmp_path: Path, capfd: Any
+) -> None:
+    path = byte_tokenizer(tmp_path / "model")
+    token = {"content": "<|end|>", "__type": "AddedToken", option: True}
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config |= {"eos_token": token, "added_tokens_decoder": {"256": token}}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    capfd.readouterr()
+    AutoTokenizer.from_pretrained(str(path))
+    assert f"unknown kwarg option {option}" in capfd.readouterr().out  # by itself
+    assert load_tokenizer(path, {}).eos_token == "<|end|>"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_process_without_a_stream_reads_tokenizers(number: int, tmp_path: Path) -> None:
     """Its number is that of a file then."""
     path = byte_tokenizer(tmp_path / "model")
-    words = "import os, sys; f = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT); assert f == 2"
-    words += "; from pathlib import Path; from ahn_mlx.checkpoints.tokenizer import load_tokenizer"
+    words = "import os, sys; f = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)"
+    words += f"; assert f == {number}; from pathlib import Path"
+    words += "; from ahn_mlx.checkpoints.tokenizer import load_tokenizer"
     words += "; load_tokenizer(Path(sys.argv[1]), {}); os.write(f, b'mine')"
     command = shlex.join([sys.executable, "-c", words, str(path), str(tmp_path / "file")])
-    subprocess.run(f"{command} 2>&-", shell=True, cwd=REPO, check=True, timeout=120)
+    subprocess.run(f"{command} {number}>&-", shell=True, cwd=REPO, check=True, timeout=120)
     assert (tmp_path / "file").read_text() == "mine"
 
 

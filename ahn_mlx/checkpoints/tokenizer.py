@@ -7,10 +7,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load
@@ -134,33 +134,36 @@ def _reading(path: Path) -> Iterator[None]:
 @contextmanager
 def unheard() -> Iterator[None]:
     """Around what reads a stranger's tokenizer: transformers warns in the words of its files, which
-    a terminal may obey, and Rust tells of each panic in a hundred lines."""
+    a terminal may obey, so does Rust of settings, and of a panic it tells in a hundred lines."""
     with _ALONE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.get_verbosity()
         logging.set_verbosity(logging.CRITICAL + 1)
         try:
-            with _no_stderr():
+            with _nowhere(1, sys.__stdout__), _nowhere(2, sys.__stderr__):
                 yield
         finally:
             logging.set_verbosity(before)
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Of the process, as Rust has no other."""
-    if sys.__stderr__ is None:  # it began without; its number may be any file's by now
+def _nowhere(number: int, stream: TextIO | None) -> Iterator[None]:
+    """What a process writes there, as Rust does past Python. stream: None if the process began
+    without; the number may be any file's by now."""
+    if stream is None:
         yield
         return
-    sys.__stderr__.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+    with suppress(OSError, ValueError):  # whoever writes to it next is told
+        stream.flush()
+    kept, nothing = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, number)
+    os.close(nothing)
     try:
         yield
     finally:
-        sys.__stderr__.flush()
-        os.dup2(kept, 2)
+        with suppress(OSError, ValueError):
+            stream.flush()
+        os.dup2(kept, number)
         os.close(kept)
 
 
