@@ -15,7 +15,7 @@ from ahn_mlx.model.cache import AHNCache
 from ahn_mlx.model.slots import Rows, pack, unpack
 from ahn_mlx.ops import window as ops
 from ahn_mlx.ops.exp import fast_exp
-from ahn_mlx.ops.ring import read_slots, write_slots
+from ahn_mlx.ops.ring import read_slots, stay, write_slots
 from ahn_mlx.ops.window import split
 from ahn_mlx.platform import on_cpu
 from ahn_mlx.reading.caches import fork
@@ -191,3 +191,17 @@ def test_forks_of_caches_in_a_list_part_too():
         cache.update(tokens(0, 3, 1, 2), tokens(0, 3, 1, 2), tokens(0, 3, 1, 1))
     assert [c.offset for c in other[0].caches] == [3, 3] and [c.offset for c in inner] == [0, 0]
     assert all(c.empty() for c in whole[0].caches)
+
+
+@given(
+    first=st.integers(0, 40),
+    length=st.integers(0, 40),
+    window=st.integers(1, 12),
+    sinks=st.integers(0, 6),
+)
+def test_what_stays_of_some_tokens_are_sinks_and_those_within_the_window(
+    first, length, window, sinks
+):
+    end = first + length
+    wanted = [t for t in range(first, end) if t < sinks or t >= end - window]
+    assert stay(first, end, window, sinks) == wanted

@@ -19,6 +19,8 @@ from ahn_mlx import AHNError, __version__
 from ahn_mlx.cli import COMMANDS, cli, options, ranks
 from ahn_mlx.cli import command as parsing
 from ahn_mlx.cli.command import ELSEWHERE, RENAMED, Command, Group, Several, Word
+from ahn_mlx.cli.models import _place
+from ahn_mlx.cli.synthetic import SYNTHETIC
 from ahn_mlx.hub.published import DEFAULT
 from ahn_mlx.model.ranks import LOST, Lost
 
@@ -273,6 +275,29 @@ def directory(tmp_path_factory):
 def loading(name, **more):
     plain = {"window": None, "sinks": None, "dtype": None, "q_bits": None, "ahn": None}
     return {"name": str(name), **plain, **more}
+
+
+@pytest.mark.parametrize("words", [("digest", "a.txt", "-o", "a"), ("generate", "a"), ("serve",)])
+def test_groups_are_of_quantized_caches(words, tmp_path):
+    place = ("--model", str(tmp_path / "none"))
+    said = refusal(*words, *place, "--kv-group-size", "32")
+    assert "--kv-group-size has no effect without --kv-bits" in said
+    assert "no effect" not in refusal(*words, *place, "--kv-group-size", "32", "--kv-bits", "8")
+
+
+def test_tasks_that_are_made_here_have_a_size():
+    for command in SYNTHETIC:
+        found = {p.name: p for p in command.params}
+        assert [found[name].default for name in ("length", "items")] == [2048, 4], command.name
+        assert all(found[name].show_default for name in ("length", "items"))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("a-4bit", 4), ("a-8bit", 8), ("a-3", None), ("a-3b", None), ("rabbit", None)],
+)
+def test_bits_of_a_model_stand_at_the_end_of_its_name(name, bits, tmp_path):
+    assert _place(tmp_path / name)["bits"] == bits
 
 
 def test_a_model_is_loaded_as_it_was_asked_for(directory, tmp_path):
