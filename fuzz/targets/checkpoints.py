@@ -29,6 +29,7 @@ from ahn_mlx.checkpoints.formats import Reader, describe, describe_config
 from ahn_mlx.model.augment import build, build_base
 from ahn_mlx.model.config import AHNConfig
 from ahn_mlx.model.division import Part
+from ahn_mlx.model.names import is_memory
 from ahn_mlx.model.ranks import Ranks
 
 from ..mutate import of_json, of_zip, product
@@ -359,7 +360,8 @@ def _model(data: bytes, place: Path) -> None:
         if name in value:
             (place / name).write_text(json.dumps(value[name]), errors="replace")
     header = json.dumps(value.get("header", {})).encode()
-    (place / "model.safetensors").write_bytes(packed(header))
+    fill = b"\xff" if value.get("nan") is True else b"\0"
+    (place / "model.safetensors").write_bytes(packed(header, fill))
 
 
 def _load_model(_: None, place: Path, out: Path) -> None:
@@ -397,6 +399,10 @@ def models() -> list[bytes]:
             header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
             end += size
         found.append(text({"config.json": config, "header": header}))
+        if memory == "deltanet":
+            found.append(text({"config.json": config, "header": header, "nan": True}))
+            own = {name: x for name, x in header.items() if is_memory(name)}
+            found.append(text({"config.json": config, "header": in_order(own)}))
         config = {**config, "quantization": {"group_size": 64, "bits": 4}}
         parts = {"weight": ("U32", [8, 8]), "scales": ("F32", [8, 1]), "biases": ("F32", [8, 1])}
         header.pop("model.embed_tokens.weight")
@@ -564,7 +570,10 @@ TARGETS = [
         _put("config.json"),
         _config,
         configs,
-        ("checkpoints/baseconfig.py", "checkpoints/directory.py", "model/config.py"),
+        (
+            *("checkpoints/baseconfig.py", "checkpoints/directory.py", "checkpoints/formats.py"),
+            "model/config.py",
+        ),
         (*CONFIG, *SETTINGS),
         _JSON,
     ),
@@ -597,7 +606,7 @@ TARGETS = [
         _index,
         _read_index,
         indexes,
-        ("checkpoints/directory.py",),
+        ("checkpoints/directory.py", "checkpoints/formats.py"),
         ("weight_map", "metadata", "total_size", "model-00001-of-00003.safetensors", "..", "\0"),
         of_json(("weight_map", "metadata", "model-00001-of-00003.safetensors", "../x", "x")),
     ),
