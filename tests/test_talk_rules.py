@@ -250,6 +250,14 @@ def test_what_a_question_takes_to_read_is_shown(session, monkeypatch, capsys):
     assert "first token after" in err.splitlines()[-1]
 
 
+def test_how_much_of_a_question_is_read_grows_to_all_of_it(session, monkeypatch, capsys):
+    bars(monkeypatch)
+    print_answer(session, "x" * 1700, SAMPLING)
+    found = re.findall(r"reading: ([\d,]+) of ([\d,]+) tokens", capsys.readouterr().err)
+    read, of = ([int(x.replace(",", "")) for x in column] for column in zip(*found, strict=True))
+    assert {*of} == {of[0]} and sorted({*read})[-4:] == [512, 1024, 1536, of[0] - 1]
+
+
 def test_ctrl_c_in_an_answer_keeps_what_came(session, capsys):
     given = {**SAMPLING, "max_tokens": 9}
     assert print_answer(Impatient(session.fork(), 2), "Hi", given) == 130
@@ -610,6 +618,7 @@ def test_a_ctrl_c_within_a_second_of_another_leaves(later, leaves, session, caps
     monkeypatch.setattr(sys, "stdin", Typing("^C\n/exit\n"))
     capsys.readouterr()
     assert me.run() == (130 if leaves else 0)
+    assert not me.edited  # without a terminal
     assert ("(Ctrl-C again, or Ctrl-D, leaves)" in said_of(capsys)) is not leaves
 
 
