@@ -305,7 +305,15 @@ def test_a_gain_by_window_is_its_equation():
         for head, (a, b, c) in enumerate(zip(alpha, beta, gamma, strict=True)):
             z = a * np.log(n / W) + b + c * np.log(W / 256)
             assert np.allclose(np.array(found[head, :, 0]), sigmoid(z), rtol=1e-5)
-    assert "gamma" not in Router(3)
+
+
+@pytest.mark.parametrize("with_gain", [False, True])
+def test_a_router_begins_at_one_half_everywhere(with_gain):
+    router = Router(3, with_gain)
+    assert set(router.parameters()) == {"alpha", "beta"} | ({"gamma"} if with_gain else set())
+    assert not any(mx.any(x) for x in router.parameters().values())
+    found = router(mx.array([[1, 9, 10**6]]), 64)
+    assert found.shape == (1, 3, 3, 1) and mx.all(found == 0.5)
 
 
 @pytest.mark.parametrize("memory", list(MEMORIES))
