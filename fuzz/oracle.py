@@ -198,7 +198,7 @@ class Oracle:
                 raise Broken(
                     f"message-{_where(refused)}", f"{len(text)} characters: {text!r:.3000}"
                 )
-        if heard := os.pread(self.aloud, LONGEST, 0):  # one line at most is ours to say
+        if heard := os.pread(self.aloud, LONGEST, 0):
             raise Broken("heard", f"{heard!r}")
         for line in said.splitlines():
             if not line.replace("\t", " ").isprintable() or len(line) > LONGEST:

@@ -156,15 +156,15 @@ def _nowhere(number: int, stream: TextIO | None) -> Iterator[None]:
     with suppress(OSError, ValueError):  # whoever writes to it next is told
         stream.flush()
     kept, nothing = os.dup(number), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, number)
-    os.close(nothing)
     try:
+        os.dup2(nothing, number)
         yield
     finally:
         with suppress(OSError, ValueError):
             stream.flush()
         os.dup2(kept, number)
         os.close(kept)
+        os.close(nothing)
 
 
 def _has_text_ends(path: Path) -> bool:

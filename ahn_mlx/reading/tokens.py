@@ -78,10 +78,8 @@ class Encoder:
     def _literal(self) -> "_Literal | None":
         """None if the tokenizer is not of the kind that can be rebuilt."""
         try:
-            with (
-                foreign(str),
-                unheard(),
-            ):  # no backend, or one with parts in Python, or one that panics
+            # No backend, or one with parts in Python, or one that panics.
+            with foreign(str), unheard():
                 literal = _Literal.of(self.tokenizer.backend_tokenizer, self.controls)
                 probe = "One, two\n\n  3 \u2013 \u00e9t\u00e9"
                 same = literal.encode(probe) == encode(self.tokenizer, probe)
