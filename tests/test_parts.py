@@ -1,5 +1,6 @@
 """What a rank reads of a checkpoint: its part of each tensor. As a program, this is one of them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -110,6 +111,23 @@ def test_a_rank_reads_its_part_and_no_more(tmp_path):
             assert case["read"] < 0.525, (name, case)
             assert case["peak"] < 1.05, (name, case)
         assert fused == ["rows.bias", "rows.weight"]
+
+
+@pytest.mark.parametrize("shape", [(1 << 20, 7, 0), (1 << 20, 0, 7)])
+def test_of_a_tensor_of_nothing_no_row_is_looked_for(shape, tmp_path, monkeypatch):
+    """However many there are: each of them takes no byte of a file."""
+    file = tmp_path / "x.safetensors"
+    mx.save_safetensors(str(file), {"x": mx.zeros(shape)})
+    looked = []
+
+    class Counted(io.FileIO):
+        def seek(self, *given):
+            looked.append(given)
+            return super().seek(*given)
+
+    monkeypatch.setattr(Path, "open", lambda self, *given, **options: Counted(self))
+    found = read_part(file, read_header(file)["x"], Part(1, 0, shape[1] // 2, shape[1] // 2))
+    assert found.shape == (shape[0], shape[1] // 2, shape[2]) and len(looked) < 9
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -184,10 +184,11 @@ def read_part(file: Path, info: TensorInfo, part: Part) -> mx.array:
     before = math.prod(info.shape[: part.axis])
     row = math.prod(info.shape[part.axis + 1 :]) * ITEM_SIZE[info.dtype]  # of one index, in bytes
     held = np.zeros((before, part.size * row), dtype=np.uint8)
+    wanted = held[:, : (part.stop - part.start) * row]
     with file.open("rb", buffering=0) as f:
         (length,) = struct.unpack("<Q", f.read(8))
         first = 8 + length + info.begin + part.start * row
-        for i, to in enumerate(held[:, : (part.stop - part.start) * row]):
+        for i, to in enumerate(wanted if wanted.size else ()):  # of nothing there may be much
             f.seek(first + i * info.shape[part.axis] * row)
             while len(to):  # the system gives two gigabytes at most
                 if not (n := f.readinto(to.data)):
