@@ -303,6 +303,7 @@ def checked(**more):
     options = {"window": 8, "sinks": 2, "seq_len": 11, "layerwise": 0, "steps": 0, "warmup": 0}
     options |= {"accumulate": 1, "batch_size": 1, "save_every": 1, "seed": 0, "lr": 1e-30}
     options |= {"weight_decay": 0.0, "minutes": 0.0, "windows": "", "random_window": False}
+    options |= {"loss": "kl", "grad_checkpoint": False}
     training._check({**options, **more})
 
 
