@@ -160,6 +160,18 @@ def test_bench_reads_so_many_tokens_in_steps(model, monkeypatch):
     assert found == [("512", "1,100"), ("1,024", "1,100")]
 
 
+def test_bench_decodes_one_token_after_the_other(model, monkeypatch):
+    chosen, argmax = [], mx.argmax
+
+    def noting(x, axis):
+        chosen.append(argmax(x, axis=axis))
+        return chosen[-1]
+
+    monkeypatch.setattr(mx, "argmax", noting)
+    benched(model, monkeypatch)
+    assert [token.shape for token in chosen] == 4 * [(1, 1)]
+
+
 # --- compare ---
 
 
