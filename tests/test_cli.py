@@ -1,6 +1,7 @@
 """What the commands print and return when the input is good, piped, or interrupted."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -169,6 +170,19 @@ def test_ctrl_c_is_heard_within_a_step_that_does_not_return_to_python() -> None:
     step.expect(pexpect.EOF)
     step.close()
     assert step.exitstatus == 130
+
+
+@pytest.mark.parametrize("name", ["digest", "generate"])
+def test_what_transformers_thinks_of_a_long_text_is_not_said(name: str, tmp_path: Path) -> None:
+    """Its limit is that of full attention."""
+    model, book = talking_model("qwen2-gdn", tmp_path / "model"), tmp_path / "book.txt"
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 10}))
+    book.write_text("It was the best of times. " * 9)
+    more = {"digest": ("-o", tmp_path / "a.ahn"), "generate": ("--max-tokens", 1)}[name]
+    done = command(name, book, "--model", model, *more)
+    assert done.returncode == 0, done.stderr
+    assert "longer than" not in done.stderr and "[transformers]" not in done.stderr
 
 
 def test_control_characters_are_not_printed() -> None:

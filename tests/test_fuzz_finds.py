@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -378,6 +379,28 @@ def test_what_a_token_has_no_setting_for_is_not_said(
     assert f"unknown kwarg option {option}" in capfd.readouterr().out  # by itself
     assert load_tokenizer(path, {}).eos_token == "<|end|>"
     assert capfd.readouterr() == ("", "")
+
+
+def test_threads_are_silent_one_after_the_other(capfd: Any) -> None:
+    """Else the second would take the silence of the first for what there was."""
+    inside = [threading.Event() for _ in range(2)]
+    leave = [threading.Event() for _ in range(2)]
+
+    def work(n: int) -> None:
+        with tables.unheard():
+            inside[n].set()
+            leave[n].wait(30)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    threads[0].start()
+    assert inside[0].wait(30)
+    threads[1].start()
+    assert not inside[1].wait(0.3)
+    for thread, event in zip(threads, leave, strict=True):
+        event.set()
+        thread.join(30)
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
 
 
 @pytest.mark.parametrize("number", [1, 2])
